@@ -1,0 +1,67 @@
+# `make help` lists what there is to make. Every target sets up what it needs first.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+
+export PYTHONDONTWRITEBYTECODE := 1
+# Compiled programs are kept from one run to the next. `bench` does without: it times the compilation too.
+train test test-slow smoke: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+
+# What the environment is made from; its stamp is the checksum, so it is made again when one of these changes.
+MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
+	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
+STAMP := $(VENV)/made-from
+
+.PHONY: help setup train test test-slow smoke lint bench
+
+help:
+	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
+	@echo 'make train      trains the default recipe, configs/digits.py, into runs/digits'
+	@echo 'make test       the test suite'
+	@echo 'make test-slow  the tests that need many processes, kills or minutes'
+	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
+
+# It speaks on stderr alone, so that stdout is the job's: `make train` ends with the line of its summary.
+setup:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON) is not a Python 3.11 or newer that runs; name one: make PYTHON=python3.12 ..." >&2; \
+	  exit 2; }
+	@made_from=$$({ $(MADE_FROM); } | cksum); \
+	if [ "$$made_from" != "$$(cat $(STAMP) 2>/dev/null)" ] || ! $(RUN)/python -c '' 2>/dev/null; then \
+	  set -e; \
+	  echo "Installing into $(VENV): a minute or two, once ..." >&2; \
+	  if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear $(VENV) >&2; \
+	  elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) >&2; \
+	    $(PYTHON) -m pip --python $(RUN)/python install --quiet pip >&2; \
+	  else \
+	    echo "error: $(PYTHON) has neither ensurepip nor pip; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	    exit 2; \
+	  fi; \
+	  $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2; \
+	  echo "$$made_from" > $(STAMP); \
+	fi
+
+train: setup
+	@$(RUN)/vit-dist train --config=configs/digits.py --workdir=runs/digits
+
+test: setup
+	@$(RUN)/pytest -n 2
+
+test-slow: setup
+	@$(RUN)/pytest -m slow
+
+smoke: setup
+	@tests/smoke.sh $(RUN)/vit-dist
+
+lint: setup
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check .
+	@$(RUN)/mypy
+
+bench: setup
+	@$(RUN)/python benchmarks/step.py

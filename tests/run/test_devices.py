@@ -1,0 +1,31 @@
+"""Devices: peak rates where they are known, and memory where devices tell."""
+
+import types
+
+import jax
+
+from vit_dist.run.devices import PEAK_FLOPS, memory_in_use, peak_flops
+
+
+def test_peak_rates_are_known_by_kind_and_dtype():
+    assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
+    assert peak_flops("NVIDIA H200", "float32") == 494e12
+    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert peak_flops("TPU v5 lite", "float32") is None
+    assert peak_flops(jax.devices()[0].device_kind, "bfloat16") is None
+
+
+def test_every_rate_is_in_flops_per_second():
+    for kind, rates in PEAK_FLOPS.items():
+        assert any(rate is not None for rate in rates), kind
+        assert all(rate is None or 1e13 <= rate <= 1e16 for rate in rates), kind
+
+
+def test_memory_is_the_most_that_a_device_of_this_process_held():
+    def device(process, stats):
+        return types.SimpleNamespace(process_index=process, memory_stats=lambda: stats)
+
+    mine = [device(0, {"peak_bytes_in_use": 5}), device(0, {"peak_bytes_in_use": 7})]
+    assert memory_in_use([*mine, device(1, {"peak_bytes_in_use": 9})]) == 7
+    assert memory_in_use([device(0, None)]) is None
+    assert memory_in_use(jax.devices()) is None

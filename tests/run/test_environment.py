@@ -1,0 +1,45 @@
+"""The environment: an entry a session, with what a reader needs to explain a difference."""
+
+import datetime
+import json
+import subprocess
+
+import jax
+
+from vit_dist.run.environment import _git, describe, write
+
+
+def test_a_session_is_described(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    found = describe(mesh, {"train": "ab12"})
+    assert found["mesh"] == {"data": 2, "fsdp": 4}
+    assert found["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
+    assert found["versions"]["jax"] == jax.__version__
+    assert (found["data"], found["xla_flags"]) == ({"train": "ab12"}, "--xla_dump_to=x")
+    assert datetime.datetime.fromisoformat(found["time"]).utcoffset() == datetime.timedelta(0)
+    assert describe(None, {})["mesh"] is None
+
+
+def test_sessions_are_listed_in_order(tmp_path):
+    for name in ("first", "second"):
+        write(tmp_path, {"host": name})
+    assert json.loads((tmp_path / "environment.json").read_text()) == [{"host": "first"}, {"host": "second"}]
+
+
+def test_the_commit_is_the_checkouts_own(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    code = tmp_path / "code.py"
+    code.write_text("1\n")
+    git("init", "-q")
+    assert _git(code) is None  # not a file of the checkout
+    git("add", "code.py")
+    assert _git(code) is None  # no commit yet
+    git("commit", "-q", "-m", "one")
+    assert _git(code) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    code.write_text("2\n")
+    assert _git(code) == {"commit": git("rev-parse", "HEAD"), "dirty": True}

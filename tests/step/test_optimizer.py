@@ -1,0 +1,331 @@
+"""The optimizers against plain optax, on one device and split over a mesh; rules, weight decay and schedules."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_dist.config import ConfigError, Optimizer, Rule
+from vit_dist.step.muon import RMS
+from vit_dist.step.optimizer import DIRECTIONS, make_optimizer, parameter_paths, trainable
+from vit_dist.step.schedule import make_schedule
+
+DEPTH, WIDTH, HEADS, SIZE, MLP, CLASSES = 4, 32, 2, 32, 64, 10
+SHAPES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
+    "blocks/attention/projection/bias": ((DEPTH, WIDTH), (None, "fsdp")),
+    "blocks/attention/projection/kernel": ((DEPTH, HEADS, SIZE, WIDTH), (None, "tensor", None, "fsdp")),
+    "blocks/attention/qkv/bias": ((DEPTH, 3, HEADS, SIZE), (None, None, "tensor", None)),
+    "blocks/attention/qkv/kernel": ((DEPTH, WIDTH, 3, HEADS, SIZE), (None, "fsdp", None, "tensor", None)),
+    "blocks/mlp/up/bias": ((DEPTH, MLP), (None, "tensor")),
+    "blocks/mlp/up/kernel": ((DEPTH, WIDTH, MLP), (None, "fsdp", "tensor")),
+    "blocks/norm1/scale": ((DEPTH, WIDTH), (None, "fsdp")),
+    "cls": ((WIDTH,), ("fsdp",)),
+    "head/bias": ((CLASSES,), (None,)),
+    "head/kernel": ((WIDTH, CLASSES), ("fsdp", None)),
+    "patch/kernel": ((48, WIDTH), (None, "fsdp")),
+    "position": ((17, WIDTH), (None, "fsdp")),
+}
+PLAIN = Optimizer(name="sgd", learning_rate=0.1, momentum=0.0, schedule="constant")
+Flat = dict[str, np.ndarray]
+
+
+def numbers(seed: int) -> Flat:
+    rng = np.random.default_rng(seed)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, (shape, _) in SHAPES.items()}
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def flattened(tree: Any) -> Flat:
+    paths, values = jax.tree.leaves(parameter_paths(tree)), jax.tree.leaves(tree)
+    return {path: np.asarray(value) for path, value in zip(paths, values, strict=True)}
+
+
+def make_mesh(**sizes: int) -> Mesh:
+    count = int(np.prod(list(sizes.values())))
+    explicit = (AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=jax.devices()[:count])
+
+
+def placed(flat: Flat, mesh: Mesh) -> dict[str, Any]:
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in SHAPES[path][1]))
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    return nested({path: put(path, value) for path, value in flat.items()})
+
+
+@functools.cache
+def trained(settings: Optimizer, mesh: Mesh, steps: int = 3) -> tuple[Flat, Any]:
+    """Parameters (flat) and optimizer state after a few steps under a mesh."""
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(settings, 10)
+        params = placed(numbers(0), mesh)
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for seed in range(1, steps + 1):
+            params, state = step(params, state, placed(numbers(seed), mesh))
+        return flattened(params), state
+
+
+def update(settings: Optimizer, gradients: Flat) -> Flat:
+    """The first step's updates without a mesh."""
+    optimizer = make_optimizer(settings, 10)
+    params = nested(numbers(0))
+    return flattened(jax.jit(optimizer.update)(nested(gradients), optimizer.init(params), params)[0])
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_every_optimizer_does_the_same_on_one_device_and_on_a_mesh_of_eight(name: str) -> None:
+    settings = Optimizer(
+        name=name,
+        learning_rate=0.1,
+        weight_decay=0.1,
+        warmup_steps=2,
+        clip=1.0,
+        rules=(Rule("^head", learning_rate=2.0), Rule("^patch", frozen=True)),
+    )
+    one, _ = trained(settings, make_mesh(data=1))
+    eight, _ = trained(settings, make_mesh(data=2, fsdp=2, tensor=2))
+    for path in SHAPES:
+        np.testing.assert_allclose(eight[path], one[path], rtol=2e-6, atol=2e-6, err_msg=path)
+        assert np.array_equal(one[path], numbers(0)[path]) == path.startswith("patch"), path
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_the_state_has_the_shardings_of_the_parameters_when_abstract_new_and_updated(name: str) -> None:
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    settings = Optimizer(name=name, moment_dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(settings, 10)
+        params = placed(numbers(0), mesh)
+        specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(params)}
+        abstract = jax.eval_shape(optimizer.init, params)
+        new = optimizer.init(params)
+        updated = jax.jit(optimizer.update)(params, new, params)[1]
+    like_parameters = 0
+    for form in (abstract, new, updated):
+        for leaf in jax.tree.leaves(form):
+            if leaf.shape in specs:
+                assert leaf.sharding.spec == specs[leaf.shape], leaf.shape
+                like_parameters += 1
+    assert like_parameters >= 3 * len(SHAPES)
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(abstract)] == [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(updated)
+    ]
+    large = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(updated) if leaf.size >= DEPTH * WIDTH * HEADS}
+    assert all(any(axis is not None for axis in spec) for spec in large.values()), large
+
+
+REFERENCES = {
+    "sgd": lambda decay: optax.chain(optax.trace(0.9), decay, optax.scale(-0.1)),
+    "adamw": lambda decay: optax.chain(optax.scale_by_adam(0.9, 0.99), decay, optax.scale(-0.1)),
+    "lion": lambda decay: optax.chain(optax.scale_by_lion(0.9, 0.99), decay, optax.scale(-0.1)),
+    "lamb": lambda decay: optax.chain(
+        optax.scale_by_adam(0.9, 0.99), decay, optax.masked(optax.scale_by_trust_ratio(), kernels), optax.scale(-0.1)
+    ),
+    "adafactor": lambda decay: optax.chain(
+        optax.adafactor(None, 32, multiply_by_parameter_scale=False, clipping_threshold=None, momentum=0.9),
+        optax.scale(-1),
+        decay,
+        optax.scale(-0.1),
+    ),
+}
+
+
+def kernels(flat: dict[str, Any]) -> dict[str, bool]:
+    return {path: "kernel" in path for path in flat}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_stacked_blocks_are_updated_as_plain_optax_updates_each_by_itself(name: str) -> None:
+    def unstacked(flat: Flat) -> Flat:
+        one_by_one = {f"{path} {i}": block for path in flat if "blocks/" in path for i, block in enumerate(flat[path])}
+        return one_by_one | {path: value for path, value in flat.items() if "blocks/" not in path}
+
+    settings = Optimizer(name=name, learning_rate=0.1, weight_decay=0.2, b2=0.99, schedule="constant")
+    ours, _ = trained(settings, make_mesh(data=1))
+    reference = REFERENCES[name](optax.add_decayed_weights(0.2, kernels))
+    params = unstacked(numbers(0))
+    state, step = reference.init(params), jax.jit(reference.update)
+    for seed in (1, 2, 3):
+        updates, state = step(unstacked(numbers(seed)), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, value in unstacked(ours).items():
+        np.testing.assert_allclose(value, params[path], rtol=3e-6, atol=3e-6, err_msg=path)
+
+
+def test_muon_updates_each_matrix_of_the_blocks_as_plain_optax_does_and_the_rest_as_adam() -> None:
+    def matrices(flat: Flat) -> Flat:
+        result = {}
+        for path, value in flat.items():
+            if path.startswith("blocks/") and path.endswith("kernel"):
+                for i in (0, DEPTH - 1):
+                    block = value[i]
+                    if "qkv" in path:
+                        result |= {f"{path} {i} {j}": block[:, j].reshape(WIDTH, HEADS * SIZE) for j in range(3)}
+                    else:
+                        result[f"{path} {i}"] = block.reshape(-1, block.shape[-1])
+            else:
+                result[path] = value
+        return result
+
+    settings = Optimizer(name="muon", learning_rate=0.1, momentum=0.95, schedule="constant")
+    ours, _ = trained(settings, make_mesh(data=2, fsdp=2, tensor=2))
+    params = matrices(numbers(0))
+    two_dimensional = {
+        path: optax.contrib.MuonDimensionNumbers() if path.startswith("blocks/") and "kernel" in path else None
+        for path in params
+    }
+    reference = optax.contrib.muon(
+        0.1, beta=0.95, nesterov=False, consistent_rms=RMS, muon_weight_dimension_numbers=two_dimensional
+    )
+    state, step = reference.init(params), jax.jit(reference.update)
+    for seed in (1, 2, 3):
+        updates, state = step(matrices(numbers(seed)), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, value in matrices(ours).items():
+        np.testing.assert_allclose(value, params[path], rtol=2e-5, atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])  # the others' decay is part of their references above
+def test_weight_decay_takes_rate_times_decay_times_the_parameter_off_kernels_alone(name: str) -> None:
+    settings = dataclasses.replace(PLAIN, name=name, warmup_steps=4)
+    gradients = numbers(1)
+    without, decayed = update(settings, gradients), update(dataclasses.replace(settings, weight_decay=0.3), gradients)
+    for path in SHAPES:
+        expected = -0.1 / 4 * 0.3 * numbers(0)[path] if path.endswith("kernel") else 0.0
+        np.testing.assert_allclose(decayed[path] - without[path], expected, atol=1e-7, err_msg=path)
+
+
+def test_the_first_rule_that_matches_sets_rate_and_decay() -> None:
+    rules = (
+        Rule("mlp/up", learning_rate=0.5),
+        Rule("^blocks/", learning_rate=3.0, weight_decay=2.0),
+        Rule("head", weight_decay=0.0),
+    )
+    zero = {path: np.zeros_like(value) for path, value in numbers(0).items()}
+    decays = update(dataclasses.replace(PLAIN, weight_decay=0.2, rules=rules), zero)
+    ones = {path: np.ones_like(value) for path, value in numbers(0).items()}
+    moves = update(dataclasses.replace(PLAIN, rules=rules), ones)
+    for path, rate, decay in (
+        ("blocks/mlp/up/kernel", 0.5, 0.2),
+        ("blocks/mlp/up/bias", 0.5, 0.0),
+        ("blocks/norm1/scale", 3.0, 0.4),
+        ("blocks/attention/qkv/kernel", 3.0, 0.4),
+        ("head/kernel", 1.0, 0.0),
+        ("patch/kernel", 1.0, 0.2),
+        ("cls", 1.0, 0.0),
+    ):
+        np.testing.assert_allclose(moves[path], -0.1 * rate, rtol=1e-6)
+        np.testing.assert_allclose(decays[path], -0.1 * rate * decay * numbers(0)[path], rtol=1e-5, atol=1e-8)
+
+
+def test_frozen_parameters_have_no_state_no_update_and_no_part_in_the_clipped_norm() -> None:
+    rules = (Rule("^(blocks|patch|position)", frozen=True),)
+    settings = Optimizer(name="adamw", weight_decay=0.1, rules=rules)
+    state = make_optimizer(settings, 10).init(nested(numbers(0)))
+    moments = sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.shape)
+    assert moments == sorted(2 * [(WIDTH,), (CLASSES,), (WIDTH, CLASSES)])
+    flags = flattened(trainable(nested(numbers(0)), rules))
+    assert [path for path in flags if flags[path]] == ["cls", "head/bias", "head/kernel"]
+
+    gradients = numbers(1)
+    moved = update(dataclasses.replace(PLAIN, learning_rate=1.0, clip=0.5, rules=rules), gradients)
+    free = [path for path in SHAPES if flags[path]]
+    norm = np.sqrt(sum(np.square(gradients[path]).sum() for path in free))
+    for path in SHAPES:
+        expected = -gradients[path] * 0.5 / norm if path in free else np.zeros_like(gradients[path])
+        np.testing.assert_allclose(moved[path], expected, rtol=1e-5, err_msg=path)
+
+
+def test_the_gradient_is_clipped_to_the_global_norm() -> None:
+    gradients = numbers(1)
+    settings = dataclasses.replace(PLAIN, learning_rate=1.0, clip=0.5)
+    moved = update(settings, gradients)
+    assert np.sqrt(sum(np.square(value).sum() for value in moved.values())) == pytest.approx(0.5, rel=1e-5)
+    small = {path: value * 1e-4 for path, value in gradients.items()}
+    np.testing.assert_array_equal(update(settings, small)["cls"], -small["cls"])
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_bfloat16_is_for_the_first_moment_alone(name: str) -> None:
+    def bytes_by_type(moment: str) -> dict[str, int]:
+        settings = Optimizer(name=name, moment_dtype=moment)  # type: ignore[arg-type]
+        state = jax.eval_shape(make_optimizer(settings, 10).init, nested(numbers(0)))
+        totals = {"float32": 0, "bfloat16": 0}
+        for leaf in jax.tree.leaves(state):
+            if leaf.dtype.name in totals:
+                totals[leaf.dtype.name] += leaf.size
+        return totals
+
+    parameters = sum(value.size for value in numbers(0).values())
+    full, half = bytes_by_type("float32"), bytes_by_type("bfloat16")
+    assert full["bfloat16"] == 0
+    assert half["bfloat16"] == parameters
+    assert half["float32"] == full["float32"] - parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Optimizer(name="adamv"), r"optimizer.name: 'adamv' is none of sgd, .*did you mean adam"),
+        (Optimizer(rules=(Rule("mlp"), Rule("mlq/up"))), r"optimizer.rules\[1\].path: 'mlq/up' matches no parameter"),
+        (Optimizer(rules=(Rule("mlp"), Rule("mlp/up"))), r"rules\[1\].path: 'mlp/up' .*an earlier rule takes"),
+        (Optimizer(rules=(Rule("mlp("),)), r"optimizer.rules\[0\].path: 'mlp\(' is no regular expression"),
+        (Optimizer(cooldown_steps=2), r"optimizer.cooldown_steps: .* found cosine"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_its_key(settings: Optimizer, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(settings, 10).init(nested(numbers(0)))
+
+
+def test_warm_up_starts_above_zero_and_each_shape_ends_where_it_should() -> None:
+    def rates(total: int, **keys: Any) -> list[float]:
+        schedule = make_schedule(Optimizer(learning_rate=2.0, **keys), total)
+        return [float(schedule(step)) for step in range(total + 1)]
+
+    assert rates(8, warmup_steps=4, schedule="constant") == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 2, 2])
+    assert rates(6, warmup_steps=1, schedule="linear", end_factor=0.5) == pytest.approx([2, 2, 1.8, 1.6, 1.4, 1.2, 1])
+    cosine = [1 + np.cos(np.pi * p) for p in (0, 0.25, 0.5, 0.75, 1)]
+    assert rates(6, warmup_steps=2, schedule="cosine") == pytest.approx([1, 2, *cosine], abs=1e-6)
+    assert rates(4, schedule="constant", cooldown_steps=2) == pytest.approx([2, 2, 2, 1, 0])
+    rsqrt = rates(8, warmup_steps=2, schedule="rsqrt", rsqrt_timescale=3, cooldown_steps=1)
+    assert rsqrt == pytest.approx([1, 2, *(2 / np.sqrt(1 + s / 3) for s in range(6)), 0])
+
+
+def test_a_warm_up_longer_than_the_run_is_clipped_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    schedule = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=50), 5)
+    assert [float(schedule(step)) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert "optimizer.warmup_steps: 50 is clipped to the 5 steps" in caplog.text
+
+
+def test_the_optimizer_follows_its_schedule_step_by_step() -> None:
+    settings = dataclasses.replace(PLAIN, warmup_steps=3, schedule="cosine")
+    optimizer, schedule = make_optimizer(settings, 6), make_schedule(settings, 6)
+    params = {"cls": np.ones(3, np.float32)}
+    state = optimizer.init(params)
+    for step in range(6):
+        updates, state = optimizer.update(params, state, params)
+        np.testing.assert_allclose(updates["cls"], -float(schedule(step)), rtol=1e-6)

@@ -1,0 +1,83 @@
+"""How fast a config trains on the devices at hand: the real step, fed by the real data."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+
+from vit_dist.config import Config, total_steps
+from vit_dist.data.loader import train_batches
+from vit_dist.data.sources import ArraySource
+from vit_dist.evaluate import open_split
+from vit_dist.mesh import processes
+from vit_dist.mesh.feed import Prefetch
+from vit_dist.program import Program
+
+
+def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
+    """Trains for `steps` steps after the first and a few to settle, and keeps nothing.
+
+    Returns images_per_second, step_ms, mfu (None where the devices' peak is unknown), data_wait_fraction (of the time,
+    spent waiting for the host's data), first_step_seconds (compilation included), python_ms (what Python spends to take
+    a batch, place it and dispatch the step on idle devices: a median), and what it was measured on.
+    """
+    processes.start(settings.fake_devices)
+    source = open_split(settings, "train")
+    program = Program(
+        settings,
+        classes=len(source.class_names),
+        steps=total_steps(settings, len(source)),
+        crop_on_device=isinstance(source, ArraySource),
+    )
+    settle, probes = 3, 15
+    host = train_batches(
+        source,
+        settings.data,
+        image_size=program.image_size(),
+        channels=settings.model.channels,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        rows=program.local_rows(settings.batch_size),
+        start_step=0,
+        stop_step=1 + settle + steps + probes,
+    )
+    batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
+    try:
+        with program.in_use():
+            state = program.new_state()
+            begun = time.perf_counter()
+            state, metrics = program.train_step(state, next(batches))
+            jax.block_until_ready(metrics)
+            first = time.perf_counter() - begun
+            for _ in range(settle):
+                state, metrics = program.train_step(state, next(batches))
+            jax.block_until_ready(metrics)
+            batches.waited = 0.0
+            begun = time.perf_counter()
+            for _ in range(steps):
+                state, metrics = program.train_step(state, next(batches))
+            jax.block_until_ready(metrics)
+            seconds, waited = time.perf_counter() - begun, batches.waited
+            spent = []
+            for _ in range(probes):
+                batches.waited, begun = 0.0, time.perf_counter()
+                state, metrics = program.train_step(state, next(batches))
+                spent.append(time.perf_counter() - begun - batches.waited)
+                jax.block_until_ready(metrics)
+    finally:
+        host.close()
+    step_seconds = seconds / steps
+    device = program.mesh.devices.flat[0]
+    return {
+        "images_per_second": settings.batch_size / step_seconds,
+        "step_ms": step_seconds * 1000,
+        "mfu": program.mfu(step_seconds),
+        "data_wait_fraction": waited / seconds,
+        "first_step_seconds": first,
+        "python_ms": statistics.median(spent) * 1000,
+        "devices": program.mesh.size,
+        "device_kind": device.device_kind,
+        "mesh": dict(program.mesh.shape),
+        "batch_size": settings.batch_size,
+    }

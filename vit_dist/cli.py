@@ -1,0 +1,201 @@
+"""The command line: parses arguments, prints results on stdout, sets exit codes. Nothing else does any of the three.
+
+Exit codes: 0 done; 2 a usage, config or input error, said in one line; 75 preempted after a complete save; 1 the rest.
+"""
+
+import argparse
+import ast
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+
+PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
+    arguments, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv))
+    options = _parser().parse_args(arguments)
+    options.overrides = overrides
+    # Imported by the verbs that need it, so that `--help` and a mistyped key answer at once.
+    from vit_dist.train import Diverged, Preempted
+
+    try:
+        options.run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Preempted as stopped:
+        print(f"preempted: {stopped}", file=sys.stderr)
+        return PREEMPTED
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vit-dist", description="Train, evaluate and use Vision Transformers on any device mesh.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Any, *needs: str, **extra: Any) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=extra["help"], description=extra["help"])
+        one.set_defaults(run=run)
+        if "config" in needs:
+            one.add_argument(
+                "--config", required=True, metavar="FILE", help="a recipe; --config.a.b=value overrides a key"
+            )
+        if "workdir" in needs:
+            one.add_argument("--workdir", required=True, metavar="DIR", help="the directory of the run")
+        if "checkpoint" in needs:
+            which = one.add_mutually_exclusive_group()
+            which.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
+            which.add_argument("--best", action="store_true", help="the checkpoint of the highest top-1")
+        if "json" in needs:
+            one.add_argument("--json", action="store_true", help="JSON instead of a table")
+        return one
+
+    verb("train", _train, "config", "workdir", help="train; goes on by itself where the workdir holds the run")
+    one = verb("eval", _eval, "workdir", "checkpoint", help="evaluate a checkpoint exactly")
+    one.add_argument("--split", default="test", help="the split to evaluate (test)")
+    one = verb("predict", _predict, "workdir", "checkpoint", "json", help="classify image files")
+    one.add_argument("images", nargs="+", metavar="IMAGE")
+    one.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
+    verb("inspect", _inspect, "config", "json", help="parameters, layout, FLOPs and memory of a config")
+    one = verb("bench", _bench, "config", help="measure how fast a config trains here")
+    one.add_argument("--steps", type=int, default=30, help="how many steps to measure (30)")
+    one = verb("configs", _configs, "json", help="list the recipes")
+    one.add_argument("folder", nargs="?", default="configs", help="where they are (configs)")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line that begins as every other error does."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Takes the `--config.a.b=value` and `--config.a.b value` out of the arguments, as `a.b=value`."""
+    rest, overrides = [], []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+        elif "=" in word:
+            overrides.append(word.removeprefix("--config."))
+        else:
+            overrides.append(f"{word.removeprefix('--config.')}={next(words, '')}")
+    return rest, overrides
+
+
+def _train(options: argparse.Namespace) -> None:
+    from vit_dist.train import train
+
+    _print_json(train(config.load(options.config, options.overrides), options.workdir))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from vit_dist.evaluate import evaluate
+
+    _print_json(
+        evaluate(
+            options.workdir, split=options.split, step=options.step, best=options.best, overrides=options.overrides
+        )
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from vit_dist.predict import predict
+
+    found = predict(
+        options.workdir,
+        options.images,
+        top=options.top,
+        step=options.step,
+        best=options.best,
+        overrides=options.overrides,
+    )
+    if options.json:
+        for one in found:
+            _print_json(one)
+        return
+    rows = [(one["file"], choice["name"], f"{choice['probability']:.1%}") for one in found for choice in one["classes"]]
+    shown = [(name if number % options.top == 0 else "", *rest) for number, (name, *rest) in enumerate(rows)]
+    _print_table(("image", "class", "probability"), shown)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from vit_dist.describe import inspect
+
+    found = inspect(config.load(options.config, options.overrides))
+    if options.json:
+        _print_json(found)
+        return
+    rows = [
+        (
+            one["name"],
+            " x ".join(map(str, one["shape"])),
+            one["dtype"],
+            _say_spec(one["sharding"]),
+            f"{one['bytes_per_device']:,}",
+        )
+        for one in found["tensors"]
+    ]
+    _print_table(("parameter", "shape", "dtype", "sharding", "bytes a device"), rows)
+    print(f"\nparameters            {found['parameters']:,}")
+    print(f"FLOPs a training image  {found['flops_per_image']:,}")
+    for part, size in found["bytes_per_device"].items():
+        print(f"bytes a device, {part:<10}  {size:,}")
+
+
+def _say_spec(axes: list[Any]) -> str:
+    return ", ".join("x".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from vit_dist.bench import bench
+
+    _print_json(bench(config.load(options.config, options.overrides), steps=options.steps))
+
+
+def _configs(options: argparse.Namespace) -> None:
+    folder = Path(options.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give the one that holds the recipes")
+    rows = []
+    for file in sorted(folder.glob("*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        rows.append({"config": str(file), "summary": text.split("\n\n")[0].replace("\n", " ")})
+    if options.json:
+        _print_json(rows)
+    else:
+        _print_table(("config", "summary"), [tuple(row.values()) for row in rows])
+
+
+def _print_json(value: Any) -> None:
+    if _first_process():
+        print(json.dumps(value), flush=True)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns wide enough for their contents, so that the lines can be cut and searched by other tools."""
+    if not _first_process():
+        return
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _first_process() -> bool:
+    return os.environ.get("VIT_DIST_PROCESS", "0") == "0"

@@ -1,0 +1,414 @@
+"""Every key of a run, its type, default and meaning, in one place.
+
+The schema is a tree of frozen dataclasses. A recipe (`configs/*.py`) receives it as an `ml_collections.ConfigDict`
+from `default_config()`, changes what it wants and returns it; `resolve` turns the result back into a `Config`, so
+that the rest of the package reads typed attributes and a key that nobody declared cannot be read at all. This
+module checks names and types and does the arithmetic that belongs to several keys at once; what a value *means*
+(is there such a variant, such a source) is checked by the room that knows.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+import yaml
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done; the message is one line that says which key or file, and what to do."""
+
+
+Size = int | tuple[int, int]  # one number, or (height, width)
+Interval = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many devices each axis of the mesh takes; one axis may be -1: all devices that are left."""
+
+    data: int = -1  # replicas of the model; each takes its share of the batch
+    fsdp: int = 1  # the batch is split as over `data`, and parameters and optimizer state are split too
+    tensor: int = 1  # attention heads and MLP columns are split
+    context: int = 1  # tokens are split (not built yet: must be 1)
+    dcn_data: int = 1  # replicas over slices or nodes (not built yet: must be 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) and its common variations."""
+
+    variant: str | None = None  # such as "B/16": size and patch; the four numbers below win over it
+    width: int | None = None
+    depth: int | None = None
+    mlp: int | None = None
+    heads: int | None = None
+    image_size: Size = 224
+    patch_size: Size | None = None  # None: the variant's
+    channels: int = 3
+    num_classes: int | None = None  # None: as many as the data has
+    pool: Literal["cls", "mean", "map"] = "cls"
+    position: Literal["learned", "sincos2d"] = "learned"
+    position_std: float = 0.02  # of the learned position embeddings at the start
+    registers: int = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
+    dropout: float = 0.0  # after each of the MLP's two layers and after the attention's projection
+    projection_dropout: float | None = None  # after the attention's projection alone; None: as `dropout`
+    embedding_dropout: float = 0.0  # on the sum of patch and position embeddings
+    attention_dropout: float = 0.0  # on the attention weights
+    drop_path: float = 0.0  # stochastic depth: the last block's rate, rising linearly from 0 at the first
+    layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); None: no LayerScale
+    qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442)
+    qkv_bias: bool = True
+    projection_bias: bool = True  # of the attention's output projection
+    parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = None  # None, here and above: the variant's
+    kernel_init: Literal["xavier_uniform", "lecun_normal"] = "xavier_uniform"
+    pre_logits: int | None = None  # width of a tanh layer before the head; None: none
+    head_zero_init: bool = True
+    head_bias: float = 0.0  # its initial value; -6.9 or -10 with a sigmoid loss
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
+    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again: nothing, all but
+    # the named dense products' results, or everything inside a block
+    scan: bool = True  # blocks by one compiled loop; False: unrolled
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where images come from, and what is done to them before the model sees them."""
+
+    source: str = "digits"
+    path: str | None = None
+    download: bool = False  # fetch the files of an `idx` source where they are missing
+    in_memory: bool = False  # decode the whole split at the start and keep its pixels
+    memory_limit_gb: float = 4.0  # of host memory, for pixels or a compressed tar kept in it
+    on_bad: Literal["error", "skip"] = "error"
+    max_bad_fraction: float = 0.01
+    workers: int = 0  # processes that decode; 0: threads of this one
+    threads: int = 8  # batches prepared side by side by each process
+    prefetch: int = 2  # batches placed on the devices ahead of the step
+    mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number or one a channel
+    std: float | tuple[float, ...] = 0.5
+    crop_area: Interval | None = None  # random resized crop: share of the image's area; None: the whole image
+    crop_aspect: Interval = (3 / 4, 4 / 3)
+    flip: bool = False  # left-right, one time in two
+    shift: float = 0.0  # largest shift, as a share of the image's side
+    rotate: float = 0.0  # largest rotation, in degrees
+    scale: float = 0.0  # largest change of scale: 0.1 is between 1/1.1 and 1.1
+    shear: float = 0.0  # largest shear, in degrees
+    eval_crop: float | None = None  # centre crop of this ratio of the short side; None: the whole image
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What holds for the parameters whose path (`blocks/mlp/up/kernel`) matches a regular expression."""
+
+    path: str = ""
+    learning_rate: float = 1.0  # multiplies the schedule
+    weight_decay: float | None = None  # multiplies `optimizer.weight_decay`; None: 1 for kernels, 0 for all else
+    frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The update rule (optax) and its schedule. Weight decay is AdamW's: scaled by the schedule."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
+    end_factor: float = 0.0  # of the peak, reached at the end of a cosine or linear schedule
+    rsqrt_timescale: int = 10_000
+    cooldown_steps: int = 0  # linear to zero at the end of an rsqrt or constant schedule
+    clip: float | None = None  # largest global norm of the gradient
+    momentum: float = 0.9
+    nesterov: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    rules: tuple[Rule, ...] = ()  # the first that matches holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every_steps: int = 0  # 0: never; otherwise also at the end
+    splits: tuple[str, ...] = ("test",)
+    batch_size: int | None = None  # None: the training batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 0  # 0: only at the end
+    keep_last: int = 1
+    keep_best: int = 0  # by top-1 of the first split of `evaluate.splits`
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    steps: int = 0  # how many to trace into `workdir/profile`; 0: none
+    start_step: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    total_steps: int | None = None  # wins over total_epochs
+    total_epochs: float | None = None
+    batch_size: int = 128  # examples a step, over all devices
+    accumulate_steps: int = 1  # micro-batches a step
+    accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp: when parameters are gathered and
+    # gradients scattered: once a step costs memory for both whole, once a micro-batch costs traffic
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412); 0: none
+    cutmix: float = 0.0  # likewise (Yun et al. 2019, arXiv:1905.04899); with both, each is taken one time in two
+    ema_decay: float = 0.0  # 0: none
+    log_every: int = 20
+    log_examples: bool = False
+    deterministic: bool = False  # bitwise repeatable on GPUs too, at some cost
+    fake_devices: int = 0  # CPU devices to pretend to have, in each process; 0: the real ones
+    mesh: Mesh = Mesh()
+    model: Model = Model()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    profile: Profile = Profile()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The schema's defaults, for a recipe to change. Unknown keys raise; types are checked by `resolve`."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
+    return config.lock()
+
+
+def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
+
+    Raises `ConfigError` for a missing file, an unknown key, an ill-typed value or keys that contradict each other.
+    """
+    path = Path(file)
+    if not path.is_file():
+        names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigError(f"no config file {str(file)!r}{near_miss(path.name, names)}")
+    spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        raw = module.get_config()
+    except SyntaxError as error:
+        raise ConfigError(f"{file}:{error.lineno}: {error.msg}") from error
+    except (AttributeError, KeyError) as error:  # a locked ConfigDict's word for an unknown key
+        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, ml_collections.ConfigDict):
+        raise ConfigError(f"{file}: get_config() returned {type(raw).__name__}, expected a ConfigDict")
+    return resolve(override(raw.to_dict(), overrides))
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Nested values -> a checked `Config`. Raises `ConfigError` naming the key."""
+    config = _build(Config, values, "")
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values that JSON can hold and `resolve` takes back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The keys, such as `model.depth`, that two configs give different values."""
+    flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
+    return [key for key in flat_new if flat_old.get(key) != flat_new[key]]
+
+
+def one_of(key: str, value: str, options: Iterable[str]) -> str:
+    """`value`, if it is among the options; otherwise a `ConfigError` that lists them and the near miss."""
+    options = list(options)
+    if value not in options:
+        raise ConfigError(f"{key}: {value!r} is none of {', '.join(options)}{near_miss(value, options)}")
+    return value
+
+
+def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """'24 or 32' for 30 and 8: the sizes to suggest where one does not divide."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def total_steps(config: Config, train_examples: int) -> int:
+    """Optimizer steps of the whole run: `total_steps`, or the epochs' worth of batches, rounded up."""
+    if config.total_steps is not None:
+        return config.total_steps
+    assert config.total_epochs is not None
+    return max(1, math.ceil(config.total_epochs * train_examples / config.batch_size))
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies `a.b=value` assignments; values are read as YAML, so `true`, `1e-3`, `[96,128]` and `null` are typed."""
+    for assignment in overrides:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
+        *parents, leaf = key.split(".")
+        node, hint = values, Config
+        for depth, parent in enumerate(parents):
+            _known(hint, parent, ".".join(parents[:depth]))
+            hint = typing.get_type_hints(hint)[parent]
+            node = node[parent]
+            if not dataclasses.is_dataclass(hint):
+                raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
+        _known(hint, leaf, ".".join(parents))
+        node[leaf] = _parse(text, typing.get_type_hints(hint)[leaf], key)
+    return values
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    if hint is str or (str in typing.get_args(hint) and text.lower() not in ("null", "none")):
+        return text
+    try:
+        value = yaml.safe_load(text.replace("(", "[").replace(")", "]"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
+    if isinstance(value, str):
+        if value.lower() == "none" and type(None) in typing.get_args(hint):
+            return None
+        try:
+            return float(value)  # YAML 1.1 takes 1e-3 for text
+        except ValueError:
+            return value
+    return value
+
+
+def _build(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type that the schema declares at `key`."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: expected keys and values, found {value!r}")
+        for name in value:
+            _known(hint, name, key)
+        hints = typing.get_type_hints(hint)
+        return typing.cast(type, hint)(
+            **{name: _build(hints[name], item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        )
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            if _fits(option, value):
+                return _build(option, value, key)
+    elif origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(items) == len(value):
+            return tuple(_build(item, one, f"{key}[{i}]") for i, (item, one) in enumerate(zip(items, value)))
+    elif origin is Literal:
+        if isinstance(value, str):
+            return one_of(key, value, arguments)
+    elif _fits(hint, value):
+        return hint(value) if hint in (int, float) else value
+    raise ConfigError(f"{key}: expected {_name(hint)}, found {value!r} ({type(value).__name__})")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        arguments = typing.get_args(hint)
+        right_length = arguments[-1] is Ellipsis or (hasattr(value, "__len__") and len(value) == len(arguments))
+        return isinstance(value, list | tuple) and right_length
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if hint is types.NoneType:
+        return value is None
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is int:
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    """A type as a person would say it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_name(a) for a in arguments)
+    if origin is tuple:
+        return (
+            f"a list of {_name(arguments[0])}" if arguments[-1] is Ellipsis else f"({', '.join(map(_name, arguments))})"
+        )
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    return plain.get(hint) or f"the keys of {hint.__name__}"
+
+
+def _known(hint: Any, name: str, parent: str) -> None:
+    fields = [field.name for field in dataclasses.fields(hint)]
+    if name not in fields:
+        raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{near_miss(name, fields, parent)}")
+
+
+def near_miss(name: str, options: Iterable[str], parent: str = "") -> str:
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _check(config: Config) -> None:
+    """What can be said of the values without data, devices or a model."""
+    if config.total_steps is None and config.total_epochs is None:
+        raise ConfigError("total_steps: neither it nor total_epochs is set; set one")
+    flat = flatten(dataclasses.asdict(config))
+    positive = (
+        "total_steps total_epochs batch_size accumulate_steps log_every model.width model.depth model.mlp model.heads "
+        "model.channels model.num_classes data.threads data.prefetch data.memory_limit_gb evaluate.batch_size "
+        "optimizer.clip optimizer.rsqrt_timescale checkpoint.keep_last"
+    )
+    for key in positive.split():
+        if flat[key] is not None and flat[key] <= 0:
+            raise ConfigError(f"{key}: must be above 0, found {flat[key]}")
+    not_negative = (
+        "seed mixup cutmix fake_devices model.registers data.workers data.shift data.rotate data.scale data.shear "
+        "data.max_bad_fraction optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
+        "optimizer.cooldown_steps evaluate.every_steps checkpoint.every_steps checkpoint.keep_best profile.steps"
+    )
+    for key in not_negative.split():
+        if flat[key] < 0:
+            raise ConfigError(f"{key}: must not be below 0, found {flat[key]}")
+    for key in (
+        "label_smoothing ema_decay model.dropout model.projection_dropout model.embedding_dropout "
+        "model.attention_dropout model.drop_path"
+    ).split():
+        if flat[key] is not None and not 0 <= flat[key] < 1:
+            raise ConfigError(f"{key}: must be in [0, 1), found {flat[key]}")
+    if config.batch_size % config.accumulate_steps:
+        raise ConfigError(
+            f"batch_size: {config.batch_size} does not divide into accumulate_steps={config.accumulate_steps} "
+            f"micro-batches; take {nearest_multiples(config.batch_size, config.accumulate_steps)}"
+        )

@@ -1,0 +1,78 @@
+"""The two public sets in IDX files that can be fetched: where they lie, and by which digests they are known.
+
+A file appears under its name only when it is whole and its digest is right, so an interrupted fetch, or several
+processes that fetch into one shared folder, leave nothing half-written.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import logging
+import shutil
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from vit_dist.config import ConfigError
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownSet:
+    base: str  # the address of the folder that holds the files
+    md5: dict[str, str]  # of each file, compressed
+    class_names: tuple[str, ...]
+
+
+MNIST = KnownSet(
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    tuple("0123456789"),
+)
+FASHION_MNIST = KnownSet(
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+
+
+def known_set(folder: Path) -> KnownSet:
+    """Fashion-MNIST where the folder's name says `fashion`, else MNIST."""
+    return FASHION_MNIST if "fashion" in folder.resolve().name.lower() else MNIST
+
+
+def fetch(known: KnownSet, name: str, folder: Path) -> None:
+    """Brings the file `name` of a known set into `folder`.
+
+    Raises `ConfigError` where the address does not answer or what it sends has another digest.
+    """
+    address, partial = known.base + name, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as file:
+                partial = Path(file.name)
+                shutil.copyfileobj(answer, file)
+        digest = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
+        if digest != known.md5[name]:
+            raise ConfigError(f"{address}: its md5 is {digest}, expected {known.md5[name]}; nothing was kept")
+        partial.chmod(0o644)  # a temporary file is its owner's alone
+        partial.replace(folder / name)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConfigError(f"data.download: cannot fetch {address} into {folder}: {error}") from error
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    _log.info("fetched %s", folder / name)

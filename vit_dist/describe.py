@@ -1,0 +1,82 @@
+"""What a config would train, without data and without training: parameters, layout, arithmetic, memory."""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vit_dist.config import Config
+from vit_dist.mesh import processes
+from vit_dist.model import flops
+from vit_dist.program import Program
+
+CLASSES = 1000  # assumed where the config leaves it to the data, which is not opened here
+STEPS = 1_000_000  # likewise; the length of the schedule changes nothing that is told here
+
+_log = logging.getLogger(__name__)
+
+
+def inspect(settings: Config) -> dict[str, Any]:
+    """The account of a config on the devices that it asks for; opens no data and allocates no arrays.
+
+    Returns parameters (how many), flops_per_image (of a training step), bytes_per_device: {parameters, optimizer, ema},
+    mesh, and tensors: a list of {name, shape, dtype, sharding, bytes_per_device}.
+    """
+    processes.start(settings.fake_devices)
+    if settings.model.num_classes is None:
+        _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
+    program = Program(settings, classes=CLASSES, steps=settings.total_steps or STEPS, crop_on_device=True)
+    with program.in_use():
+        state = program.abstract_state()
+    parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}
+    return {
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters)),
+        "flops_per_image": flops.training_flops(program.settings.model),
+        "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
+        "mesh": dict(program.mesh.shape),
+        "tensors": list(tensors(state.parameters)),
+    }
+
+
+def tensors(parameters: Any) -> Iterator[dict[str, Any]]:
+    """Name, shape, dtype, sharding and bytes per device of each array of a tree that knows its shardings."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        yield {
+            "name": jax.tree_util.keystr(path, simple=True, separator="/"),
+            "shape": list(leaf.shape),
+            "dtype": np.dtype(leaf.dtype).name,
+            "sharding": [list(a) if isinstance(a, tuple) else a for a in _spec(leaf)],
+            "bytes_per_device": bytes_per_device(leaf),
+        }
+
+
+def bytes_per_device(leaf: Any) -> int:
+    """Bytes that one device holds of an array, by its sharding."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if _spec(leaf) else leaf.shape
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def parameter_table(parameters: Any) -> str:
+    """The parameters of a tree, a line each, as text."""
+    table = Table("parameter", "shape", "sharding", "bytes a device", box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in tensors(parameters):
+        shape, split = " x ".join(map(str, one["shape"])), ", ".join(str(axis or "-") for axis in one["sharding"])
+        table.add_row(one["name"], shape, split, f"{one['bytes_per_device']:,}")
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
+    table.add_row("all", f"{count:,}", "", f"{sum(map(bytes_per_device, jax.tree.leaves(parameters))):,}")
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
+
+
+def _spec(leaf: Any) -> tuple[Any, ...]:
+    sharding = leaf.sharding
+    return tuple(sharding.spec) if sharding is not None else ()

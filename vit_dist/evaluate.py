@@ -1,0 +1,107 @@
+"""Exact evaluation: every example of a split counts once, on any mesh and with any batch size."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_dist import config
+from vit_dist.data.loader import evaluation_batches
+from vit_dist.data.sources import ArraySource, Source, check_labels, open_source
+from vit_dist.mesh import processes
+from vit_dist.mesh.feed import Prefetch
+from vit_dist.program import Program, restored
+from vit_dist.run.workdir import read_config
+from vit_dist.step.state import Parameters
+from vit_dist.step.update import no_totals
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What an evaluation found; `skipped` files did not decode (`data.on_bad=skip`) and count nowhere."""
+
+    count: int
+    loss: float  # mean over the examples, without label smoothing
+    top1: float
+    top5: float
+    class_top1: dict[str, float | None]  # by class name; None for a class of no examples
+    skipped: int
+
+    def row(self) -> dict[str, float]:
+        """What a row of `metrics.jsonl` holds."""
+        values: dict[str, float] = {"count": self.count, "loss": self.loss, "top1": self.top1, "top5": self.top5}
+        return values | ({"skipped": self.skipped} if self.skipped else {})
+
+
+def evaluate_source(program: Program, parameters: Parameters, source: Source) -> Result:
+    """Runs the whole source through the model. The mesh must be in use.
+
+    Raises `RuntimeError` if the examples counted are not the examples there are.
+    """
+    settings = program.settings
+    batch_size = program.evaluation_batch_size()
+    batches = evaluation_batches(
+        source,
+        settings.data,
+        image_size=program.image_size(),
+        channels=settings.model.channels,
+        batch_size=batch_size,
+        rows=program.local_rows(batch_size),
+    )
+    totals = no_totals(program.shape.classes)
+    try:
+        for batch in Prefetch(batches, program.mesh, batch_size, settings.data.prefetch):
+            totals = program.evaluation_step(parameters, batch, totals)
+        sums: dict[str, np.ndarray] = jax.device_get(totals)
+    finally:
+        batches.close()
+    count, skipped = int(sums["count"]), len(batches.bad)
+    # With several processes, how many files the others skipped is not known here.
+    known = jax.process_count() == 1 or settings.data.on_bad == "error"
+    if known and count + skipped != len(source):
+        raise RuntimeError(f"evaluation counted {count} examples and skipped {skipped}, of {len(source)}")
+    each = zip(source.class_names, sums["class_top1"], sums["class_count"], strict=False)
+    return Result(
+        count=count,
+        loss=float(sums["loss"]) / max(count, 1),
+        top1=int(sums["top1"]) / max(count, 1),
+        top5=int(sums["top5"]) / max(count, 1),
+        class_top1={name: float(right / of) if of else None for name, right, of in each},
+        skipped=skipped,
+    )
+
+
+def open_split(settings: config.Config, split: str) -> Source:
+    """A split whose labels the model can tell. Raises `ConfigError`."""
+    source = open_source(settings.data, split, settings.model.channels)
+    check_labels(source, settings.model.num_classes or len(source.class_names))
+    return source
+
+
+def evaluate(
+    workdir: str | Path,
+    *,
+    split: str = "test",
+    step: int | None = None,
+    best: bool = False,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run: the newest, the best, or that of `step`.
+
+    Returns split, step, count, loss, top1, top5, class_top1; and the same under `parameters` for the plain parameters
+    where the run keeps an average, which is what the first ones then are of. Raises `ConfigError`.
+    """
+    settings = read_config(Path(workdir), overrides)
+    processes.start(settings.fake_devices)
+    source = open_split(settings, split)
+    whole = isinstance(source, ArraySource)
+    with restored(Path(workdir), settings, crop_on_device=whole, step=step, best=best) as (program, found, parameters):
+        results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
+    main = results.get("ema") or results["parameters"]
+    answer: dict[str, Any] = {"split": split, "step": found, **main.row(), "class_top1": main.class_top1}
+    if "ema" in results:
+        answer["parameters"] = results["parameters"].row()
+    return answer

@@ -1,0 +1,75 @@
+"""From the rows a process has read to global arrays on the mesh, a few batches ahead of the step.
+
+Each process reads only the rows of the global batch that its own devices hold; together they are one array. Copies to
+the devices are asynchronous, so a batch placed ahead of time has usually arrived when the step asks for it.
+"""
+
+import collections
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_dist.mesh import layout
+
+Batch = dict[str, jax.Array]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the first dimension of a batch is split over the mesh."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return NamedSharding(mesh, PartitionSpec(layout.batch_axes() or None))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of the global batch that this process's devices hold; one block, by the mesh's device order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({place[0].indices(batch_size)[:2] for place in places if place is not None})
+    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
+        if stop != start:
+            raise ValueError(
+                f"the rows of this process are not one block: {spans}; order the mesh's devices by process"
+            )
+    return slice(spans[0][0], spans[-1][1])
+
+
+def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> Batch:
+    """Local rows [b, ...] of each array -> global arrays [batch_size, ...] split as `sharding` says."""
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)  # the same, and several times quicker
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+class Prefetch:
+    """Iterates over placed batches, keeping `ahead` of them on the devices.
+
+    `waited`: seconds spent waiting for the host's data since it was last set to 0.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int, ahead: int):
+        self.waited = 0.0
+        self._batches = iter(batches)
+        self._sharding = batch_sharding(mesh)
+        self._batch_size = batch_size
+        self._ahead = ahead
+        self._queue: collections.deque[Batch] = collections.deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        while len(self._queue) < self._ahead:
+            started = time.perf_counter()
+            batch = next(self._batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                break
+            self._queue.append(place(batch, self._sharding, self._batch_size))
+        if not self._queue:
+            raise StopIteration
+        return self._queue.popleft()

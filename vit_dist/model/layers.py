@@ -1,0 +1,176 @@
+"""The small pieces a Vision Transformer is made of, each knowing how its parameters lie on a mesh.
+
+A layer keeps its parameters in float32, split as `mesh.layout` says, and gathers them in the dtype of its input when
+it runs. Randomness comes as a `key` argument; no key means evaluation, and every random layer is then the identity.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.nn import initializers
+
+from vit_dist.mesh import layout
+
+Names = tuple[str | None, ...]
+
+
+def make_parameter(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], names: Names) -> nnx.Param:
+    """A float32 parameter laid out by the logical names of its dimensions."""
+    return nnx.Param(initializer(rngs.params(), shape, jnp.float32, out_sharding=layout.spec(*names)))
+
+
+def ready(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The parameter's value, gathered, in `dtype`; cast first, so that half the bytes travel in bfloat16."""
+    return layout.gathered(parameter[...].astype(dtype))
+
+
+class Dense(nnx.Module):
+    """A linear map of the last `len(inputs)` dimensions to `outputs`: [..., *inputs] -> [..., *outputs].
+
+    names: the logical names of all dimensions, inputs then outputs. The kernel is [*inputs, *outputs].
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        names: Names,
+        *,
+        rngs: nnx.Rngs,
+        initializer: Callable,
+        bias: float | None = 0.0,
+    ):
+        self.input_count = len(inputs)
+        # The layout of what comes out: `width` is a name for parameters, activations carry it whole.
+        self.output_names = tuple(None if name == "width" else name for name in names[len(inputs) :])
+        flat = make_parameter(rngs, _reshaped(initializer, inputs, outputs), inputs + outputs, names)
+        self.kernel = flat
+        if bias is not None:
+            self.bias = make_parameter(rngs, initializers.constant(bias), outputs, names[len(inputs) :])
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead = x.ndim - self.input_count
+        contract = (tuple(range(lead, x.ndim)), tuple(range(self.input_count)))
+        names = ("batch", *(None,) * (lead - 1), *self.output_names)
+        y = jax.lax.dot_general(x, ready(self.kernel, x.dtype), (contract, ((), ())), out_sharding=layout.spec(*names))
+        if self.bias is None:
+            return y
+        return y + layout.broadcast(ready(self.bias, x.dtype), names, y.shape)
+
+
+class Norm(nnx.Module):
+    """LayerNorm over the last dimension (Ba et al. 2016, arXiv:1607.06450), statistics in float32."""
+
+    def __init__(self, size: int, name: str | None, *, rngs: nnx.Rngs, bias: bool = True, epsilon: float = 1e-6):
+        self.epsilon = epsilon
+        self.scale = make_parameter(rngs, initializers.ones, (size,), (name,))
+        self.bias = make_parameter(rngs, initializers.zeros, (size,), (name,)) if bias else None
+
+    def __call__(self, x: jax.Array, names: Names) -> jax.Array:
+        """x: [..., size], laid out as `names`."""
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(wide, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        y = y * layout.broadcast(ready(self.scale, wide.dtype), names, x.shape)
+        if self.bias is not None:
+            y = y + layout.broadcast(ready(self.bias, wide.dtype), names, x.shape)
+        return y.astype(x.dtype)
+
+
+class Scale(nnx.Module):
+    """LayerScale: a learned factor a channel (Touvron et al. 2021, arXiv:2103.17239)."""
+
+    def __init__(self, size: int, value: float, *, rngs: nnx.Rngs):
+        self.scale = make_parameter(rngs, initializers.constant(value), (size,), ("width",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * layout.broadcast(ready(self.scale, x.dtype), ("batch", None, None), x.shape)
+
+
+class Mlp(nnx.Module):
+    """Two dense layers with an activation between: [B, N, D] -> [B, N, D].
+
+    `swiglu` gates the hidden units: `down(silu(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202).
+    """
+
+    def __init__(
+        self, width: int, hidden: int, *, activation: str, dropout: float, rngs: nnx.Rngs, initializer: Callable
+    ):
+        self.activation = activation
+        self.dropout = dropout
+        dense = {"rngs": rngs, "initializer": initializer}
+        self.gate = Dense((width,), (hidden,), ("width", "mlp"), **dense) if activation == "swiglu" else None
+        self.up = Dense((width,), (hidden,), ("width", "mlp"), **dense)
+        self.down = Dense((hidden,), (width,), ("mlp", "width"), **dense)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        keys = split(key, 2)
+        hidden = checkpoint_name(self.up(x), "mlp")
+        if self.gate is not None:
+            hidden = jax.nn.silu(checkpoint_name(self.gate(x), "mlp")) * hidden
+        else:
+            hidden = jax.nn.gelu(hidden, approximate=self.activation == "gelu_tanh")
+        hidden = dropout(hidden, self.dropout, keys[0], ("batch", None, "mlp"))
+        return dropout(self.down(hidden), self.dropout, keys[1], ("batch", None, None))
+
+
+def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """`count` keys from one, or as many Nones from None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None, names: Names) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales the rest up (Srivastava et al. 2014).
+
+    The mask is one draw over the global array, of which every device makes its own part, so that it is the same on
+    every mesh.
+    """
+    if not rate or key is None:
+        return x
+    return jnp.where(_keep(key, 1 - rate, x.shape, names), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth: leaves out a whole residual branch, by example (Huang et al. 2016, arXiv:1603.09382)."""
+    if key is None:
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    draws = jax.random.uniform(key, shape, out_sharding=layout.spec("batch", *(None,) * (x.ndim - 1)))
+    return x * ((draws >= rate) / (1 - rate)).astype(x.dtype)
+
+
+def _keep(key: jax.Array, probability: float, shape: tuple[int, ...], names: Names) -> jax.Array:
+    return jax.random.bernoulli(key, probability, shape, out_sharding=layout.spec(*names))
+
+
+def _reshaped(initializer: Callable, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Callable:
+    """An initialiser for kernels of two dimensions, drawing [*inputs, *outputs] with the fans of the matrix.
+
+    A fused query-key-value kernel [D, 3, H, d] is three matrices side by side, so `3` is left out of the fan.
+    """
+    fan_in = math.prod(inputs)
+    fan_out = math.prod(outputs[1:] if len(outputs) == 3 else outputs)
+    return lambda key, shape, dtype, out_sharding: initializer(fan_in, fan_out)(key, shape, dtype, out_sharding)
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010)."""
+    limit = math.sqrt(6 / (fan_in + fan_out))
+    return lambda key, shape, dtype, out_sharding: jax.random.uniform(
+        key, shape, dtype, -limit, limit, out_sharding=out_sharding
+    )
+
+
+def lecun_normal(fan_in: int, fan_out: int) -> Callable:
+    """Normal cut off at two deviations, of variance 1 / fan_in (LeCun et al. 1998)."""
+    deviation = math.sqrt(1 / fan_in) / 0.87962566103423978  # what the cut takes away
+    return lambda key, shape, dtype, out_sharding: (
+        deviation * jax.random.truncated_normal(key, -2, 2, shape, dtype, out_sharding=out_sharding)
+    )

@@ -1,0 +1,16 @@
+"""Where a patch lies in its image, told to the model: learned embeddings or fixed sines."""
+
+import jax
+import jax.numpy as jnp
+
+
+def sincos2d(rows: int, columns: int, width: int, temperature: float = 10_000.0) -> jax.Array:
+    """Fixed embeddings [rows * columns, width]: a quarter each of sin x, cos x, sin y, cos y.
+
+    MoCo v3's form (Chen et al. 2021, arXiv:2104.02057), as used for plain ViT baselines (Beyer et al. 2022). `width`
+    must divide by 4.
+    """
+    y, x = jnp.mgrid[:rows, :columns]
+    omega = temperature ** -(jnp.arange(width // 4) / max(width // 4 - 1, 1))
+    y, x = (jnp.outer(axis.reshape(-1), omega) for axis in (y, x))
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)

@@ -1,0 +1,52 @@
+"""The sizes people know by name, and the patch size that a name such as `B/16` carries."""
+
+import dataclasses
+
+from vit_dist.config import ConfigError, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a name stands for; the last three are the variant's own architecture where the config leaves them unset."""
+
+    width: int | None = None
+    depth: int | None = None
+    mlp: int | None = None
+    heads: int | None = None
+    activation: str = "gelu"
+    parallel: bool = False
+    qk_norm: bool = False
+
+
+PLAIN = Variant()  # where the config gives the four numbers itself
+
+# Ti, S, B: Touvron et al. 2021, Dosovitskiy et al. 2021; mu, M: big_vision; So400m: Alabdulmohsin et al. 2023
+# (arXiv:2305.13035); g, G, e and their -opt shapes: Zhai et al. 2022 (arXiv:2106.04560), Chen et al. 2023
+# (arXiv:2209.06794); 22B: Dehghani et al. 2023 (arXiv:2302.05442); giant2: Oquab et al. 2023 (arXiv:2304.07193), whose
+# gated MLP of nominal size 6144 has 4096 hidden units.
+VARIANTS: dict[str, Variant] = {
+    "mu": Variant(32, 1, 128, 2),
+    "Ti": Variant(192, 12, 768, 3),
+    "S": Variant(384, 12, 1536, 6),
+    "M": Variant(512, 12, 2048, 8),
+    "B": Variant(768, 12, 3072, 12),
+    "L": Variant(1024, 24, 4096, 16),
+    "So400m": Variant(1152, 27, 4304, 16),
+    "H": Variant(1280, 32, 5120, 16),
+    "g": Variant(1408, 40, 6144, 16),
+    "g-opt": Variant(1536, 40, 6144, 16),
+    "G": Variant(1664, 48, 8192, 16),
+    "G-opt": Variant(1536, 48, 8192, 16),
+    "e": Variant(1792, 56, 15360, 16),
+    "22B": Variant(6144, 48, 24576, 48, parallel=True, qk_norm=True),
+    "giant2": Variant(1536, 40, 4096, 24, activation="swiglu"),
+}
+
+
+def parse(name: str) -> tuple[Variant, int]:
+    """`"B/16"` -> (the variant, 16). Raises `ConfigError` for an unknown size or a missing patch."""
+    size, slash, patch = name.partition("/")
+    one_of("model.variant", size, VARIANTS)
+    if not slash or not patch.isdigit() or int(patch) == 0:
+        raise ConfigError(f"model.variant: {name!r} names no patch size; write it like {size}/16")
+    return VARIANTS[size], int(patch)

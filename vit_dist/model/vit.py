@@ -1,0 +1,287 @@
+"""The Vision Transformer: images to logits.
+
+`ViT` is a Flax NNX module whose blocks are one module with parameters stacked along a leading axis [depth, ...], run
+by `jax.lax.scan`. Stacking keeps the compiled program, the number of arrays and the checkpoint small whatever the
+depth; unrolling (`scan=False`) is the same loop unrolled, on the same parameters.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.nn import initializers
+
+from vit_dist import config
+from vit_dist.config import ConfigError, nearest_multiples, pair
+from vit_dist.mesh import layout
+from vit_dist.model import variants
+from vit_dist.model.attention import Attention, attend
+from vit_dist.model.layers import (
+    Dense,
+    Mlp,
+    Norm,
+    Scale,
+    drop_path,
+    dropout,
+    lecun_normal,
+    make_parameter,
+    ready,
+    split,
+    xavier_uniform,
+)
+from vit_dist.model.position import sincos2d
+
+TOKENS = ("batch", None, None)  # the layout of activations [B, N, D]
+KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The numbers of one Vision Transformer, every default filled in."""
+
+    width: int
+    depth: int
+    mlp: int
+    heads: int
+    activation: str
+    parallel: bool
+    qk_norm: bool
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    classes: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+
+def shape_of(model: config.Model) -> Shape:
+    """Fills in what the variant says and checks that the numbers fit each other; raises `ConfigError`."""
+    variant, patch = variants.parse(model.variant) if model.variant else (None, None)
+    numbers = {}
+    for name in ("width", "depth", "mlp", "heads", "activation", "parallel", "qk_norm"):
+        own = getattr(model, name)
+        numbers[name] = own if own is not None else getattr(variant or variants.PLAIN, name)
+        if numbers[name] is None:
+            raise ConfigError(f"model.{name}: not set, and model.variant names no size; set one of them")
+    size = model.patch_size if model.patch_size is not None else patch
+    if size is None:
+        raise ConfigError("model.patch_size: not set, and model.variant names none; set one of them")
+    if model.num_classes is None:
+        raise ConfigError("model.num_classes: not set")
+    image, patches = pair(model.image_size), pair(size)
+    for side, extent, of in zip(("height", "width"), image, patches, strict=True):
+        if of <= 0 or extent <= 0 or extent % of:
+            near = nearest_multiples(extent, of) if of > 0 else "a patch above 0"
+            raise ConfigError(f"model.image_size: {side} {extent} is not a multiple of the patch's {of}; take {near}")
+    if numbers["width"] % numbers["heads"]:
+        near = nearest_multiples(numbers["width"], numbers["heads"])
+        raise ConfigError(f"model.width: {numbers['width']} does not divide by {numbers['heads']} heads; take {near}")
+    if model.position == "sincos2d" and numbers["width"] % 4:
+        raise ConfigError(f"model.width: {numbers['width']} must divide by 4 for model.position=sincos2d")
+    return Shape(**numbers, image=image, patch=patches, channels=model.channels, classes=model.num_classes)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel`, both on one norm at once (ViT-22B)."""
+
+    def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
+        common = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        self.parallel = shape.parallel
+        self.norm1 = Norm(shape.width, "width", rngs=rngs)
+        self.attention = Attention(
+            shape.width,
+            shape.heads,
+            **common,
+            qkv_bias=model.qkv_bias,
+            projection_bias=model.projection_bias,
+            qk_norm=shape.qk_norm,
+            attention_dropout=model.attention_dropout,
+            projection_dropout=model.dropout if model.projection_dropout is None else model.projection_dropout,
+            implementation=model.attention,
+        )
+        self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
+        self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
+        scaled = model.layer_scale is not None
+        self.scale1 = Scale(shape.width, model.layer_scale, rngs=rngs) if scaled else None
+        self.scale2 = Scale(shape.width, model.layer_scale, rngs=rngs) if scaled else None
+
+    def __call__(self, x: jax.Array, path_rate: jax.Array, key: jax.Array | None) -> jax.Array:
+        """x: [B, N, D]; path_rate: this block's probability of being left out."""
+        keys = split(key, 4)
+        h = self.norm1(x, TOKENS)
+        attended = self.attention(h, keys[0])
+        attended = drop_path(self.scale1(attended) if self.scale1 is not None else attended, path_rate, keys[1])
+        if self.norm2 is not None:
+            x = checkpoint_name(x + attended, "residual")
+            h = self.norm2(x, TOKENS)
+        else:
+            x = x + attended
+        y = self.mlp(h, keys[2])
+        return x + drop_path(self.scale2(y) if self.scale2 is not None else y, path_rate, keys[3])
+
+
+class AttentionPool(nnx.Module):
+    """One learned query over all tokens, then an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560)."""
+
+    def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
+        common = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        names, size = ("width", "heads", None), shape.width // shape.heads
+        self.probe = make_parameter(rngs, initializers.normal(0.02), (1, shape.width), (None, "width"))
+        self.query = Dense((shape.width,), (shape.heads, size), names, **common)
+        self.key_value = Dense((shape.width,), (2, shape.heads, size), ("width", None, "heads", None), **common)
+        self.projection = Dense((shape.heads, size), (shape.width,), ("heads", None, "width"), **common)
+        self.norm = Norm(shape.width, "width", rngs=rngs)
+        self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
+        self.implementation = model.attention
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        probe = layout.broadcast(ready(self.probe, x.dtype), TOKENS, (x.shape[0], 1, x.shape[2]))
+        key_value = self.key_value(x)
+        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], self.implementation))
+        return (x + self.mlp(self.norm(x, TOKENS), None))[:, 0]
+
+
+class ViT(nnx.Module):
+    """`ViT("B/16", image_size=224, num_classes=1000, rngs=nnx.Rngs(0))`; keywords are those of `config.Model`.
+
+    Raises `ConfigError` for numbers that do not fit each other, such as an image that is no multiple of the patch.
+    """
+
+    def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, **settings: Any):
+        model = config.Model(variant=variant, **settings)
+        shape = shape_of(model)
+        self.model, self.shape = model, shape
+        kernel = KERNELS[model.kernel_init]
+        pixels = shape.patch[0] * shape.patch[1] * shape.channels
+        patches = shape.grid[0] * shape.grid[1]
+        has_class = model.pool == "cls"
+        # A convolution whose stride is its window is a linear map of each patch's pixels (row, column, channel).
+        self.patch = Dense((pixels,), (shape.width,), (None, "width"), rngs=rngs, initializer=lecun_normal)
+        tokens = ("width",)
+        self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), tokens) if has_class else None
+        # The class token has a position of its own when positions are learned, as in the paper; sines have none.
+        learned = model.position == "learned"
+        self.position = (
+            make_parameter(
+                rngs,
+                initializers.normal(model.position_std),
+                (patches + (has_class and learned), shape.width),
+                (None, "width"),
+            )
+            if learned
+            else None
+        )
+        self.registers = (
+            make_parameter(rngs, initializers.normal(0.02), (model.registers, shape.width), (None, "width"))
+            if model.registers
+            else None
+        )
+        make_block = functools.partial(Block, model, shape)
+        self.blocks = jax.vmap(lambda key: make_block(nnx.Rngs(key)))(jax.random.split(rngs.params(), shape.depth))
+        self.norm = Norm(shape.width, "width", rngs=rngs)
+        self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None
+        hidden = model.pre_logits or shape.width
+        self.pre_logits = (
+            Dense((shape.width,), (hidden,), ("width", None), rngs=rngs, initializer=kernel)
+            if model.pre_logits
+            else None
+        )
+        zero = lambda fan_in, fan_out: initializers.zeros  # noqa: E731
+        self.head = Dense(
+            (hidden,),
+            (shape.classes,),
+            (None if model.pre_logits else "width", None),
+            rngs=rngs,
+            initializer=zero if model.head_zero_init else kernel,
+            bias=model.head_bias,
+        )
+
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """images [B, H, W, C] of float, normalised -> logits [B, classes] of float32.
+
+        key: the randomness of dropout and stochastic depth; None evaluates, without either.
+        """
+        keys = split(key, 2)
+        x = self.embed(images.astype(self.model.dtype))
+        x = dropout(x, self.model.embedding_dropout, keys[0], TOKENS)
+        x = self.norm(self.encode(x, keys[1]), TOKENS)
+        if self.pool is not None:
+            x = self.pool(x)
+        elif self.cls is not None:
+            x = x[:, 0]
+        else:
+            x = jnp.mean(x[:, self.model.registers :], axis=1)
+        if self.pre_logits is not None:
+            x = jnp.tanh(self.pre_logits(x))
+        return self.head(x.astype(jnp.float32))
+
+    def embed(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> tokens [B, N, D]: the class token where there is one, registers, then patches row by row."""
+        batch = images.shape[0]
+        rows, columns = self.shape.grid
+        x = self.patch(patchify(images, self.shape.patch))
+        if self.position is not None:
+            position = ready(self.position, x.dtype)
+        else:
+            position = jnp.asarray(sincos2d(rows, columns, self.shape.width), x.dtype)
+        own = position.shape[0] - rows * columns  # 1 when the class token has a learned position
+        x = x + layout.broadcast(position[own:], TOKENS, x.shape)
+        lead = []
+        if self.cls is not None:
+            cls = ready(self.cls, x.dtype)
+            lead.append(cls[None] + position[:1] if own else cls[None])
+        if self.registers is not None:
+            lead.append(ready(self.registers, x.dtype))
+        lead = [layout.broadcast(token, TOKENS, (batch, *token.shape)) for token in lead]
+        return jnp.concatenate([*lead, x], axis=1) if lead else x
+
+    def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """All blocks: [B, N, D] -> [B, N, D]."""
+        depth = self.shape.depth
+        rates = jnp.linspace(0, self.model.drop_path, depth)
+        keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
+        graph, parameters = nnx.split(self.blocks)
+
+        def run(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
+            own, rate, key = inputs
+            return nnx.merge(graph, own)(x, rate, key), None
+
+        run = _rematerialised(run, self.model.remat)
+        x, _ = jax.lax.scan(run, x, (parameters, rates, keys), unroll=1 if self.model.scan else depth)
+        return x
+
+    def _is_random(self) -> bool:
+        model = self.model
+        return any((model.dropout, model.projection_dropout, model.attention_dropout, model.drop_path))
+
+
+def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """[B, H, W, C] -> [B, patches, pixels]: patches row by row, and within one (row, column, channel)."""
+    batch, rows, columns = images.shape[0], images.shape[1] // patch[0], images.shape[2] // patch[1]
+    split = (batch, rows, patch[0], columns, patch[1], images.shape[3])
+    x = jax.lax.reshape(images, split, out_sharding=layout.spec("batch", *(None,) * 5))
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return jax.lax.reshape(
+        x, (batch, rows * columns, x.size // batch // rows // columns), out_sharding=layout.spec(*TOKENS)
+    )
+
+
+def _rematerialised(run: Any, remat: str) -> Any:
+    if remat == "none":
+        return run
+    names = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp", "residual")
+    # A scan already keeps the backward pass from merging with the forward one, so the guard against that is not needed.
+    return jax.checkpoint(run, policy=names if remat == "names" else None, prevent_cse=False)
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """How many numbers the model learns."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,66 @@
+"""Classify image files with a trained run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_dist.config import ConfigError
+from vit_dist.data.images import BadImage, decode
+from vit_dist.data.loader import evaluation_image
+from vit_dist.mesh import processes
+from vit_dist.mesh.feed import batch_sharding, place
+from vit_dist.program import restored
+from vit_dist.run.workdir import class_names, read_config
+from vit_dist.step.update import prepare
+
+
+def predict(
+    workdir: str | Path,
+    files: Sequence[str | Path],
+    *,
+    top: int = 5,
+    step: int | None = None,
+    best: bool = False,
+    overrides: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """For each file, `{"file", "classes": [{"name", "probability"}, ...]}`, the `top` most probable first.
+
+    The weights are the moving average where the run keeps one. Images are cut and resized as for evaluation. Raises
+    `ConfigError` for a file that cannot be read, before anything is computed.
+    """
+    workdir = Path(workdir)
+    settings = read_config(workdir, overrides)
+    names = class_names(workdir)
+    processes.start(settings.fake_devices)
+    with restored(workdir, settings, crop_on_device=False, step=step, best=best) as (program, _, parameters):
+        images = [_read(Path(file), settings.model.channels) for file in files]
+        images = [evaluation_image(image, settings.data.eval_crop, program.image_size()) for image in images]
+
+        @jax.jit
+        def probabilities(parameters: Any, images: jax.Array) -> jax.Array:
+            logits = program.network(parameters, prepare(images, settings.data, settings.model, crop_on_device=False))
+            return jax.nn.sigmoid(logits) if settings.loss == "sigmoid" else jax.nn.softmax(logits)
+
+        size, sharding = program.evaluation_batch_size(), batch_sharding(program.mesh)
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(images), size):
+            rows = np.zeros((size, *images[0].shape), np.uint8)
+            some = images[start : start + size]
+            rows[: len(some)] = some
+            placed = place({"image": rows}, sharding, size)["image"]
+            found = np.asarray(jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), placed)))
+            for file, row in zip(files[start:], found[: len(some)], strict=False):
+                order = np.argsort(-row, kind="stable")[:top]
+                classes = [{"name": names[index], "probability": float(row[index])} for index in order]
+                answers.append({"file": str(file), "classes": classes})
+    return answers
+
+
+def _read(file: Path, channels: int) -> np.ndarray:
+    try:
+        return decode(file.read_bytes(), channels)
+    except (OSError, BadImage) as error:
+        raise ConfigError(f"{file}: {error}; give files that hold an image") from error

@@ -1,0 +1,146 @@
+"""A config made into compiled functions on a mesh: what every verb that computes begins with.
+
+Building a `Program` checks everything that can be checked without running: the model's numbers, the mesh against the
+devices, each split dimension against its axes. It allocates nothing and compiles nothing until it is asked to.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vit_dist import config
+from vit_dist.config import ConfigError, pair
+from vit_dist.mesh import feed, layout, topology
+from vit_dist.model import flops, vit
+from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.run.devices import peak_flops
+from vit_dist.step import update
+from vit_dist.step.optimizer import make_optimizer
+from vit_dist.step.schedule import make_schedule
+from vit_dist.step.state import Network, Parameters, State, make_state
+
+
+class Program:
+    """The model, optimizer and steps of one config on one mesh.
+
+    settings: the config with `model.num_classes` filled in. `train_step(state, batch) -> (state, metrics)` takes the
+    state's buffers for its own. Everything is to be called with `mesh` in use (`with program.in_use():`).
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        *,
+        classes: int,
+        steps: int,
+        crop_on_device: bool,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """classes: of the data, where the config leaves them open. steps: of the whole run, for the schedule.
+
+        crop_on_device: the data are whole images in memory, for the device to crop and resize (`ArraySource`).
+        """
+        model = settings.model
+        if model.num_classes is None:
+            model = dataclasses.replace(model, num_classes=classes)
+            settings = dataclasses.replace(settings, model=model)
+        self.settings, self.steps = settings, steps
+        self.shape = vit.shape_of(model)
+        self.mesh = _mesh(settings, self.shape, list(devices if devices is not None else jax.devices()))
+        self.network = Network(model)
+        self.optimizer = make_optimizer(settings.optimizer, steps)
+        schedule = make_schedule(settings.optimizer, steps)
+        kind = self.mesh.devices.flat[0].platform
+        options = {"xla_gpu_deterministic_ops": True} if settings.deterministic and kind in ("gpu", "cuda") else None
+        step = update.make_train_step(settings, self.network, self.optimizer, schedule, crop_on_device=crop_on_device)
+        self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
+        evaluation = update.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
+        self.evaluation_step = jax.jit(evaluation, donate_argnums=2, compiler_options=options)
+
+    def in_use(self) -> Any:
+        """A context in which jax knows the mesh."""
+        return jax.set_mesh(self.mesh)
+
+    def abstract_state(self) -> State:
+        """The state's shapes, dtypes and shardings."""
+        return jax.eval_shape(self._make_state)
+
+    def new_state(self) -> State:
+        """The state before the first step; every array is born split."""
+        return jax.jit(self._make_state)()
+
+    def parameters_of(self, state: State) -> Parameters:
+        """What evaluation, prediction and export use: the moving average where there is one."""
+        return state.ema if state.ema is not None else state.parameters
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that this process reads."""
+        return feed.local_rows(self.mesh, batch_size)
+
+    def evaluation_batch_size(self) -> int:
+        """`evaluate.batch_size`, rounded up so that each device has as many rows; what is added is masked."""
+        asked = self.settings.evaluate.batch_size or self.settings.batch_size
+        parts = math.prod(self.mesh.shape[axis] for axis in layout.TABLE["batch"] if axis in self.mesh.shape)
+        return -(-asked // parts) * parts
+
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model takes."""
+        return pair(self.settings.model.image_size)
+
+    def flops_per_step(self) -> int:
+        """Floating-point operations of one training step over all devices."""
+        return flops.training_flops(self.settings.model) * self.settings.batch_size
+
+    def mfu(self, step_seconds: float) -> float | None:
+        """The share of the devices' peak arithmetic that a step of this length uses; None where the peak is unknown."""
+        peak = peak_flops(self.mesh.devices.flat[0].device_kind, self.settings.model.dtype)
+        return None if peak is None else self.flops_per_step() / (step_seconds * peak * self.mesh.size)
+
+    def _make_state(self) -> State:
+        return make_state(self.network, self.optimizer, self.settings.seed, self.settings.ema_decay > 0)
+
+
+@contextlib.contextmanager
+def restored(
+    workdir: Path, settings: config.Config, *, crop_on_device: bool, step: int | None = None, best: bool = False
+) -> Iterator[tuple[Program, int, dict[str, Parameters]]]:
+    """With the mesh in use: a program, the step of the checkpoint, and its `parameters` and, where kept, their `ema`.
+
+    step: which checkpoint; None: the newest, or with `best` the one of the highest top-1. Raises `ConfigError`.
+    """
+    assert settings.model.num_classes is not None
+    program = Program(settings, classes=settings.model.num_classes, steps=1, crop_on_device=crop_on_device)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
+    try:
+        with program.in_use():
+            if best:
+                step = checkpoints.best()
+                if step is None:
+                    raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best")
+            state = program.abstract_state()
+            wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
+            found, trees = checkpoints.restore(wanted, step)
+            yield program, found, trees
+    finally:
+        checkpoints.close()
+
+
+def _mesh(settings: config.Config, shape: vit.Shape, devices: list[jax.Device]) -> Mesh:
+    sizes = topology.axis_sizes(settings.mesh, len(devices))
+    layout.check_divides("batch_size", settings.batch_size, "batch", sizes, settings.accumulate_steps)
+    layout.check_divides("model.width", shape.width, "width", sizes)
+    layout.check_divides("model.heads", shape.heads, "heads", sizes)
+    layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
+    mesh = topology.make_mesh(sizes, devices)
+    if jax.process_count() > 1 and mesh.size < len(devices):
+        raise ConfigError(
+            f"mesh: takes {mesh.size} of the {len(devices)} devices of {jax.process_count()} processes, which would "
+            "leave some with nothing to do; set one axis to -1"
+        )
+    return mesh

@@ -1,0 +1,75 @@
+"""`environment.json`: what a run ran on, an entry for each session that worked on it.
+
+Two runs that differ where they should not are explained here first: versions, devices, mesh, code, data.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_dist.run.files import write_atomically
+
+FILE = "environment.json"
+PACKAGES = ("vit-dist", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
+
+
+def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values for JSON: `time, host, python, versions, devices, mesh, git, data, xla_flags`.
+
+    `data_fingerprints` is split -> digest. A version is None where the package runs from a folder, uninstalled.
+    """
+    first = jax.devices()[0]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": {
+            "platform": first.platform,
+            "kind": first.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+        "mesh": None if mesh is None else dict(mesh.shape),
+        "git": _git(Path(__file__)),
+        "data": dict(data_fingerprints),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def write(workdir: Path, session: Mapping[str, Any]) -> None:
+    """Adds a session to the list in `workdir/environment.json`, the newest last. Process 0 alone calls it."""
+    path = workdir / FILE
+    sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_atomically(path, json.dumps([*sessions, dict(session)], indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that `file` belongs to, and whether anything differs from it; None outside a checkout."""
+    try:
+        # asked first, because an installed copy may lie in the checkout of some other project
+        _run_git(file.parent, "ls-files", "--error-unmatch", file.name)
+        commit = _run_git(file.parent, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_run_git(file.parent, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git here, or no checkout, or one without a commit
+        return None
+
+
+def _run_git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -1,0 +1,84 @@
+"""The small files of a working directory: the config of the run, its class names, its summary.
+
+A directory holds a run when it has a `config.json`. A later call may change what does not change the run, such as the
+mesh; anything else is refused, and what did change is said.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vit_dist import config
+from vit_dist.config import Config, ConfigError
+from vit_dist.run.files import write_atomically
+
+# What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
+# rounding, save that a new length bends the rest of the schedule.
+MAY_CHANGE = (
+    "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
+    "accumulate_gather", "mesh.", "evaluate.", "checkpoint.", "profile.", "data.path", "data.download", "data.workers",
+    "data.threads", "data.prefetch", "data.memory_limit_gb", "model.remat", "model.scan", "model.attention",
+)  # fmt: skip
+
+_log = logging.getLogger(__name__)
+
+
+def holds_run(workdir: Path) -> bool:
+    return (workdir / "config.json").is_file()
+
+
+def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
+    """The run's config, with overrides such as `mesh.data=4` that do not change what the run is."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{workdir}: holds no run ({file.name} is missing); give the --workdir of a training run")
+    saved = config.resolve(_read(file))
+    changed = config.resolve(config.override(config.to_dict(saved), overrides))
+    check_same_run(workdir, saved, changed)
+    return changed
+
+
+def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
+    """Raises `ConfigError` where `wanted` is another run than the one saved here; says what else has changed."""
+    changed = config.differences(saved, wanted)
+    refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    old, new = (config.flatten(config.to_dict(one)) for one in (saved, wanted))
+    said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
+    if refused:
+        raise ConfigError(
+            f"{workdir} holds a run of another config: {', '.join(said[key] for key in refused)}; "
+            "put them back or choose another --workdir"
+        )
+    for key in changed:
+        _log.warning("%s: resuming with another %s", workdir, said[key])
+
+
+def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> None:
+    """Makes the directory and the files that say which run it holds."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
+    write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
+
+
+def class_names(workdir: Path) -> tuple[str, ...]:
+    """The names of the classes, in the order of the logits."""
+    return tuple(_read(workdir / "classes.json"))
+
+
+def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    write_atomically(workdir / "summary.json", json.dumps(summary) + "\n")
+
+
+def summary(workdir: Path) -> dict[str, Any] | None:
+    """What a finished run printed; None for one that has not finished."""
+    file = workdir / "summary.json"
+    return _read(file) if file.is_file() else None
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error}); restore it or choose another --workdir") from error

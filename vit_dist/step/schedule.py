@@ -1,0 +1,58 @@
+"""The learning rate as a function of the step: a warm-up, then one of four shapes, then perhaps a cool-down.
+
+Steps count from 0. No step is spent at a rate of zero: the warm-up begins at 1/w of the peak, and the zero that a
+cosine or a cool-down comes to lies one step after the last.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+
+
+@functools.cache  # so that what it has to say of a config is said once
+def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
+    """step -> learning rate, for steps 0 to T - 1 of T = `total_steps`, with w = `warmup_steps`.
+
+    Warm-up, steps 0 to w - 1: peak * (step + 1) / w. Afterwards, with progress p = (step - w) / (T - w):
+    cosine: peak * (e + (1 - e) * (1 + cos(pi * p)) / 2), e being `end_factor` (Loshchilov & Hutter 2017,
+    arXiv:1608.03983); linear: peak * (1 - (1 - e) * p); rsqrt: peak / sqrt(1 + (step - w) / timescale), constant
+    to the eye at first (Zhai et al. 2022, arXiv:2106.04560); constant: peak. The last c = `cooldown_steps` steps of
+    the latter two are multiplied by (T - step) / c.
+
+    A warm-up or cool-down that is longer than the run leaves it is clipped, with a warning. Raises `ConfigError` for
+    a cool-down after a schedule that has its own end.
+    """
+    peak = settings.learning_rate
+    warmup = _clipped("warmup_steps", settings.warmup_steps, total_steps)
+    rest = max(1, total_steps - warmup)
+    cooldown = _clipped("cooldown_steps", settings.cooldown_steps, rest)
+    shapes: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, settings.end_factor),
+        "linear": optax.linear_schedule(peak, peak * settings.end_factor, rest),
+        "rsqrt": lambda step: peak / jnp.sqrt(1 + step / settings.rsqrt_timescale),
+        "constant": optax.constant_schedule(peak),
+    }
+    name = config.one_of("optimizer.schedule", settings.schedule, shapes)
+    if cooldown and name in ("cosine", "linear"):
+        raise ConfigError(
+            f"optimizer.cooldown_steps: goes with the schedules rsqrt and constant, found {name}, "
+            f"which ends at optimizer.end_factor; set it to 0"
+        )
+    schedule = shapes[name]
+    if warmup:
+        rise = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else optax.constant_schedule(peak)
+        schedule = optax.join_schedules([rise, schedule], [warmup])
+    if not cooldown:
+        return schedule
+    return lambda step: schedule(step) * jnp.clip((total_steps - step) / cooldown, 0.0, 1.0)
+
+
+def _clipped(key: str, steps: int, most: int) -> int:
+    if steps > most:
+        logging.warning("optimizer.%s: %d is clipped to the %d steps that the run has for it", key, steps, most)
+    return min(steps, most)

@@ -1,0 +1,177 @@
+"""One training step, and one step of an evaluation, as pure functions to compile.
+
+Everything random in a step follows from the seed, the step's number and an example's place in the global batch, so
+the curve is the same on any mesh. With micro-batches the gradient is summed unreduced and crosses the network once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_dist import config
+from vit_dist.config import pair
+from vit_dist.mesh import layout
+from vit_dist.step import augment, losses
+from vit_dist.step.state import Network, Parameters, State
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    settings: config.Config,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    crop_on_device: bool,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`, where batch has `image` uint8 [B, h, w, c] and `label` int32 [B].
+
+    crop_on_device: the images are whole, at their native size; else the host has cropped and flipped them.
+    Metrics are scalars: loss, learning_rate, grad_norm, param_norm; with `log_examples`, `ids` int32 [B] too.
+    """
+    model, data = network.settings, settings.data
+    classes = model.num_classes
+    assert classes is not None
+    if not crop_on_device:
+        data = dataclasses.replace(data, crop_area=None, flip=False)
+    per_example = losses.LOSSES[settings.loss]
+
+    def loss_sum(parameters: Parameters, images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple:
+        each = per_example(network(parameters, images, key), targets)
+        return jnp.sum(each) / settings.batch_size, each
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        warp_key, mix_key, network_key = jax.random.split(key, 3)
+        images = augment.normalise(batch["image"], data.mean, data.std)
+        images = augment.warp(images, warp_key, data)
+        images = augment.resize(images, pair(model.image_size))
+        targets = losses.smooth(losses.one_hot(batch["label"], classes), settings.label_smoothing)
+        images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
+        images = images.astype(model.dtype)
+
+        gradients, each = sum_gradients(
+            loss_sum,
+            state.parameters,
+            (images, targets),
+            network_key,
+            count=settings.accumulate_steps,
+            gather=settings.accumulate_gather,
+        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        new = State(
+            step=state.step + 1,
+            parameters=parameters,
+            optimizer=optimizer_state,
+            ema=average(state.ema, parameters, settings.ema_decay, state.step) if state.ema is not None else None,
+        )
+        metrics = {
+            "loss": jnp.mean(each),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": optax.global_norm(gradients),
+            "param_norm": optax.global_norm(parameters),
+        }
+        if settings.log_examples:
+            metrics["ids"] = layout.replicated(batch["id"])
+        return new, metrics
+
+    return step
+
+
+def sum_gradients(
+    loss: Callable, parameters: Parameters, batch: tuple, key: jax.Array, *, count: int, gather: str
+) -> tuple[Parameters, jax.Array]:
+    """The gradient of `loss(parameters, *batch, key)` summed over `count` micro-batches, and the loss of each example.
+
+    Micro-batch i holds the rows i, i + count, ...: every device cuts its own rows, whatever the mesh, and no example
+    moves. gather: see `config.accumulate_gather`; one micro-batch gathers each block when its turn comes.
+    """
+    differentiate = jax.grad(loss, has_aux=True)
+    if count == 1:
+        whole = jax.tree.map(lambda p: layout.postponed(p, "microbatch"), parameters)
+        gradients, each = differentiate(whole, *batch, key)
+        return jax.tree.map(layout.as_stored, gradients, parameters), each
+    whole = jax.tree.map(lambda p: layout.postponed(p, gather), parameters)
+    micro = tuple(_micro_batches(array, count) for array in batch)
+
+    def add(total: Parameters, inputs: tuple) -> tuple[Parameters, jax.Array]:
+        rows, own_key = inputs
+        gradients, each = differentiate(whole, *rows, own_key)
+        return jax.tree.map(jnp.add, total, gradients), each
+
+    zeros = jax.tree.map(layout.unreduced_zeros, whole)
+    total, each = jax.lax.scan(add, zeros, (micro, jax.random.split(key, count)))
+    return jax.tree.map(layout.as_stored, total, parameters), each
+
+
+def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Array) -> Parameters:
+    """`ema * d + parameters * (1 - d)`, where d rises from 0.1 to `decay` so that the start is soon forgotten.
+
+    d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
+    """
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: old * d + new * (1 - d), ema, parameters)
+
+
+def make_evaluation_step(
+    settings: config.Config, network: Network, *, crop_on_device: bool
+) -> Callable[[Parameters, Batch, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """`step(parameters, batch, totals) -> totals` with the batch's sums added; rows of a False `mask` count nothing.
+
+    Totals: `loss` float32; `count`, `top1`, `top5` int32; `class_count`, `class_top1` int32 [classes].
+    """
+    data, model = settings.data, network.settings
+    classes = model.num_classes
+    assert classes is not None
+    per_example = losses.LOSSES[settings.loss]
+
+    def step(parameters: Parameters, batch: Batch, totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        images = prepare(batch["image"], data, model, crop_on_device=crop_on_device)
+        logits = network(parameters, images)
+        labels, mask = batch["label"], batch["mask"]
+        targets = losses.one_hot(labels, classes)
+        loss = jnp.where(mask, per_example(logits, targets), 0)
+        top1 = losses.top_k_correct(logits, labels, 1) & mask
+        top5 = losses.top_k_correct(logits, labels, 5) & mask
+        per_class = targets.astype(jnp.int32)
+        sums = {
+            "loss": jnp.sum(loss),
+            "count": jnp.sum(mask, dtype=jnp.int32),
+            "top1": jnp.sum(top1, dtype=jnp.int32),
+            "top5": jnp.sum(top5, dtype=jnp.int32),
+            "class_count": jnp.sum(per_class * mask[:, None], axis=0),
+            "class_top1": jnp.sum(per_class * top1[:, None], axis=0),
+        }
+        return jax.tree.map(jnp.add, totals, sums)
+
+    return step
+
+
+def no_totals(classes: int) -> dict[str, Any]:
+    """The totals before the first batch of an evaluation."""
+    whole = {name: jnp.zeros((), jnp.int32) for name in ("count", "top1", "top5")}
+    each = {name: jnp.zeros((classes,), jnp.int32) for name in ("class_count", "class_top1")}
+    return {"loss": jnp.zeros((), jnp.float32), **whole, **each}
+
+
+def prepare(images: jax.Array, data: config.Data, model: config.Model, *, crop_on_device: bool) -> jax.Array:
+    """uint8 [B, h, w, c] -> what the network takes, without augmentation; crop_on_device as in `make_train_step`."""
+    size = pair(model.image_size)
+    if crop_on_device and data.eval_crop is not None:
+        images = augment.center_crop(images, size, data.eval_crop)
+    return augment.resize(augment.normalise(images, data.mean, data.std), size).astype(model.dtype)
+
+
+def _micro_batches(array: jax.Array, count: int) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...], each device cutting its own rows."""
+    rest = array.shape[1:]
+    names = ("batch", None, *(None,) * len(rest))
+    parts = jax.lax.reshape(array, (array.shape[0] // count, count, *rest), out_sharding=layout.spec(*names))
+    return jnp.moveaxis(parts, 1, 0)
