@@ -1,5 +1,5 @@
 """Every test of this process sees eight CPU devices."""
 
-import jax
+from vit_dist.mesh import processes
 
-jax.config.update("jax_num_cpu_devices", 8)
+processes.start(fake_devices=8)

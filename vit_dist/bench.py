@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import Config, total_steps
+from vit_dist.config import Config, ConfigError, total_steps
 from vit_dist.data.loader import train_batches
 from vit_dist.data.sources import ArraySource
 from vit_dist.evaluate import open_split
@@ -21,7 +21,10 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
     Returns images_per_second, step_ms, mfu (None where the devices' peak is unknown), data_wait_fraction (of the time,
     spent waiting for the host's data), first_step_seconds (compilation included), python_ms (what Python spends to take
     a batch, place it and dispatch the step on idle devices: a median), and what it was measured on.
+    Raises `ConfigError`.
     """
+    if steps < 1:
+        raise ConfigError(f"steps: must be above 0, found {steps}")
     processes.start(settings.fake_devices)
     source = open_split(settings, "train")
     program = Program(

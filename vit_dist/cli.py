@@ -1,10 +1,13 @@
 """The command line: parses arguments, prints results on stdout, sets exit codes. Nothing else does any of the three.
 
-Exit codes: 0 done; 2 a usage, config or input error, said in one line; 75 preempted after a complete save; 1 the rest.
+Exit codes: 0 done; 2 a usage, config or input error, said in one line; 75 preempted after a complete save; 130
+interrupted from the keyboard; 1 the rest. The verbs are imported when they run: they bring jax, which `--help` and a
+mistyped key need not wait for.
 """
 
 import argparse
 import ast
+import errno
 import json
 import logging
 import os
@@ -17,6 +20,9 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
+INTERRUPTED = 130  # what a shell makes of Ctrl-C
+# Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
+REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,21 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv))
     options = _parser().parse_args(arguments)
     options.overrides = overrides
-    # Imported by the verbs that need it, so that `--help` and a mistyped key answer at once.
-    from vit_dist.train import Diverged, Preempted
-
     try:
-        options.run(options)
+        return options.run(options) or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Preempted as stopped:
-        print(f"preempted: {stopped}", file=sys.stderr)
-        return PREEMPTED
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = error.filename or getattr(options, "workdir", "the disk")
+        print(f"error: {where}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,14 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     def verb(name: str, run: Any, *needs: str, **extra: Any) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=extra["help"], description=extra["help"])
+        one = verbs.add_parser(name, help=extra["help"], description=extra["help"], allow_abbrev=False)
         one.set_defaults(run=run)
         if "config" in needs:
             one.add_argument(
                 "--config", required=True, metavar="FILE", help="a recipe; --config.a.b=value overrides a key"
             )
         if "workdir" in needs:
-            one.add_argument("--workdir", required=True, metavar="DIR", help="the directory of the run")
+            one.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
         if "checkpoint" in needs:
             which = one.add_mutually_exclusive_group()
             which.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
@@ -85,24 +90,41 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("no directory is given")
+    return text
+
+
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Takes the `--config.a.b=value` and `--config.a.b value` out of the arguments, as `a.b=value`."""
     rest, overrides = [], []
-    words = iter(arguments)
-    for word in words:
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         if not word.startswith("--config."):
             rest.append(word)
         elif "=" in word:
             overrides.append(word.removeprefix("--config."))
         else:
-            overrides.append(f"{word.removeprefix('--config.')}={next(words, '')}")
+            value = words.pop(0) if words and not words[0].startswith("--") else ""
+            overrides.append(f"{word.removeprefix('--config.')}={value}")
     return rest, overrides
 
 
-def _train(options: argparse.Namespace) -> None:
-    from vit_dist.train import train
+def _train(options: argparse.Namespace) -> int:
+    settings = config.load(options.config, options.overrides)
+    from vit_dist.train import Diverged, Preempted, train
 
-    _print_json(train(config.load(options.config, options.overrides), options.workdir))
+    try:
+        _print_json(train(settings, options.workdir))
+    except Preempted as stopped:
+        print(f"preempted: {stopped}", file=sys.stderr)
+        return PREEMPTED
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -130,15 +152,19 @@ def _predict(options: argparse.Namespace) -> None:
         for one in found:
             _print_json(one)
         return
-    rows = [(one["file"], choice["name"], f"{choice['probability']:.1%}") for one in found for choice in one["classes"]]
-    shown = [(name if number % options.top == 0 else "", *rest) for number, (name, *rest) in enumerate(rows)]
-    _print_table(("image", "class", "probability"), shown)
+    rows = [
+        ("" if place else one["file"], choice["name"], f"{choice['probability']:.1%}")
+        for one in found
+        for place, choice in enumerate(one["classes"])
+    ]
+    _print_table(("image", "class", "probability"), rows)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    settings = config.load(options.config, options.overrides)
     from vit_dist.describe import inspect
 
-    found = inspect(config.load(options.config, options.overrides))
+    found = inspect(settings)
     if options.json:
         _print_json(found)
         return
@@ -153,10 +179,9 @@ def _inspect(options: argparse.Namespace) -> None:
         for one in found["tensors"]
     ]
     _print_table(("parameter", "shape", "dtype", "sharding", "bytes a device"), rows)
-    print(f"\nparameters            {found['parameters']:,}")
-    print(f"FLOPs a training image  {found['flops_per_image']:,}")
-    for part, size in found["bytes_per_device"].items():
-        print(f"bytes a device, {part:<10}  {size:,}")
+    sums = {"parameters": found["parameters"], "FLOPs of training on an image": found["flops_per_image"]}
+    sums |= {f"bytes a device, {part}": size for part, size in found["bytes_per_device"].items()}
+    _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
 
 
 def _say_spec(axes: list[Any]) -> str:
@@ -164,23 +189,34 @@ def _say_spec(axes: list[Any]) -> str:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    settings = config.load(options.config, options.overrides)
     from vit_dist.bench import bench
 
-    _print_json(bench(config.load(options.config, options.overrides), steps=options.steps))
+    _print_json(bench(settings, steps=options.steps))
 
 
 def _configs(options: argparse.Namespace) -> None:
+    if options.overrides:
+        raise ConfigError(f"--config.{options.overrides[0]}: configs only lists the recipes and takes no keys")
     folder = Path(options.folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give the one that holds the recipes")
     rows = []
     for file in sorted(folder.glob("*.py")):
-        text = ast.get_docstring(ast.parse(file.read_text())) or ""
-        rows.append({"config": str(file), "summary": text.split("\n\n")[0].replace("\n", " ")})
+        rows.append({"config": str(file), "summary": _summary(file)})
     if options.json:
         _print_json(rows)
     else:
         _print_table(("config", "summary"), [tuple(row.values()) for row in rows])
+
+
+def _summary(recipe: Path) -> str:
+    """The first paragraph of its docstring, in one line."""
+    try:
+        text = ast.get_docstring(ast.parse(recipe.read_bytes())) or ""
+    except (SyntaxError, ValueError) as error:  # a ValueError for bytes that are no text
+        return f"(cannot be read: {error})"
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def _print_json(value: Any) -> None:

@@ -12,9 +12,10 @@ import difflib
 import importlib.util
 import json
 import math
+import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,33 +189,57 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The schema's defaults, for a recipe to change. Unknown keys raise; types are checked by `resolve`."""
-    config = ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
-    return config.lock()
+    """The schema's defaults, for a recipe to change; `load` checks the names and types of what comes back."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
 def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
 
-    Raises `ConfigError` for a missing file, an unknown key, an ill-typed value or keys that contradict each other.
+    Raises `ConfigError` for a missing or broken file, an unknown key, an ill-typed value or keys that contradict each
+    other.
     """
     path = Path(file)
     if not path.is_file():
         names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ConfigError(f"no config file {str(file)!r}{near_miss(path.name, names)}")
+    if path.suffix != ".py":
+        raise ConfigError(f"{file}: a config file is a Python file, .py, such as configs/digits.py")
+    recipe = _run_recipe(path)
+    try:
+        written = _build(Config, recipe.to_dict(), "")
+    except ConfigError as error:  # the file's own, before the command line has had its say
+        raise ConfigError(f"{file}: {error}") from error
+    return resolve(override(to_dict(written), overrides))
+
+
+def _run_recipe(path: Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        raw = module.get_config()
+        recipe = module.get_config()
     except SyntaxError as error:
-        raise ConfigError(f"{file}:{error.lineno}: {error.msg}") from error
-    except (AttributeError, KeyError) as error:  # a locked ConfigDict's word for an unknown key
-        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, ml_collections.ConfigDict):
-        raise ConfigError(f"{file}: get_config() returned {type(raw).__name__}, expected a ConfigDict")
-    return resolve(override(raw.to_dict(), overrides))
+        raise ConfigError(f"{path}{f':{error.lineno}' if error.lineno else ''}: {error.msg}") from error
+    except Exception as error:  # a recipe is the user's own program and may raise anything
+        raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
+    if not isinstance(recipe, ml_collections.ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict")
+    return recipe
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    """The last line of the file on the way to the error, such as ":12"."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _say_error(error: Exception) -> str:
+    """An exception of a recipe in one line; what a ConfigDict says of an unknown key is a KeyError within another."""
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
@@ -269,6 +294,10 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         if not equals:
             raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
         *parents, leaf = key.split(".")
+        if not all((*parents, leaf)):
+            raise ConfigError(f"{assignment}: names no key; an override is written like --config.model.depth=4")
+        if not text:
+            raise ConfigError(f"{key}: no value is given; write {key}=null for none")
         node, hint = values, Config
         for depth, parent in enumerate(parents):
             _known(hint, parent, ".".join(parents[:depth]))
@@ -282,11 +311,12 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    if hint is str or (str in typing.get_args(hint) and text.lower() not in ("null", "none")):
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if hint is str or (optional and str in typing.get_args(hint) and text.lower() not in ("null", "none")):
         return text
     try:
-        value = yaml.safe_load(text.replace("(", "[").replace(")", "]"))
-    except yaml.YAMLError as error:
+        value = yaml.safe_load(f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
         raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
     if isinstance(value, str):
         if value.lower() == "none" and type(None) in typing.get_args(hint):
@@ -302,7 +332,7 @@ def _build(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type that the schema declares at `key`."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: expected keys and values, found {value!r}")
+            raise ConfigError(f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__})")
         for name in value:
             _known(hint, name, key)
         hints = typing.get_type_hints(hint)
@@ -356,7 +386,7 @@ def _name(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-    return plain.get(hint) or f"the keys of {hint.__name__}"
+    return plain.get(hint) or "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
 
 
 def _known(hint: Any, name: str, parent: str) -> None:
@@ -385,30 +415,63 @@ def _check(config: Config) -> None:
     if config.total_steps is None and config.total_epochs is None:
         raise ConfigError("total_steps: neither it nor total_epochs is set; set one")
     flat = flatten(dataclasses.asdict(config))
-    positive = (
-        "total_steps total_epochs batch_size accumulate_steps log_every model.width model.depth model.mlp model.heads "
-        "model.channels model.num_classes data.threads data.prefetch data.memory_limit_gb evaluate.batch_size "
-        "optimizer.clip optimizer.rsqrt_timescale checkpoint.keep_last"
-    )
-    for key in positive.split():
-        if flat[key] is not None and flat[key] <= 0:
-            raise ConfigError(f"{key}: must be above 0, found {flat[key]}")
-    not_negative = (
-        "seed mixup cutmix fake_devices model.registers data.workers data.shift data.rotate data.scale data.shear "
-        "data.max_bad_fraction optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
-        "optimizer.cooldown_steps evaluate.every_steps checkpoint.every_steps checkpoint.keep_best profile.steps"
-    )
-    for key in not_negative.split():
-        if flat[key] < 0:
-            raise ConfigError(f"{key}: must not be below 0, found {flat[key]}")
-    for key in (
-        "label_smoothing ema_decay model.dropout model.projection_dropout model.embedding_dropout "
-        "model.attention_dropout model.drop_path"
-    ).split():
-        if flat[key] is not None and not 0 <= flat[key] < 1:
-            raise ConfigError(f"{key}: must be in [0, 1), found {flat[key]}")
+    for key, (wanted, holds) in _RANGES.items():
+        values = flat[key] if isinstance(flat[key], tuple) else (flat[key],)
+        for value in values:
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}: must be {wanted}, found {value}")
+    for i, rule in enumerate(config.optimizer.rules):
+        for name, value in (("learning_rate", rule.learning_rate), ("weight_decay", rule.weight_decay)):
+            if value is not None and value < 0:
+                raise ConfigError(f"optimizer.rules[{i}].{name}: must not be below 0, found {value}")
+    for key in ("data.crop_area", "data.crop_aspect"):
+        if flat[key] is not None and flat[key][0] > flat[key][1]:
+            raise ConfigError(f"{key}: runs from {flat[key][0]:g} down to {flat[key][1]:g}; write the smaller first")
+    for key in ("data.mean", "data.std"):
+        if isinstance(flat[key], tuple) and len(flat[key]) != config.model.channels:
+            raise ConfigError(
+                f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
+                "give one a channel, or a single number for all"
+            )
+    model = config.model
+    if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
+        raise ConfigError(
+            f"model.attention: cudnn takes dtype=bfloat16 and attention_dropout=0, found {model.dtype} and "
+            f"{model.attention_dropout:g}; change these or set model.attention=auto"
+        )
     if config.batch_size % config.accumulate_steps:
         raise ConfigError(
             f"batch_size: {config.batch_size} does not divide into accumulate_steps={config.accumulate_steps} "
             f"micro-batches; take {nearest_multiples(config.batch_size, config.accumulate_steps)}"
         )
+
+
+_Range = tuple[str, Callable[[float], bool]]
+_POSITIVE: _Range = ("above 0", lambda value: value > 0)
+_NOT_NEGATIVE: _Range = ("0 or more", lambda value: value >= 0)
+_SHARE: _Range = ("in [0, 1)", lambda value: 0 <= value < 1)
+_PART: _Range = ("above 0 and at most 1", lambda value: 0 < value <= 1)
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(
+        "total_steps total_epochs batch_size accumulate_steps log_every model.width model.depth model.mlp model.heads "
+        "model.channels model.num_classes model.image_size model.patch_size model.pre_logits data.threads "
+        "data.prefetch data.memory_limit_gb data.std data.crop_aspect evaluate.batch_size optimizer.clip "
+        "optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last".split(),
+        _POSITIVE,
+    ),
+    **dict.fromkeys(
+        "mixup cutmix fake_devices model.registers model.position_std data.workers data.rotate data.scale "
+        "data.max_bad_fraction optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
+        "optimizer.end_factor optimizer.cooldown_steps evaluate.every_steps checkpoint.every_steps "
+        "checkpoint.keep_best profile.steps profile.start_step".split(),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        "label_smoothing ema_decay model.dropout model.projection_dropout model.embedding_dropout "
+        "model.attention_dropout model.drop_path data.shift optimizer.momentum optimizer.b1 optimizer.b2".split(),
+        _SHARE,
+    ),
+    **dict.fromkeys(("data.crop_area", "data.eval_crop"), _PART),
+    "data.shear": ("at least 0 and below 90", lambda value: 0 <= value < 90),
+    "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),  # jax's keys take 32 bits of it
+}

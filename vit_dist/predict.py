@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_dist.config import ConfigError
-from vit_dist.data.images import BadImage, decode
+from vit_dist.config import ConfigError, pair
+from vit_dist.data.images import CHANNELS, BadImage, decode
 from vit_dist.data.loader import evaluation_image
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import batch_sharding, place
@@ -32,12 +32,16 @@ def predict(
     `ConfigError` for a file that cannot be read, before anything is computed.
     """
     workdir = Path(workdir)
+    if top < 1:
+        raise ConfigError(f"top: must be above 0, found {top}")
     settings = read_config(workdir, overrides)
     names = class_names(workdir)
+    model, crop = settings.model, settings.data.eval_crop
+    if model.channels not in CHANNELS:
+        raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
+    images = [evaluation_image(_read(Path(file), model.channels), crop, pair(model.image_size)) for file in files]
     processes.start(settings.fake_devices)
     with restored(workdir, settings, crop_on_device=False, step=step, best=best) as (program, _, parameters):
-        images = [_read(Path(file), settings.model.channels) for file in files]
-        images = [evaluation_image(image, settings.data.eval_crop, program.image_size()) for image in images]
 
         @jax.jit
         def probabilities(parameters: Any, images: jax.Array) -> jax.Array:
@@ -54,7 +58,7 @@ def predict(
             found = np.asarray(jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), placed)))
             for file, row in zip(files[start:], found[: len(some)], strict=False):
                 order = np.argsort(-row, kind="stable")[:top]
-                classes = [{"name": names[index], "probability": float(row[index])} for index in order]
+                classes = [{"name": _name(names, index), "probability": float(row[index])} for index in order]
                 answers.append({"file": str(file), "classes": classes})
     return answers
 
@@ -62,5 +66,12 @@ def predict(
 def _read(file: Path, channels: int) -> np.ndarray:
     try:
         return decode(file.read_bytes(), channels)
-    except (OSError, BadImage) as error:
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give files that hold an image") from error
+    except BadImage as error:
         raise ConfigError(f"{file}: {error}; give files that hold an image") from error
+
+
+def _name(names: Sequence[str], index: int) -> str:
+    """A model may have more classes (`model.num_classes`) than its data had names for."""
+    return names[index] if index < len(names) else f"class {index}"

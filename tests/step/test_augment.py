@@ -14,8 +14,8 @@ from vit_dist.mesh import layout
 from vit_dist.step import augment
 
 RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 256, (16, 12, 10, 3), dtype=np.uint8)
-TARGETS = np.eye(10, dtype=np.float32)[RNG.integers(0, 10, 16)]
+IMAGES: Any = RNG.integers(0, 256, (16, 12, 10, 3), dtype=np.uint8)
+TARGETS: Any = np.eye(10, dtype=np.float32)[RNG.integers(0, 10, 16)]
 EVERYTHING = config.Data(crop_area=(0.3, 1.0), flip=True, shift=0.1, rotate=20, scale=0.2, shear=10)
 IDENTITY = np.eye(2, dtype=np.float32)
 
@@ -42,7 +42,7 @@ def on_every_mesh(function: Callable[..., Any], *arrays: np.ndarray) -> list[Any
     return results
 
 
-def sampled(image: np.ndarray, matrix: Any, offset: Any = (0.0, 0.0)) -> np.ndarray:
+def sampled(image: Any, matrix: Any, offset: Any = (0.0, 0.0)) -> np.ndarray:
     """One image [H, W] under one map."""
     return np.asarray(
         augment.sample(image[None, :, :, None], jnp.asarray([matrix], jnp.float32), jnp.asarray([offset], jnp.float32))
@@ -62,7 +62,9 @@ def test_warps_and_mixes_are_the_same_on_every_mesh() -> None:
 
 
 def test_normalise_scales_bytes_and_takes_one_number_or_one_a_channel() -> None:
-    np.testing.assert_allclose(augment.normalise(IMAGES, 0.5, 0.25), (IMAGES / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        augment.normalise(IMAGES, 0.5, 0.25), (IMAGES / 255.0 - 0.5) / 0.25, rtol=1e-5, atol=1e-5
+    )
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     expected = (IMAGES / 255 - np.array(mean)) / np.array(std)
     result = augment.normalise(IMAGES, mean, std, "bfloat16")
@@ -71,7 +73,7 @@ def test_normalise_scales_bytes_and_takes_one_number_or_one_a_channel() -> None:
 
 
 def test_resize_keeps_a_ramp_and_averages_when_it_shrinks() -> None:
-    ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[None, None, :, None], (1, 4, 8, 1))
+    ramp: Any = np.broadcast_to(np.arange(8, dtype=np.float32)[None, None, :, None], (1, 4, 8, 1))
     larger = augment.resize(ramp, (8, 16))
     np.testing.assert_allclose(larger[0, 3, 1:-1, 0], (np.arange(14) + 0.5) / 2, rtol=1e-6)
     checkers = np.indices((16, 16)).sum(0)[None, :, :, None] % 2
@@ -89,7 +91,7 @@ def test_with_nothing_asked_no_number_is_drawn_and_nothing_changes() -> None:
 
 
 def test_the_identity_map_gives_the_image_back() -> None:
-    maps = np.broadcast_to(IDENTITY, (16, 2, 2)), np.zeros((16, 2), np.float32)
+    maps: Any = np.broadcast_to(IDENTITY, (16, 2, 2)), np.zeros((16, 2), np.float32)
     np.testing.assert_array_equal(augment.sample(IMAGES, *maps), IMAGES)
     tiny = config.Data(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), shift=1e-9)
     square = IMAGES[:, :10]
@@ -111,7 +113,7 @@ def test_quarter_turns_flips_and_whole_shifts_are_exact() -> None:
 
 
 def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others() -> None:
-    images = RNG.normal(size=(400, 5, 6, 1)).astype(np.float32)
+    images: Any = RNG.normal(size=(400, 5, 6, 1)).astype(np.float32)
     warped = np.asarray(augment.warp(images, jax.random.key(1), config.Data(flip=True)))
     mirrored = np.isclose(warped, images[:, :, ::-1], atol=1e-5).all((1, 2, 3))
     kept = np.isclose(warped, images, atol=1e-5).all((1, 2, 3))
@@ -178,7 +180,7 @@ def test_a_composed_warp_undoes_shift_rotation_shear_and_scale_in_that_order() -
 
 def blends(mixup: float, cutmix: float, count: int = 60) -> list[tuple[np.ndarray, float]]:
     """(weights [H, W], share) of many keys, read off images of ones against zeros and targets of two classes."""
-    images = np.zeros((2, 12, 10, 1), np.float32)
+    images: Any = np.zeros((2, 12, 10, 1), np.float32)
     images[0] = 1
     mix = jax.jit(lambda key: augment.mix(images, jnp.eye(2), key, mixup=mixup, cutmix=cutmix))
     results = []
@@ -213,7 +215,7 @@ def test_with_both_each_is_taken_in_about_half_of_the_steps() -> None:
 
 
 def test_partners_are_the_mirrored_places_of_the_global_batch() -> None:
-    images = np.arange(6, dtype=np.float32)[:, None, None, None] * np.ones((1, 4, 4, 1), np.float32)
+    images: Any = np.arange(6, dtype=np.float32)[:, None, None, None] * np.ones((1, 4, 4, 1), np.float32)
     mixed, targets = augment.mix(images, jnp.eye(6), jax.random.key(0), mixup=1.0)
     share = float(targets[0, 0])
     np.testing.assert_allclose(mixed[:, 0, 0, 0], share * np.arange(6) + (1 - share) * np.arange(6)[::-1], rtol=1e-6)

@@ -1,5 +1,7 @@
 """Losses and top-k correctness against formulas written out in numpy, and on a split batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from vit_dist.mesh import layout
 from vit_dist.step import losses
 
 RNG = np.random.default_rng(0)
-LOGITS = 3 * RNG.normal(size=(16, 7)).astype(np.float32)
-LABELS = RNG.integers(0, 7, 16)
-TARGETS = RNG.dirichlet(np.ones(7), 16).astype(np.float32)
+LOGITS: Any = 3 * RNG.normal(size=(16, 7)).astype(np.float32)
+LABELS: Any = RNG.integers(0, 7, 16)
+TARGETS: Any = RNG.dirichlet(np.ones(7), 16).astype(np.float32)
 
 
 def test_softmax_is_the_cross_entropy_and_its_gradient_is_probability_minus_target() -> None:

@@ -33,18 +33,26 @@ def axis_sizes(mesh: config.Mesh, device_count: int) -> dict[str, int]:
         raise ConfigError(f"mesh.{free[1]}: only one axis may be -1, and mesh.{free[0]} is")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)) or "data=1"
-    if free:
-        if device_count % fixed or device_count < fixed:
-            raise ConfigError(
-                f"mesh: {shape} does not divide the {device_count} devices here; mesh.{free[0]} is the rest"
-            )
-        sizes[free[0]] = device_count // fixed
-    elif fixed > device_count:
+    if fixed > device_count:
         raise ConfigError(
             f"mesh: {shape} needs {fixed} devices, found {device_count}; "
             f"make an axis smaller or pretend to have more with fake_devices={fixed}"
         )
+    if free and device_count % fixed:
+        below, above = _nearest_divisors(device_count, fixed)
+        raise ConfigError(
+            f"mesh: {shape} does not divide the {device_count} devices here, of which mesh.{free[0]} is to take the "
+            f"rest; take {below} or {above}"
+        )
+    if free:
+        sizes[free[0]] = device_count // fixed
     return sizes
+
+
+def _nearest_divisors(of: int, near: int) -> tuple[int, int]:
+    """The divisors of `of` next below and above `near`, which is none itself."""
+    divisors = [size for size in range(1, of + 1) if of % size == 0]
+    return max(size for size in divisors if size < near), min(size for size in divisors if size > near)
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:

@@ -6,8 +6,8 @@ knows nothing of Explicit meshes and its backward refuses odd sequence lengths, 
 over batch and heads, on tokens padded to an even number whose padding is masked out.
 """
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
-from vit_dist.model.layers import Dense, Norm, dropout, split
+from vit_dist.model.layers import Dense, Norm, dropout, split_key
 
 HEADS = ("batch", None, "heads", None)  # of queries, keys and values: [B, N, H, d]
 
@@ -42,16 +42,17 @@ class Attention(nnx.Module):
         self.attention_dropout = attention_dropout
         self.projection_dropout = projection_dropout
         self.implementation = implementation
-        dense = {"rngs": rngs, "initializer": initializer}
-        names = ("width", None, "heads", None)
-        self.qkv = Dense((width,), (3, heads, size), names, bias=0.0 if qkv_bias else None, **dense)
+        dense: dict[str, Any] = {"rngs": rngs, "initializer": initializer}
+        self.qkv = Dense(
+            (width,), (3, heads, size), ("width", None, "heads", None), bias=0.0 if qkv_bias else None, **dense
+        )
         names = ("heads", None, "width")
         self.projection = Dense((heads, size), (width,), names, bias=0.0 if projection_bias else None, **dense)
         self.query_norm = Norm(size, None, rngs=rngs, bias=False) if qk_norm else None
         self.key_norm = Norm(size, None, rngs=rngs, bias=False) if qk_norm else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        keys = split(key, 2)
+        keys = split_key(key, 2)
         qkv = checkpoint_name(self.qkv(x), "qkv")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.query_norm is not None and self.key_norm is not None:
@@ -66,15 +67,16 @@ def attend(
 ) -> jax.Array:
     """Attention of queries [B, Nq, H, d] over keys and values [B, Nk, H, d] -> [B, Nq, H, d].
 
-    implementation: "xla", "cudnn", or "auto": cuDNN on a GPU in bfloat16 when no weights are dropped, else XLA.
+    implementation: "xla", "cudnn", or "auto": cuDNN on a GPU in bfloat16 when no weights are dropped, else XLA. "cudnn"
+    is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA.
     """
     drops = bool(rate) and key is not None
-    if implementation == "auto":
-        fused = _on_gpu() and q.dtype == jnp.bfloat16 and not drops
-        implementation = "cudnn" if fused else "xla"
-    if implementation == "cudnn":
-        if drops:
-            raise ConfigError("model.attention: cudnn cannot drop attention weights; set model.attention_dropout=0")
+    fits = _on_gpu() and q.dtype == jnp.bfloat16 and not drops
+    if implementation == "cudnn" and not fits:
+        raise ConfigError(
+            "model.attention: cudnn needs an NVIDIA GPU, model.dtype=bfloat16 and model.attention_dropout=0; take auto"
+        )
+    if implementation == "cudnn" or (implementation == "auto" and fits):
         return _cudnn(q, k, v)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
     weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
@@ -83,23 +85,23 @@ def attend(
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    queries, keys = q.shape[1], k.shape[1]
     part = layout.spec(*HEADS)
-    local = functools.partial(_cudnn_local, queries=queries, keys=keys)
     if part is None:
-        return local(q, k, v)
-    return jax.shard_map(local, in_specs=(part, part, part), out_specs=part, check_vma=False)(q, k, v)
+        return _cudnn_local(q, k, v)
+    return jax.shard_map(_cudnn_local, in_specs=(part, part, part), out_specs=part, check_vma=False)(q, k, v)
 
 
-def _cudnn_local(q: jax.Array, k: jax.Array, v: jax.Array, *, queries: int, keys: int) -> jax.Array:
-    q, k, v = (jnp.pad(t, ((0, 0), (0, t.shape[1] % 2), (0, 0), (0, 0))) for t in (q, k, v))
-    lengths = {}
-    if queries % 2 or keys % 2:
-        lengths = {
-            "query_seq_lengths": jnp.full(q.shape[:1], queries, jnp.int32),
-            "key_value_seq_lengths": jnp.full(q.shape[:1], keys, jnp.int32),
-        }
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :queries]
+def _cudnn_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One device's examples and heads: [b, N, h, d] three times -> [b, N, h, d]."""
+    examples, tokens = q.shape[:2]
+    if tokens % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    q, k, v = (jnp.pad(t, ((0, 0), (0, 1), (0, 0), (0, 0))) for t in (q, k, v))
+    lengths = jnp.full((examples,), tokens, jnp.int32)
+    padded = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return padded[:, :tokens]
 
 
 def _on_gpu() -> bool:

@@ -17,8 +17,8 @@ def forward_flops(model: config.Model) -> int:
     embed = patches * shape.patch[0] * shape.patch[1] * shape.channels * width
     block = tokens * width * (4 * width + hidden) + 2 * tokens * tokens * width
     pool = 0
-    if model.pool == "map":  # one query over all tokens, then an MLP on one token
-        pool = 2 * tokens * width * width + 2 * width * width + 2 * tokens * width + width * hidden
+    if model.pool == "map":  # one query over the patches, then an MLP on one token
+        pool = 2 * patches * width * width + 2 * width * width + 2 * patches * width + width * hidden
     last = model.pre_logits or width
     head = last * shape.classes + (width * last if model.pre_logits else 0)
     return 2 * (embed + shape.depth * block + pool + head)

@@ -6,6 +6,7 @@ it runs. Randomness comes as a `key` argument; no key means evaluation, and ever
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class Dense(nnx.Module):
     """A linear map of the last `len(inputs)` dimensions to `outputs`: [..., *inputs] -> [..., *outputs].
 
     names: the logical names of all dimensions, inputs then outputs. The kernel is [*inputs, *outputs].
+    initializer: (fan in, fan out) -> an initialiser, such as `xavier_uniform`. bias: its initial value; None: no bias.
     """
 
     def __init__(
@@ -47,12 +49,9 @@ class Dense(nnx.Module):
         self.input_count = len(inputs)
         # The layout of what comes out: `width` is a name for parameters, activations carry it whole.
         self.output_names = tuple(None if name == "width" else name for name in names[len(inputs) :])
-        flat = make_parameter(rngs, _reshaped(initializer, inputs, outputs), inputs + outputs, names)
-        self.kernel = flat
-        if bias is not None:
-            self.bias = make_parameter(rngs, initializers.constant(bias), outputs, names[len(inputs) :])
-        else:
-            self.bias = None
+        self.kernel = make_parameter(rngs, initializer(*_fans(inputs, outputs)), inputs + outputs, names)
+        own = names[len(inputs) :]
+        self.bias = None if bias is None else make_parameter(rngs, initializers.constant(bias), outputs, own)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = x.ndim - self.input_count
@@ -91,6 +90,7 @@ class Scale(nnx.Module):
         self.scale = make_parameter(rngs, initializers.constant(value), (size,), ("width",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = checkpoint_name(x, "scaled")  # the factor's gradient needs it, and a dense product made it
         return x * layout.broadcast(ready(self.scale, x.dtype), ("batch", None, None), x.shape)
 
 
@@ -105,13 +105,13 @@ class Mlp(nnx.Module):
     ):
         self.activation = activation
         self.dropout = dropout
-        dense = {"rngs": rngs, "initializer": initializer}
+        dense: dict[str, Any] = {"rngs": rngs, "initializer": initializer}
         self.gate = Dense((width,), (hidden,), ("width", "mlp"), **dense) if activation == "swiglu" else None
         self.up = Dense((width,), (hidden,), ("width", "mlp"), **dense)
         self.down = Dense((hidden,), (width,), ("mlp", "width"), **dense)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        keys = split(key, 2)
+        keys = split_key(key, 2)
         hidden = checkpoint_name(self.up(x), "mlp")
         if self.gate is not None:
             hidden = jax.nn.silu(checkpoint_name(self.gate(x), "mlp")) * hidden
@@ -121,7 +121,7 @@ class Mlp(nnx.Module):
         return dropout(self.down(hidden), self.dropout, keys[1], ("batch", None, None))
 
 
-def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     """`count` keys from one, or as many Nones from None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
@@ -134,30 +134,33 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None, names: Names) -> j
     """
     if not rate or key is None:
         return x
-    return jnp.where(_keep(key, 1 - rate, x.shape, names), x / (1 - rate), jnp.zeros((), x.dtype))
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=layout.spec(*names))
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
-    """Stochastic depth: leaves out a whole residual branch, by example (Huang et al. 2016, arXiv:1603.09382)."""
-    if key is None:
+def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth: leaves out a whole residual branch, by example, and scales the rest up.
+
+    Huang et al. 2016, arXiv:1603.09382. rate: the probability, which may be traced; None: never.
+    """
+    if rate is None or key is None:
         return x
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     draws = jax.random.uniform(key, shape, out_sharding=layout.spec("batch", *(None,) * (x.ndim - 1)))
     return x * ((draws >= rate) / (1 - rate)).astype(x.dtype)
 
 
-def _keep(key: jax.Array, probability: float, shape: tuple[int, ...], names: Names) -> jax.Array:
-    return jax.random.bernoulli(key, probability, shape, out_sharding=layout.spec(*names))
+def _fans(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, int]:
+    """Fan in and fan out of a kernel [*inputs, *outputs] seen as a matrix.
 
-
-def _reshaped(initializer: Callable, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Callable:
-    """An initialiser for kernels of two dimensions, drawing [*inputs, *outputs] with the fans of the matrix.
-
-    A fused query-key-value kernel [D, 3, H, d] is three matrices side by side, so `3` is left out of the fan.
+    A fused kernel, such as query-key-value's [D, 3, H, d], is several matrices side by side: the 3 is no fan.
     """
-    fan_in = math.prod(inputs)
-    fan_out = math.prod(outputs[1:] if len(outputs) == 3 else outputs)
-    return lambda key, shape, dtype, out_sharding: initializer(fan_in, fan_out)(key, shape, dtype, out_sharding)
+    return math.prod(inputs), math.prod(outputs[1:] if len(outputs) == 3 else outputs)
+
+
+def zeros(fan_in: int, fan_out: int) -> Callable:
+    """Zeros, whatever the fans."""
+    return initializers.zeros
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Callable:

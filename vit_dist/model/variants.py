@@ -20,10 +20,10 @@ class Variant:
 
 PLAIN = Variant()  # where the config gives the four numbers itself
 
-# Ti, S, B: Touvron et al. 2021, Dosovitskiy et al. 2021; mu, M: big_vision; So400m: Alabdulmohsin et al. 2023
-# (arXiv:2305.13035); g, G, e and their -opt shapes: Zhai et al. 2022 (arXiv:2106.04560), Chen et al. 2023
-# (arXiv:2209.06794); 22B: Dehghani et al. 2023 (arXiv:2302.05442); giant2: Oquab et al. 2023 (arXiv:2304.07193), whose
-# gated MLP of nominal size 6144 has 4096 hidden units.
+# B, L, H: Dosovitskiy et al. 2021 (arXiv:2010.11929); Ti, S: Touvron et al. 2021 (arXiv:2012.12877); g, G: Zhai et al.
+# 2022 (arXiv:2106.04560); e: Chen et al. 2023 (arXiv:2209.06794); So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035);
+# mu, M and the -opt shapes: big_vision, g-opt in SigLIP 2 (arXiv:2502.14786); 22B: Dehghani et al. 2023
+# (arXiv:2302.05442); giant2: Oquab et al. 2023 (arXiv:2304.07193), whose gated MLP of nominal size 6144 has 4096 units.
 VARIANTS: dict[str, Variant] = {
     "mu": Variant(32, 1, 128, 2),
     "Ti": Variant(192, 12, 768, 3),

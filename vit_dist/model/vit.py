@@ -31,12 +31,14 @@ from vit_dist.model.layers import (
     lecun_normal,
     make_parameter,
     ready,
-    split,
+    split_key,
     xavier_uniform,
+    zeros,
 )
 from vit_dist.model.position import sincos2d
 
 TOKENS = ("batch", None, None)  # the layout of activations [B, N, D]
+SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # what `remat="names"` keeps: every dense product's result
 KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal}
 
 
@@ -93,7 +95,7 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel`, both on one norm at once (ViT-22B)."""
 
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        common: dict[str, Any] = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
         self.parallel = shape.parallel
         self.norm1 = Norm(shape.width, "width", rngs=rngs)
         self.attention = Attention(
@@ -109,13 +111,13 @@ class Block(nnx.Module):
         )
         self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
-        scaled = model.layer_scale is not None
-        self.scale1 = Scale(shape.width, model.layer_scale, rngs=rngs) if scaled else None
-        self.scale2 = Scale(shape.width, model.layer_scale, rngs=rngs) if scaled else None
+        scale = model.layer_scale
+        self.scale1 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
+        self.scale2 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
 
-    def __call__(self, x: jax.Array, path_rate: jax.Array, key: jax.Array | None) -> jax.Array:
-        """x: [B, N, D]; path_rate: this block's probability of being left out."""
-        keys = split(key, 4)
+    def __call__(self, x: jax.Array, path_rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        """x: [B, N, D]; path_rate: the probability that an example leaves out a branch of this block; None: never."""
+        keys = split_key(key, 4)
         h = self.norm1(x, TOKENS)
         attended = self.attention(h, keys[0])
         attended = drop_path(self.scale1(attended) if self.scale1 is not None else attended, path_rate, keys[1])
@@ -132,7 +134,7 @@ class AttentionPool(nnx.Module):
     """One learned query over all tokens, then an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560)."""
 
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        common: dict[str, Any] = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
         names, size = ("width", "heads", None), shape.width // shape.heads
         self.probe = make_parameter(rngs, initializers.normal(0.02), (1, shape.width), (None, "width"))
         self.query = Dense((shape.width,), (shape.heads, size), names, **common)
@@ -140,85 +142,77 @@ class AttentionPool(nnx.Module):
         self.projection = Dense((shape.heads, size), (shape.width,), ("heads", None, "width"), **common)
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
-        self.implementation = model.attention
 
     def __call__(self, x: jax.Array) -> jax.Array:
         probe = layout.broadcast(ready(self.probe, x.dtype), TOKENS, (x.shape[0], 1, x.shape[2]))
         key_value = self.key_value(x)
-        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], self.implementation))
+        # One query: its weights [B, H, 1, N] are small, and nothing is to be had from a fused kernel.
+        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla"))
         return (x + self.mlp(self.norm(x, TOKENS), None))[:, 0]
 
 
 class ViT(nnx.Module):
     """`ViT("B/16", image_size=224, num_classes=1000, rngs=nnx.Rngs(0))`; keywords are those of `config.Model`.
 
-    Raises `ConfigError` for numbers that do not fit each other, such as an image that is no multiple of the patch.
+    Raises `ConfigError` for an unknown keyword, a value that is none of its options, and numbers that do not fit each
+    other, such as an image that is no multiple of the patch.
     """
 
     def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, **settings: Any):
-        model = config.Model(variant=variant, **settings)
+        # `resolve` checks whole runs; here the run is nothing but its model.
+        model = config.resolve({"total_steps": 1, "model": {"variant": variant, **settings}}).model
         shape = shape_of(model)
         self.model, self.shape = model, shape
         kernel = KERNELS[model.kernel_init]
         pixels = shape.patch[0] * shape.patch[1] * shape.channels
         patches = shape.grid[0] * shape.grid[1]
-        has_class = model.pool == "cls"
         # A convolution whose stride is its window is a linear map of each patch's pixels (row, column, channel).
         self.patch = Dense((pixels,), (shape.width,), (None, "width"), rngs=rngs, initializer=lecun_normal)
-        tokens = ("width",)
-        self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), tokens) if has_class else None
+
+        def tokens(count: int, std: float) -> nnx.Param:
+            return make_parameter(rngs, initializers.normal(std), (count, shape.width), (None, "width"))
+
+        has_class = model.pool == "cls"
+        self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), ("width",)) if has_class else None
         # The class token has a position of its own when positions are learned, as in the paper; sines have none.
-        learned = model.position == "learned"
-        self.position = (
-            make_parameter(
-                rngs,
-                initializers.normal(model.position_std),
-                (patches + (has_class and learned), shape.width),
-                (None, "width"),
-            )
-            if learned
-            else None
-        )
-        self.registers = (
-            make_parameter(rngs, initializers.normal(0.02), (model.registers, shape.width), (None, "width"))
-            if model.registers
-            else None
-        )
+        self.position = tokens(patches + has_class, model.position_std) if model.position == "learned" else None
+        self.registers = tokens(model.registers, 0.02) if model.registers else None
         make_block = functools.partial(Block, model, shape)
         self.blocks = jax.vmap(lambda key: make_block(nnx.Rngs(key)))(jax.random.split(rngs.params(), shape.depth))
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None
-        hidden = model.pre_logits or shape.width
+        # What the head sees: its size and its name in the layout.
+        hidden, name = (model.pre_logits, None) if model.pre_logits else (shape.width, "width")
+        names = ("width", None)
         self.pre_logits = (
-            Dense((shape.width,), (hidden,), ("width", None), rngs=rngs, initializer=kernel)
-            if model.pre_logits
-            else None
+            Dense((shape.width,), (hidden,), names, rngs=rngs, initializer=kernel) if model.pre_logits else None
         )
-        zero = lambda fan_in, fan_out: initializers.zeros  # noqa: E731
+        head_kernel = zeros if model.head_zero_init else kernel
         self.head = Dense(
-            (hidden,),
-            (shape.classes,),
-            (None if model.pre_logits else "width", None),
-            rngs=rngs,
-            initializer=zero if model.head_zero_init else kernel,
-            bias=model.head_bias,
+            (hidden,), (shape.classes,), (name, None), rngs=rngs, initializer=head_kernel, bias=model.head_bias
         )
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """images [B, H, W, C] of float, normalised -> logits [B, classes] of float32.
 
-        key: the randomness of dropout and stochastic depth; None evaluates, without either.
+        key: the randomness of dropout and stochastic depth; None evaluates, without either. Raises `ConfigError` for
+        images of another size, number of channels or kind than the model was made for.
         """
-        keys = split(key, 2)
+        expected = (*self.shape.image, self.shape.channels)
+        if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ConfigError(
+                f"images: expected [B, {', '.join(map(str, expected))}] of normalised floats, found "
+                f"{list(images.shape)} of {images.dtype}; resize and normalise them first"
+            )
+        keys = split_key(key, 2)
         x = self.embed(images.astype(self.model.dtype))
         x = dropout(x, self.model.embedding_dropout, keys[0], TOKENS)
         x = self.norm(self.encode(x, keys[1]), TOKENS)
-        if self.pool is not None:
-            x = self.pool(x)
-        elif self.cls is not None:
+        if self.cls is not None:
             x = x[:, 0]
         else:
-            x = jnp.mean(x[:, self.model.registers :], axis=1)
+            x = x[:, self.model.registers :]  # registers have done their work (Darcet et al. 2024)
+            x = self.pool(x) if self.pool is not None else jnp.mean(x, axis=1)
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
         return self.head(x.astype(jnp.float32))
@@ -246,7 +240,7 @@ class ViT(nnx.Module):
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """All blocks: [B, N, D] -> [B, N, D]."""
         depth = self.shape.depth
-        rates = jnp.linspace(0, self.model.drop_path, depth)
+        rates = jnp.linspace(0, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
         graph, parameters = nnx.split(self.blocks)
 
@@ -254,7 +248,10 @@ class ViT(nnx.Module):
             own, rate, key = inputs
             return nnx.merge(graph, own)(x, rate, key), None
 
-        run = _rematerialised(run, self.model.remat)
+        if self.model.remat != "none":
+            saved = jax.checkpoint_policies.save_only_these_names(*SAVED if self.model.remat == "names" else ())
+            # A loop keeps the compiler from taking the second computation for the first; unrolled, it must be told.
+            run = jax.checkpoint(run, policy=saved, prevent_cse=not self.model.scan)
         x, _ = jax.lax.scan(run, x, (parameters, rates, keys), unroll=1 if self.model.scan else depth)
         return x
 
@@ -266,20 +263,11 @@ class ViT(nnx.Module):
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
     """[B, H, W, C] -> [B, patches, pixels]: patches row by row, and within one (row, column, channel)."""
     batch, rows, columns = images.shape[0], images.shape[1] // patch[0], images.shape[2] // patch[1]
-    split = (batch, rows, patch[0], columns, patch[1], images.shape[3])
-    x = jax.lax.reshape(images, split, out_sharding=layout.spec("batch", *(None,) * 5))
+    cut = (batch, rows, patch[0], columns, patch[1], images.shape[3])
+    x = jax.lax.reshape(images, cut, out_sharding=layout.spec("batch", *(None,) * 5))
     x = x.transpose(0, 1, 3, 2, 4, 5)
-    return jax.lax.reshape(
-        x, (batch, rows * columns, x.size // batch // rows // columns), out_sharding=layout.spec(*TOKENS)
-    )
-
-
-def _rematerialised(run: Any, remat: str) -> Any:
-    if remat == "none":
-        return run
-    names = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mlp", "residual")
-    # A scan already keeps the backward pass from merging with the forward one, so the guard against that is not needed.
-    return jax.checkpoint(run, policy=names if remat == "names" else None, prevent_cse=False)
+    pixels = patch[0] * patch[1] * images.shape[3]
+    return jax.lax.reshape(x, (batch, rows * columns, pixels), out_sharding=layout.spec(*TOKENS))
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -34,37 +34,35 @@ def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise ConfigError(f"{workdir}: holds no run ({file.name} is missing); give the --workdir of a training run")
-    saved = config.resolve(_read(file))
-    changed = config.resolve(config.override(config.to_dict(saved), overrides))
-    check_same_run(workdir, saved, changed)
-    return changed
+    values = _read(file, dict)
+    try:
+        saved = config.resolve(values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    wanted = config.resolve(config.override(config.to_dict(saved), overrides))
+    _refuse_other_runs(workdir, saved, wanted)
+    return wanted
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
     """Raises `ConfigError` where `wanted` is another run than the one saved here; says what else has changed."""
-    changed = config.differences(saved, wanted)
-    refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
-    old, new = (config.flatten(config.to_dict(one)) for one in (saved, wanted))
-    said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
-    if refused:
-        raise ConfigError(
-            f"{workdir} holds a run of another config: {', '.join(said[key] for key in refused)}; "
-            "put them back or choose another --workdir"
-        )
-    for key in changed:
-        _log.warning("%s: resuming with another %s", workdir, said[key])
+    for change in _refuse_other_runs(workdir, saved, wanted):
+        _log.warning("%s: resuming with another %s", workdir, change)
 
 
 def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> None:
-    """Makes the directory and the files that say which run it holds."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
-    write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
+    """Makes the directory and the files that say which run it holds. Raises `ConfigError` where that cannot be done."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
+        write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{workdir}: cannot write there ({error.strerror}); choose another --workdir") from error
 
 
 def class_names(workdir: Path) -> tuple[str, ...]:
     """The names of the classes, in the order of the logits."""
-    return tuple(_read(workdir / "classes.json"))
+    return tuple(map(str, _read(workdir / "classes.json", list)))
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
@@ -74,11 +72,31 @@ def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
 def summary(workdir: Path) -> dict[str, Any] | None:
     """What a finished run printed; None for one that has not finished."""
     file = workdir / "summary.json"
-    return _read(file) if file.is_file() else None
+    return _read(file, dict) if file.is_file() else None
 
 
-def _read(file: Path) -> Any:
+def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str]:
+    """What `wanted` changes of the run, in words; raises `ConfigError` for what may not change."""
+    changed = config.differences(saved, wanted)
+    refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    old, new = (config.flatten(config.to_dict(one)) for one in (saved, wanted))
+    said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
+    if refused:
+        raise ConfigError(
+            f"{workdir} holds a run of another config: {', '.join(said[key] for key in refused)}; "
+            "put them back or choose another --workdir"
+        )
+    return list(said.values())
+
+
+def _read(file: Path, kind: type) -> Any:
+    advice = "restore it or choose another --workdir"
     try:
-        return json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: missing; {advice}") from error
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error}); restore it or choose another --workdir") from error
+        raise ConfigError(f"{file}: not JSON ({error}); {advice}") from error
+    if not isinstance(value, kind):
+        raise ConfigError(f"{file}: holds a {type(value).__name__}, expected a {kind.__name__}; {advice}")
+    return value

@@ -1,0 +1,145 @@
+"""Attention against its formula, and the wrapper around cuDNN's kernel with a stand-in for the kernel itself."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from vit_dist.config import ConfigError
+from vit_dist.mesh import layout
+from vit_dist.mesh.topology import make_mesh
+from vit_dist.model import attention
+from vit_dist.model.attention import HEADS, attend
+
+
+def random(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv(tokens: int) -> tuple[Any, Any, Any]:
+    q, k, v = (random(8, tokens, 2, 4, seed=seed) for seed in range(3))
+    return q, k, v
+
+
+def test_attention_is_the_softmax_of_scaled_products_times_values() -> None:
+    q, k, v = random(2, 3, 2, 4), random(2, 5, 2, 4, seed=1), random(2, 5, 2, 4, seed=2)
+    expected = np.empty((2, 3, 2, 4))
+    for b, i, h in np.ndindex(2, 3, 2):
+        weights = np.exp(k[b, :, h].astype(np.float64) @ q[b, i, h] / np.sqrt(4))
+        expected[b, i, h] = weights @ v[b, :, h] / weights.sum()
+    np.testing.assert_allclose(attend(q, k, v, "xla"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropped_attention_weights_are_zero_at_the_rate_and_the_rest_scaled_up() -> None:
+    q, k, v = jnp.zeros((32, 40, 2, 40)), jnp.zeros((32, 40, 2, 40)), jnp.zeros((32, 40, 2, 40))
+    v = v + jnp.eye(40)[None, :, None, :]  # so that the outcome is the weights themselves, each 1/40 before
+    weights = np.asarray(attend(q, k, v, "xla", 0.25, jax.random.key(0)))
+    assert (weights == 0).mean() == pytest.approx(0.25, abs=0.01)
+    np.testing.assert_allclose(weights[weights > 0], 1 / 40 / 0.75, rtol=1e-5)
+    assert (weights[0] != weights[1]).any() and (weights[:, :, 0] != weights[:, :, 1]).any()
+    np.testing.assert_allclose(attend(q, k, v, "xla", 0.25, None), 1 / 40, rtol=1e-5)
+
+
+def kernel(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    implementation: str,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+) -> jax.Array:
+    """What cuDNN's kernel would do: it takes no odd lengths and knows no Explicit axes; padded rows hold anything."""
+    assert implementation == "cudnn"
+    assert q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    assert AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types
+    whole = jnp.full(q.shape[:1], q.shape[1])
+    queries = whole if query_seq_lengths is None else query_seq_lengths
+    keys = whole if key_value_seq_lengths is None else key_value_seq_lengths
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.where(jnp.arange(k.shape[1]) < keys[:, None, None, None], scores, -jnp.inf)
+    y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+    return jnp.where(jnp.arange(q.shape[1])[:, None, None] < queries[:, None, None, None], y, 7.0)
+
+
+@pytest.mark.parametrize("tokens", [196, 197])
+@pytest.mark.parametrize("sizes", [None, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_cudnn_on_its_own_examples_and_heads_gives_what_xla_gives(
+    tokens: int, sizes: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def summed(function: Any) -> Any:
+        def weighted(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = function(*arrays)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
+
+    arrays = qkv(tokens)
+    expected = summed(lambda q, k, v: attend(q, k, v, "xla"))(*arrays)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_on_gpu", lambda: True)
+    if sizes is None:
+        found = summed(attention._cudnn)(*arrays)
+    else:
+        with jax.set_mesh(make_mesh(sizes, jax.devices())):
+            found = summed(attention._cudnn)(*(jax.device_put(array, layout.spec(*HEADS)) for array in arrays))
+            assert jax.typeof(found[0][1]).sharding.spec == layout.spec(*HEADS)
+    assert found[0][1].shape == (8, tokens, 2, 4)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
+class Taken(Exception):
+    """The cuDNN path was taken."""
+
+
+def takes_cudnn(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: Any, rate: float = 0.0, **choice: str) -> bool:
+    def stop(*arrays: jax.Array) -> jax.Array:
+        raise Taken
+
+    monkeypatch.setattr(attention, "_cudnn", stop)
+    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
+    arrays = [jax.ShapeDtypeStruct((8, 6, 2, 4), dtype)] * 3
+    with jax.sharding.use_abstract_mesh(mesh):
+        try:
+            jax.eval_shape(
+                lambda q, k, v: attend(q, k, v, choice.get("implementation", "auto"), rate, jax.random.key(0)), *arrays
+            )
+        except Taken:
+            return True
+    return False
+
+
+def test_auto_takes_cudnn_where_the_mesh_is_of_gpus_even_absent_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert takes_cudnn(monkeypatch, "gpu", jnp.bfloat16)
+    assert takes_cudnn(monkeypatch, "cuda", jnp.bfloat16)
+
+
+def test_auto_takes_xla_on_other_hardware_in_float32_and_where_weights_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not takes_cudnn(monkeypatch, "cpu", jnp.bfloat16)
+    assert not takes_cudnn(monkeypatch, "tpu", jnp.bfloat16)
+    assert not takes_cudnn(monkeypatch, "gpu", jnp.float32)
+    assert not takes_cudnn(monkeypatch, "gpu", jnp.bfloat16, rate=0.1)
+    assert not takes_cudnn(monkeypatch, "gpu", jnp.bfloat16, implementation="xla")
+
+
+def test_auto_takes_xla_here_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(attention, "_cudnn")
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in qkv(5)]
+    assert attend(*arrays, "auto").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "rate"), [("cpu", jnp.bfloat16, 0.0), ("gpu", jnp.float32, 0.0), ("gpu", jnp.bfloat16, 0.1)]
+)
+def test_cudnn_asked_for_where_it_cannot_be_had_is_an_error_that_says_what_to_set(
+    platform: str, dtype: Any, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="model.attention: cudnn needs an NVIDIA GPU, model.dtype=bfloat16"):
+        takes_cudnn(monkeypatch, platform, dtype, rate, implementation="cudnn")

@@ -1,0 +1,46 @@
+"""FLOPs by arithmetic against those of the traced program, and against the published figures."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from products import products
+
+from vit_dist import ViT, config
+from vit_dist.model.flops import forward_flops, training_flops
+
+TINY: dict[str, Any] = {"width": 32, "depth": 2, "mlp": 64, "heads": 2, "num_classes": 7, "channels": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "cls": {"image_size": 8, "patch_size": 4},
+    "mean with registers": {"image_size": (8, 12), "patch_size": (4, 2), "pool": "mean", "registers": 3},
+    "map with swiglu": {
+        "image_size": 8, "patch_size": 2, "pool": "map", "activation": "swiglu", "registers": 1, "pre_logits": 24
+    },
+    "parallel": {"image_size": 8, "patch_size": 4, "parallel": True, "qk_norm": True, "layer_scale": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_training_flops_are_those_of_the_traced_program(name: str) -> None:
+    model = config.Model(**TINY, **MODELS[name])
+    height, width = config.pair(model.image_size)
+    down, across = config.pair(model.patch_size or 0)
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: ViT(**TINY, **MODELS[name], rngs=nnx.Rngs(0))))
+    images = jax.ShapeDtypeStruct((1, height, width, 2), jnp.float32)
+
+    def logits(parameters: nnx.State, images: jax.Array) -> jax.Array:
+        return jnp.sum(nnx.merge(graph, parameters)(images))
+
+    assert products(logits, parameters, images)[1] == forward_flops(model)
+    # Nobody asks for the gradient of the pixels, which the rule of three times the forward pass counts in.
+    pixels = 2 * (height // down) * (width // across) * (down * across * 2) * 32
+    assert products(jax.grad(logits), parameters, images)[1] == training_flops(model) - pixels
+    assert training_flops(model) == 3 * forward_flops(model)
+
+
+@pytest.mark.parametrize(("variant", "billions"), [("Ti/16", 7.5), ("S/16", 27.6), ("B/16", 105.4), ("L/16", 369.6)])
+def test_training_flops_an_image_are_the_published_ones(variant: str, billions: float) -> None:
+    found = training_flops(config.Model(variant=variant, num_classes=1000)) / 1e9  # at 224
+    assert found == pytest.approx(billions, rel=0.005)

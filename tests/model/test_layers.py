@@ -1,0 +1,134 @@
+"""The layers one by one: formulas, the statistics of fresh kernels, and masks that no mesh can change."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from vit_dist.mesh import layout
+from vit_dist.mesh.topology import make_mesh
+from vit_dist.model import layers
+from vit_dist.model.layers import Dense, Mlp, Norm, Scale, drop_path, dropout, lecun_normal, xavier_uniform
+
+MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+NAMES = ("batch", None, "mlp")
+
+
+def mesh(sizes: dict[str, int]) -> Mesh:
+    return make_mesh(sizes, jax.devices())
+
+
+def random(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_dense_contracts_the_last_dimensions_and_adds_its_bias() -> None:
+    dense = Dense((4, 3), (2, 5), (None,) * 4, rngs=nnx.Rngs(0), initializer=xavier_uniform, bias=1.5)
+    x = random(2, 7, 4, 3)
+    expected = np.einsum("bnij,ijkl->bnkl", x, np.asarray(dense.kernel[...])) + 1.5
+    np.testing.assert_allclose(dense(x), expected, rtol=1e-5, atol=1e-5)
+    assert Dense((4,), (2,), (None, None), rngs=nnx.Rngs(0), initializer=xavier_uniform, bias=None).bias is None
+
+
+def test_layer_norm_has_mean_zero_variance_one_then_scale_and_bias() -> None:
+    norm = Norm(16, None, rngs=nnx.Rngs(0))
+    norm.scale[...], norm.bias[...] = random(16, seed=1), random(16, seed=2)
+    x = 3 + 2 * random(2, 5, 16)
+    standard = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    expected = standard * random(16, seed=1) + random(16, seed=2)
+    np.testing.assert_allclose(norm(x, (None, None, None)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
+    x = jnp.asarray(300 + random(1, 1, 256), jnp.bfloat16)  # whose sum of squares bfloat16 could not hold
+    y = Norm(256, None, rngs=nnx.Rngs(0))(x, (None, None, None))
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-6)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
+
+
+def test_swiglu_is_down_of_silu_of_gate_times_up() -> None:
+    mlp = Mlp(4, 6, activation="swiglu", dropout=0.0, rngs=nnx.Rngs(0), initializer=xavier_uniform)
+    x = random(1, 2, 4)
+    gate, up, down = (np.asarray(part.kernel[...], np.float64) for part in (mlp.gate, mlp.up, mlp.down) if part)
+    hidden = (x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)
+    np.testing.assert_allclose(mlp(x, None), hidden @ down, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_scale_multiplies_each_channel() -> None:
+    scale = Scale(4, 0.25, rngs=nnx.Rngs(0))
+    scale.scale[...] = jnp.arange(4.0)
+    np.testing.assert_array_equal(scale(jnp.ones((1, 2, 4))), np.tile(np.arange(4.0), (1, 2, 1)))
+
+
+def test_xavier_draws_each_matrix_of_a_fused_kernel_uniformly_with_its_own_fans() -> None:
+    dense = Dense((96,), (3, 4, 24), (None,) * 4, rngs=nnx.Rngs(0), initializer=xavier_uniform)
+    limit = math.sqrt(6 / (96 + 96))  # of [D, D], not of [D, 3 D]
+    for matrix in range(3):
+        kernel = np.asarray(dense.kernel[:, matrix])
+        assert kernel.var() == pytest.approx(limit**2 / 3, rel=0.03)  # 9,216 draws: a deviation of 0.9 %
+        assert 0.998 * limit < np.abs(kernel).max() <= limit
+        assert abs(kernel.mean()) < 4 * limit / math.sqrt(3 * kernel.size)
+
+
+def test_xavier_of_two_contracted_dimensions_takes_their_product_for_its_fan() -> None:
+    dense = Dense((4, 24), (32,), (None,) * 3, rngs=nnx.Rngs(0), initializer=xavier_uniform)
+    assert np.asarray(dense.kernel[...]).var() == pytest.approx(2 / (96 + 32), rel=0.05)
+
+
+def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations() -> None:
+    kernel = np.asarray(lecun_normal(64, 999)(jax.random.key(0), (64, 400), jnp.float32, None))
+    assert kernel.var() == pytest.approx(1 / 64, rel=0.03)
+    cut = 2 * math.sqrt(1 / 64) / 0.8796
+    assert 0.99 * cut < np.abs(kernel).max() <= 1.0001 * cut
+    normal = kernel / kernel.std()
+    assert (normal**4).mean() == pytest.approx(2.37, abs=0.08)  # of this cut normal; 3 of a whole one, 1.8 uniform
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate: float) -> None:
+    y = np.asarray(dropout(jnp.ones((64, 32, 32)), rate, jax.random.key(0), NAMES))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1) / np.float32(1 - rate)}
+    assert (y == 0).mean() == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / y.size))
+
+
+def test_dropout_without_a_key_or_a_rate_is_the_identity() -> None:
+    x = jnp.ones((2, 3, 4))
+    assert dropout(x, 0.5, None, NAMES) is x
+    assert dropout(x, 0.0, jax.random.key(0), NAMES) is x
+    assert drop_path(x, 0.5, None) is x
+    assert drop_path(x, None, jax.random.key(0)) is x
+
+
+def test_drop_path_drops_whole_examples_at_its_rate_and_scales_the_rest_up() -> None:
+    y = np.asarray(drop_path(jnp.ones((5000, 2, 3)), 0.2, jax.random.key(0))).reshape(5000, 6)
+    assert (y == y[:, :1]).all()
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1.25)}
+    assert (y[:, 0] == 0).mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 5000))
+
+
+def test_masks_are_the_same_on_every_mesh() -> None:
+    def masks(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.ones((16, 4, 8), out_sharding=layout.spec(*NAMES))
+        return dropout(x, 0.5, key, NAMES), drop_path(x, 0.5, key)
+
+    alone = jax.jit(masks)(jax.random.key(3))
+    for sizes in MESHES:
+        with jax.set_mesh(mesh(sizes)):
+            found = jax.jit(masks)(jax.random.key(3))
+            assert jax.typeof(found[0]).sharding.spec == layout.spec(*NAMES)
+        for one, other in zip(alone, found, strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+
+
+def test_a_layer_reads_its_parameters_in_the_dtype_of_its_input_and_keeps_them_in_float32() -> None:
+    mlp = Mlp(4, 8, activation="gelu", dropout=0.0, rngs=nnx.Rngs(0), initializer=xavier_uniform)
+    assert mlp(jnp.ones((1, 1, 4), jnp.bfloat16), None).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(mlp))} == {jnp.dtype("float32")}
+    assert layers.split_key(None, 3) == [None, None, None]

@@ -1,0 +1,465 @@
+"""The whole model against a Vision Transformer written here from the papers, on one device and on meshes.
+
+Parameters are random numbers everywhere, biases and scales too, so that none of them can be left out unseen.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from products import equations, products
+
+from vit_dist import ViT
+from vit_dist.config import ConfigError
+from vit_dist.mesh import layout
+from vit_dist.mesh.topology import make_mesh
+from vit_dist.model import vit
+
+Settings = dict[str, Any]
+Tree = dict[str, Any]
+
+TINY: Settings = {
+    "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
+}  # fmt: skip
+LESSON: Settings = {  # the d2l.ai lesson's model, in small
+    "channels": 1, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh", "position_std": 0.01,
+    "head_zero_init": False, "kernel_init": "lecun_normal",
+}  # fmt: skip
+MODELS: dict[str, Settings] = {
+    "the lesson's": LESSON,
+    "cls, registers, pre-logits, oblong": {
+        "image_size": (8, 12), "patch_size": (4, 2), "channels": 4, "registers": 2, "pre_logits": 24,
+    },
+    "mean, sincos2d, registers, LayerScale, QK-norm": {
+        "pool": "mean", "position": "sincos2d", "registers": 3, "layer_scale": 0.1, "qk_norm": True, "patch_size": 2,
+    },
+    "map, swiglu, registers": {"pool": "map", "activation": "swiglu", "registers": 1},
+    "parallel, as ViT-22B": {"pool": "map", "parallel": True, "qk_norm": True, "qkv_bias": False},
+}  # fmt: skip
+RANDOM: Settings = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.3}
+MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+# The compiler takes most of these tests' time, and none of their claims is about the code it makes.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
+def abstract(**settings: Any) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: ViT(**{**TINY, **settings}, rngs=nnx.Rngs(0))))
+
+
+def filled(state: nnx.State) -> nnx.State:
+    """Normal numbers of a deviation that keeps activations near one; scales around one."""
+    numbers = np.random.default_rng(0)
+
+    def fill(path: tuple, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        values = numbers.normal(size=leaf.shape) * 0.2
+        return jnp.asarray(values + 1 if "scale" in name else values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, state)
+
+
+def images(batch: int = 8, size: tuple[int, int] = (8, 8), channels: int = 3) -> Any:
+    return np.random.default_rng(1).normal(size=(batch, *size, channels)).astype(np.float32)
+
+
+def logits_of(graph: Any) -> Any:
+    return lambda parameters, x, key=None: nnx.merge(graph, parameters)(x, key)
+
+
+def scored(function: Any) -> Any:
+    """Value and gradient of a sum over logits, and the logits."""
+
+    def score(parameters: Any, *inputs: Any) -> tuple[jax.Array, jax.Array]:
+        logits = function(parameters, *inputs)
+        return jnp.mean(jnp.sum(jnp.sin(logits) * jnp.arange(1, logits.shape[1] + 1), axis=1)), logits
+
+    return jit(jax.value_and_grad(score, has_aux=True))
+
+
+def reference(settings: Settings) -> Any:
+    """(parameters, images) -> logits: Dosovitskiy et al. 2021, equations 1 to 4, with the variations of `settings`."""
+    s = {"pool": "cls", "position": "learned", "registers": 0, "activation": "gelu", **TINY, **settings}
+    width, heads = s["width"], s["heads"]
+
+    def linear(p: Tree, x: Any) -> Any:
+        y = x @ p["kernel"].reshape(x.shape[-1], -1)
+        return y + p["bias"].reshape(-1) if "bias" in p else y
+
+    def norm(p: Tree, x: Any) -> Any:
+        y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return y * p["scale"] + p.get("bias", 0)
+
+    def activate(x: Any) -> Any:
+        if s["activation"] == "gelu":
+            return x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2
+        return x * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    def mlp(p: Tree, x: Any) -> Any:
+        if s["activation"] == "swiglu":
+            gate = linear(p["gate"], x)
+            return linear(p["down"], gate / (1 + jnp.exp(-gate)) * linear(p["up"], x))
+        return linear(p["down"], activate(linear(p["up"], x)))
+
+    def by_head(x: Any) -> Any:
+        return x.reshape(*x.shape[:2], heads, width // heads).transpose(0, 2, 1, 3)
+
+    def mix(q: Any, k: Any, v: Any) -> Any:
+        scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(width // heads)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        mixed = weights / weights.sum(-1, keepdims=True) @ v
+        return mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], width)
+
+    def attention(p: Tree, x: Any) -> Any:
+        q, k, v = (by_head(part) for part in jnp.split(linear(p["qkv"], x), 3, axis=-1))
+        if "query_norm" in p:
+            q, k = norm(p["query_norm"], q), norm(p["key_norm"], k)
+        return linear(p["projection"], mix(q, k, v))
+
+    def block(p: Tree, x: Any) -> Any:
+        first = p["scale1"]["scale"] if "scale1" in p else 1.0
+        second = p["scale2"]["scale"] if "scale2" in p else 1.0
+        if s.get("parallel"):
+            h = norm(p["norm1"], x)
+            return x + first * attention(p["attention"], h) + second * mlp(p["mlp"], h)
+        x = x + first * attention(p["attention"], norm(p["norm1"], x))
+        return x + second * mlp(p["mlp"], norm(p["norm2"], x))
+
+    def map_pool(p: Tree, x: Any) -> Any:
+        probe = jnp.tile(p["probe"], (x.shape[0], 1, 1))
+        k, v = (by_head(part) for part in jnp.split(linear(p["key_value"], x), 2, axis=-1))
+        y = linear(p["projection"], mix(by_head(linear(p["query"], probe)), k, v))
+        return (y + mlp(p["mlp"], norm(p["norm"], y)))[:, 0]
+
+    def sincos(rows: int, columns: int) -> Any:
+        waves = 1 / 10_000 ** (np.arange(width // 4) / (width // 4 - 1))
+        y, x = np.divmod(np.arange(rows * columns), columns)
+        y, x = np.outer(y, waves), np.outer(x, waves)
+        return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+
+    def forward(p: Tree, x: Any) -> Any:
+        batch = x.shape[0]
+        high, wide = np.broadcast_to(s["patch_size"], 2)
+        rows, columns = x.shape[1] // high, x.shape[2] // wide
+        patches = [
+            x[:, r * high : (r + 1) * high, c * wide : (c + 1) * wide].reshape(batch, -1)
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        x = linear(p["patch"], jnp.stack(patches, axis=1))
+        position = p["position"] if s["position"] == "learned" else sincos(rows, columns)
+        special = jnp.zeros((batch, 0, width))
+        if s["pool"] == "cls":
+            special = jnp.tile(p["cls"] + (position[0] if s["position"] == "learned" else 0), (batch, 1, 1))
+        x = x + position[-rows * columns :]
+        if s["registers"]:
+            special = jnp.concatenate([special, jnp.tile(p["registers"], (batch, 1, 1))], axis=1)
+        x = jnp.concatenate([special, x], axis=1)
+        for i in range(s["depth"]):
+            x = block(jax.tree.map(lambda leaf, i=i: leaf[i], p["blocks"]), x)
+        x = norm(p["norm"], x)
+        if s["pool"] == "cls":
+            x = x[:, 0]
+        else:
+            patches = x[:, s["registers"] :]
+            x = map_pool(p["pool"], patches) if s["pool"] == "map" else patches.mean(1)
+        if "pre_logits" in p:
+            x = jnp.tanh(linear(p["pre_logits"], x))
+        return linear(p["head"], x)
+
+    return forward
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
+    settings = MODELS[name]
+    graph, state = abstract(**settings)
+    parameters = filled(state)
+    size = settings.get("image_size", (8, 8))
+    x = images(3, size, settings.get("channels", 3))
+    (_, logits), gradient = scored(logits_of(graph))(parameters, x)
+    (_, expected), expected_gradient = scored(reference(settings))(nnx.to_pure_dict(parameters), x)
+    assert logits.dtype == jnp.float32 and logits.shape == (3, 5)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    for (path, one), other in zip(
+        nnx.to_flat_state(gradient), jax.tree.leaves(expected_gradient), strict=True
+    ):  # both in the order of sorted paths
+        if path[-2:] != ("qkv", "bias"):  # of which keys' bias changes nothing: its gradient is rounding
+            assert np.abs(np.asarray(other)).max() > 1e-6, path
+        np.testing.assert_allclose(one[...], other, rtol=1e-3, atol=1e-5, err_msg=str(path))
+
+
+def test_the_lessons_model_at_its_full_size_gives_the_papers_logits() -> None:
+    settings = {
+        **LESSON, "width": 512, "depth": 2, "mlp": 2048, "heads": 8, "image_size": 96, "patch_size": 16,
+        "num_classes": 10,
+    }  # fmt: skip
+    graph, state = abstract(**settings)
+    numbers = jax.tree.map(lambda leaf: leaf * 0.2, filled(state))
+    assert sum(leaf.size for leaf in jax.tree.leaves(numbers)) == 6_457_866
+    x = images(2, (96, 96), 1)
+    logits = jit(logits_of(graph))(numbers, x)
+    expected = jit(reference(settings))(nnx.to_pure_dict(numbers), x)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_have_their_agreed_names() -> None:
+    _, state = abstract(registers=1, layer_scale=0.1, activation="swiglu", pre_logits=8)
+    parts = {"/".join(map(str, path[:-1])) or path[-1] for path, _ in nnx.to_flat_state(state)}
+    assert parts == set(
+        "patch cls position registers norm pre_logits head blocks/norm1 blocks/attention/qkv "
+        "blocks/attention/projection blocks/norm2 blocks/mlp/up blocks/mlp/down blocks/mlp/gate blocks/scale1 "
+        "blocks/scale2".split()
+    )
+    _, state = abstract(pool="map")
+    assert {path[1] for path, _ in nnx.to_flat_state(state) if path[0] == "pool"} == set(
+        "probe query key_value projection norm mlp".split()
+    )
+
+
+def test_a_fresh_model_starts_as_the_papers_do() -> None:
+    model = ViT(**{**TINY, "width": 128}, registers=64, head_bias=-6.9, position_std=0.01, rngs=nnx.Rngs(0))
+    assert model.cls is not None and model.registers is not None and model.position is not None
+    assert not np.any(model.cls[...])
+    assert np.std(model.position[...]) == pytest.approx(0.01, rel=0.1)
+    assert np.std(model.registers[...]) == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_array_equal(model(images(2)), np.full((2, 5), -6.9, np.float32))
+    qkv = np.asarray(model.blocks.attention.qkv.kernel[...])
+    assert qkv.shape == (2, 128, 3, 4, 32)
+    assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(0, abs=0.02)  # each block its own key
+    np.testing.assert_allclose(qkv.var((1, 3, 4)), np.full((2, 3), 2 / 256), rtol=0.03)
+    assert not np.any(model.blocks.attention.qkv.bias[...])
+
+
+@functools.cache
+def noisy(**settings: Any) -> Any:
+    """Score, logits and gradients of a model with every randomness on."""
+    graph, state = abstract(**RANDOM, layer_scale=0.5, **settings)
+    return scored(logits_of(graph))(filled(state), images(), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"scan": False}, {"remat": "names"}, {"remat": "block", "scan": False}],
+    ids=str,
+)
+def test_unrolling_and_computing_again_change_neither_values_nor_gradients(settings: Settings) -> None:
+    for one, other in zip(jax.tree.leaves(noisy(**settings)), jax.tree.leaves(noisy()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"layer_scale": 0.1, **RANDOM}, {"activation": "swiglu", "qk_norm": True}, {"parallel": True}],
+    ids=str,
+)
+def test_remat_names_computes_no_dense_product_again_but_the_attentions_scores(settings: Settings) -> None:
+    def count(remat: str, scan: bool = True) -> int:
+        graph, state = abstract(**settings, remat=remat, scan=scan)
+        function = logits_of(graph)
+        gradient = jax.grad(lambda parameters, x, key: jnp.sum(function(parameters, x, key)))
+        return products(gradient, state, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), jax.random.key(0))[0]
+
+    depth = TINY["depth"]
+    assert count("names") == count("names", scan=False) == count("none") + depth
+    assert count("block") >= count("none") + 4 * depth  # qkv, scores, the values they weigh, up, and more
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_unrolled_blocks_are_guarded_against_a_compiler_that_would_undo_the_second_computation(scan: bool) -> None:
+    graph, state = abstract(remat="block", scan=scan)
+    jaxpr = jax.make_jaxpr(logits_of(graph))(state, images(1))
+    guards = {e.params["prevent_cse"] for e, _ in equations(jaxpr.jaxpr) if "prevent_cse" in e.params}
+    assert guards == {not scan}
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32_and_is_near() -> None:
+    graph, state = abstract()
+    parameters = filled(state)
+    (_, exact), exact_gradient = scored(logits_of(graph))(parameters, images())
+    graph, _ = abstract(dtype="bfloat16")
+    (_, logits), gradient = scored(logits_of(graph))(parameters, images())
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract(dtype="bfloat16")[1])} == {jnp.dtype("float32")}
+    assert 0 < np.abs(logits - exact).max() < 0.03 * np.abs(exact).max()
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact_gradient), strict=True):
+        assert one.dtype == jnp.float32
+        assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other) + 1e-5
+
+
+def test_randomness_needs_a_key_and_follows_it() -> None:
+    graph, state = abstract(**RANDOM)
+    parameters = filled(state)
+    run = jit(logits_of(graph))
+    plain, _ = abstract()
+    without = run(parameters, images())
+    np.testing.assert_allclose(without, jit(logits_of(plain))(parameters, images()), rtol=1e-6, atol=1e-6)
+    first, again, other = (run(parameters, images(), jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).min(axis=1).max() > 1e-3 and np.abs(first - without).max() > 1e-2
+
+
+def test_drop_path_rises_linearly_with_depth_and_every_branch_of_every_block_draws_for_itself() -> None:
+    # Branches that add 1 to a channel of their own: what is missing afterwards was dropped.
+    depth, batch, rates = 4, 4000, [0.0, 0.2, 0.4, 0.6]
+    graph, state = abstract(depth=depth, drop_path=rates[-1])
+    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
+    blocks = parameters["blocks"]
+    blocks["attention"]["projection"]["bias"][...] = jnp.eye(depth, 32)
+    blocks["mlp"]["down"]["bias"][...] = jnp.eye(depth, 32, depth)
+    encode = jit(lambda parameters, x, key: nnx.merge(graph, parameters).encode(x, key))
+    y = np.asarray(encode(parameters, jnp.zeros((batch, 2, 32)), jax.random.key(0)))
+    np.testing.assert_array_equal(y[:, 0], y[:, 1])  # whole examples
+    branches = y[:, 0, : 2 * depth]
+    kept = branches > 0
+    for i, rate in enumerate(2 * rates):
+        np.testing.assert_allclose(branches[kept[:, i], i], 1 / (1 - rate), rtol=1e-5)
+        assert (~kept[:, i]).mean() == pytest.approx(rate, abs=0.04)
+    random = [i for i in range(2 * depth) if i % depth]  # all but the first block's, which are never dropped
+    correlation = np.corrcoef(kept[:, random].T) - np.eye(len(random))
+    assert np.abs(correlation).max() < 5 / math.sqrt(batch)
+
+
+def test_dropout_draws_anew_in_every_block() -> None:
+    graph, state = abstract(dropout=0.5)
+    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
+    parameters["blocks"]["mlp"]["down"]["bias"][...] = jnp.ones((2, 32)) * jnp.array([[1.0], [4.0]])
+    encode = jit(lambda parameters, x, key: nnx.merge(graph, parameters).encode(x, key))
+    y = np.asarray(encode(parameters, jnp.zeros((64, 8, 32)), jax.random.key(0)))
+    values, counts = np.unique(y, return_counts=True)  # neither, the first, the second, both; scaled up twofold
+    np.testing.assert_array_equal(values, [0, 2, 8, 10])
+    np.testing.assert_allclose(counts / y.size, 0.25, atol=0.02)
+
+
+def test_parameters_and_random_logits_are_the_same_on_every_mesh() -> None:
+    settings = {**TINY, **RANDOM, "layer_scale": 0.5, "registers": 1, "head_zero_init": False}
+
+    def initialise() -> nnx.State:
+        return nnx.state(ViT(**settings, rngs=nnx.Rngs(0)))
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: ViT(**settings, rngs=nnx.Rngs(0))))
+    fresh = jit(initialise)()
+    expected = jit(logits_of(graph))(fresh, images(), jax.random.key(0))
+    for sizes in MESHES:
+        with jax.set_mesh(make_mesh(sizes, jax.devices())):
+            own = jit(initialise)()
+            x = jax.device_put(images(), layout.spec("batch", None, None, None))
+            logits = jit(logits_of(graph))(own, x, jax.random.key(0))
+            assert jax.typeof(logits).sharding.spec == layout.spec("batch", None)
+        for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(fresh), strict=True):
+            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5, err_msg=str(sizes))
+    kernel = own["blocks"]["mlp"]["up"]["kernel"][...]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}  # of (2, 32, 64): born split
+
+
+LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first dimension is whole
+    "patch/kernel": (None, "fsdp"),
+    "patch/bias": ("fsdp",),
+    "cls": ("fsdp",),
+    "position": (None, "fsdp"),
+    "registers": (None, "fsdp"),
+    "blocks/norm1/scale": (None, "fsdp"),
+    "blocks/norm1/bias": (None, "fsdp"),
+    "blocks/attention/qkv/kernel": (None, "fsdp", None, "tensor", None),
+    "blocks/attention/qkv/bias": (None, None, "tensor", None),
+    "blocks/attention/query_norm/scale": (None, None),
+    "blocks/attention/key_norm/scale": (None, None),
+    "blocks/attention/projection/kernel": (None, "tensor", None, "fsdp"),
+    "blocks/attention/projection/bias": (None, "fsdp"),
+    "blocks/norm2/scale": (None, "fsdp"),
+    "blocks/norm2/bias": (None, "fsdp"),
+    "blocks/mlp/up/kernel": (None, "fsdp", "tensor"),
+    "blocks/mlp/up/bias": (None, "tensor"),
+    "blocks/mlp/gate/kernel": (None, "fsdp", "tensor"),
+    "blocks/mlp/gate/bias": (None, "tensor"),
+    "blocks/mlp/down/kernel": (None, "tensor", "fsdp"),
+    "blocks/mlp/down/bias": (None, "fsdp"),
+    "blocks/scale1/scale": (None, "fsdp"),
+    "blocks/scale2/scale": (None, "fsdp"),
+    "norm/scale": ("fsdp",),
+    "norm/bias": ("fsdp",),
+    "pre_logits/kernel": ("fsdp", None),
+    "pre_logits/bias": (None,),
+    "head/kernel": (None, None),
+    "head/bias": (None,),
+}
+POOL_LAYOUT = {
+    "pool/probe": (None, "fsdp"),
+    "pool/query/kernel": ("fsdp", "tensor", None),
+    "pool/query/bias": ("tensor", None),
+    "pool/key_value/kernel": ("fsdp", None, "tensor", None),
+    "pool/key_value/bias": (None, "tensor", None),
+    "pool/projection/kernel": ("tensor", None, "fsdp"),
+    "pool/projection/bias": ("fsdp",),
+    "pool/norm/scale": ("fsdp",),
+    "pool/norm/bias": ("fsdp",),
+    "pool/mlp/up/kernel": ("fsdp", "tensor"),
+    "pool/mlp/up/bias": ("tensor",),
+    "pool/mlp/down/kernel": ("tensor", "fsdp"),
+    "pool/mlp/down/bias": ("fsdp",),
+    "head/kernel": ("fsdp", None),
+}
+
+
+def specs(**settings: Any) -> dict[str, PartitionSpec]:
+    with jax.set_mesh(make_mesh(MESHES[-1], jax.devices())):
+        _, state = abstract(**settings)
+        return {"/".join(map(str, p)): jax.typeof(leaf[...]).sharding.spec for p, leaf in nnx.to_flat_state(state)}
+
+
+def test_every_parameter_is_split_as_the_table_says() -> None:
+    found = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
+    assert found == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
+    found = specs(pool="map")
+    assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= found.items()
+    assert {name for name in found if name.startswith("pool")} == set(POOL_LAYOUT) - {"head/kernel"}
+
+
+def test_a_model_is_used_without_any_ceremony() -> None:
+    model = ViT("S/16", image_size=32, patch_size=4, num_classes=10, rngs=nnx.Rngs(0))
+    logits = model(images(2, (32, 32)))
+    assert logits.shape == (2, 10) and logits.dtype == jnp.float32
+    assert not np.any(logits)  # the head starts at zero
+    assert vit.parameter_count(model) == 22_050_664 - (16**2 - 4**2) * 3 * 384 - (197 - 65) * 384 - 990 * 385
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 30, "patch_size": 8}, "model.image_size: height 30 is not a multiple of the patch's 8"),
+        ({"image_size": (8, 10)}, "model.image_size: width 10 is not a multiple of the patch's 4; take 8 or 12"),
+        ({"patch_size": 0}, "model.image_size: height 8 is not a multiple of the patch's 0"),
+        ({"heads": 5}, "model.width: 32 does not divide by 5 heads; take 30 or 35"),
+        ({"width": 6, "heads": 2, "position": "sincos2d"}, "model.width: 6 must divide by 4"),
+        ({"width": None}, "model.width: not set, and model.variant names no size"),
+        ({"patch_size": None}, "model.patch_size: not set"),
+        ({"num_classes": None}, "model.num_classes: not set"),
+        ({"patchsize": 4}, r"unknown key model.patchsize \(did you mean model.patch_size\?\)"),
+        ({"pool": "gap"}, "model.pool: 'gap' is none of cls, mean, map"),
+        ({"dropout": 1.0}, r"model.dropout: must be in \[0, 1\), found 1.0"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused_by_name(settings: Settings, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        abstract(**settings)
+
+
+@pytest.mark.parametrize(
+    "x", [np.zeros((1, 8, 12, 3), np.float32), np.zeros((1, 8, 8, 1), np.float32), np.zeros((1, 8, 8, 3), np.uint8)]
+)
+def test_images_of_another_size_or_kind_are_refused(x: Any) -> None:
+    graph, state = abstract()
+    with pytest.raises(ConfigError, match=r"images: expected \[B, 8, 8, 3\] of normalised floats, found \[1, 8"):
+        jax.eval_shape(logits_of(graph), state, x)

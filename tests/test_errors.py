@@ -1,0 +1,360 @@
+"""Everything a user can get wrong: one `error:` line on stderr, nothing on stdout, exit 2, and nothing left behind."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_dist import cli, config
+from vit_dist.run import workdir as run_files
+from vit_dist.train import train
+
+REPOSITORY = Path(__file__).parents[1]
+SMALLEST = str(Path(__file__).parent / "helpers" / "smallest.py")
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys, tmp_path) -> Refused:
+    """Runs a command that must be refused, `WORKDIR` being a directory two levels below what exists; its message."""
+
+    def run(*words: str) -> str:
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        try:
+            code = cli.main([word.replace("WORKDIR", str(tmp_path / "not" / "there")) for word in words])
+        except SystemExit as stopped:  # argparse's way
+            code = stopped.code
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+        assert snapshot(tmp_path) == before
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def refused_train(refused) -> Refused:
+    """As `refused`, of training the smallest recipe with these overrides."""
+    return lambda *overrides: refused(
+        "train", f"--config={SMALLEST}", "--workdir=WORKDIR", *(f"--config.{one}" for one in overrides)
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run; not to be changed."""
+    workdir = tmp_path_factory.mktemp("errors") / "run"
+    train(config.load(SMALLEST), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    """A copy of the run, to spoil."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> Path:
+    for split in splits:
+        for number, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "1.png"), np.full((8, 8, 3), 40 * number, np.uint8))
+    return root
+
+
+# What does not fit the schema, the model, the mesh, the optimizer or the data.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.dept=3", r"unknown key model.dept \(did you mean model.depth\?\)"),
+        ("optmizer.name=sgd", r"unknown key optmizer \(did you mean optimizer\?\)"),
+        ("model.depth=three", "model.depth: expected a whole number or null, found 'three'"),
+        ("model.pool=meen", r"model.pool: 'meen' is none of cls, mean, map \(did you mean mean\?\)"),
+        ("=3", "=3: names no key; an override is written like --config.model.depth=4"),
+        ("model.variant=Q/16", "model.variant: 'Q' is none of mu, Ti, S, M, B, "),
+        ("model.variant=B model.patch_size=null", "model.variant: 'B' names no patch size; write it like B/16"),
+        ("model.depth=null", "model.depth: not set, and model.variant names no size"),
+        ("model.image_size=9", "model.image_size: height 9 is not a multiple of the patch's 4; take 8 or 12"),
+        ("model.image_size=(8,10)", "model.image_size: width 10 is not a multiple of the patch's 4; take 8 or 12"),
+        ("model.heads=3", "model.width: 16 does not divide by 3 heads; take 15 or 18"),
+        ("batch_size=15 mesh.data=-1", "batch_size: 15 does not divide over mesh.data=8; take 8 or 16"),
+        ("accumulate_steps=3", "batch_size: 16 does not divide into accumulate_steps=3 .*; take 15 or 18"),
+        ("accumulate_steps=4 mesh.data=-1", "batch_size: 16 does not divide over mesh.data=8 x accumulate_steps=4; take 32"),
+        ("mesh.tensor=4", "model.heads: 2 does not divide over mesh.tensor=4; take 4"),
+        ("mesh.tensor=4 model.heads=4 model.mlp=30", "model.mlp: 30 does not divide over mesh.tensor=4; take 28 or 32"),
+        ("mesh.fsdp=8 model.width=20", "model.width: 20 does not divide over mesh.fsdp=8; take 16 or 24"),
+        ("mesh.data=16", "mesh: data=16 needs 16 devices, found 8; .*fake_devices=16"),
+        ("mesh.data=-1 mesh.fsdp=3", "mesh: fsdp=3 does not divide the 8 devices here, .*; take 2 or 4"),
+        ("mesh.data=-1 mesh.fsdp=-1", "mesh.fsdp: only one axis may be -1, and mesh.data is"),
+        ("mesh.context=2", "mesh.context: must be 1, found 2"),
+        ("fake_devices=3", "fake_devices: 3 asked for, but jax already runs with 8 devices"),
+        ("optimizer.name=adamm", r"optimizer.name: 'adamm' is none of sgd, adam, .* \(did you mean adam\?\)"),
+        ("optimizer.schedule=cosin", r"optimizer.schedule: 'cosin' is none of .* \(did you mean cosine\?\)"),
+        ("optimizer.cooldown_steps=3", "optimizer.cooldown_steps: goes with the schedules rsqrt and constant"),
+        ("optimizer.rules=[{path: nowhere}]", r"optimizer.rules\[0\].path: 'nowhere' matches no parameter"),
+        ("optimizer.rules=[{path: (}]", r"optimizer.rules\[0\].path: '\(' is no regular expression"),
+        ("data.source=digit", r"data.source: 'digit' is none of digits, .* \(did you mean digits\?\)"),
+        ("data.source=folder", "data.path: not set; the source 'folder' needs a folder or file"),
+        ("data.source=tar data.path=/nowhere/at/all", "data.path: no such file or folder: /nowhere/at/all"),
+        ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
+        ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, which is not in 0..6; 424 of 1437"),
+        ("data.mean=[0,0]", "data.mean: has 2 numbers, but model.channels is 1"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(refused_train, overrides, message):
+    assert re.match(message, refused_train(*re.split(r" (?=[\w.]+=)", overrides)))
+
+
+def test_a_folder_of_images_is_refused_for_what_it_lacks(refused_train, tmp_path):
+    common = ("data.source=folder", "model.channels=3", "model.num_classes=null")
+    whole = image_folder(tmp_path / "whole")
+    assert "has label 1, which is not in 0..0" in refused_train(*common, f"data.path={whole}", "model.num_classes=1")
+    assert "model.channels: 2, but" in refused_train(*common, f"data.path={whole}", "model.channels=2")
+    assert "is a file" in refused_train(*common, f"data.path={whole}/train/cat/1.png")
+    no_test = image_folder(tmp_path / "no_test", splits=("train",))
+    assert "no folder 'test' or 'val'" in refused_train(*common, f"data.path={no_test}")
+    (whole / "train" / "eel").mkdir()
+    assert "class folder 'eel' holds no images; fill or remove it" in refused_train(*common, f"data.path={whole}")
+
+
+# Recipes.
+
+HEAD = "from vit_dist.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", ":1: invalid syntax"),
+        ("import nonesuch\n", ":1: ModuleNotFoundError: No module named 'nonesuch'"),
+        ("def get_config():\n    return {}[\n        'x']\n", ":2: KeyError: x"),
+        ("def get_config():\n    raise RuntimeError('two\\nlines')\n", ":2: RuntimeError: two lines"),
+        ("def get_config():\n    pass\n", ": get_config() returned NoneType, expected a ConfigDict"),
+        ("def get_config(batch):\n    pass\n", "get_config() missing 1 required positional argument: 'batch'"),
+        ("x = 1\n", "has no attribute 'get_config'"),
+        (HEAD + "    config.model.dept = 3\n    return config\n", ": unknown key model.dept (did you mean model.depth?)"),
+        (HEAD + "    config.modle.depth = 3\n    return config\n", ":6: AttributeError: 'modle' Did you mean \"model\""),
+        (HEAD + "    config.model = 3\n    return config\n", ": model: expected keys and values, found 3 (int)"),
+        (HEAD + "    config.seed = 'x'\n    return config\n", ": seed: expected a whole number, found 'x' (str)"),
+        ("\0", "null bytes"),
+    ],
+)  # fmt: skip
+def test_a_broken_recipe_is_refused_with_its_name_and_line(refused, tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+    try:
+        said = refused("train", f"--config={file}", "--workdir=WORKDIR", "--config.model.depth=2")
+    finally:
+        sys.dont_write_bytecode = before
+    assert said.startswith(str(file)) and message in said
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_the_near_miss(refused, tmp_path):
+    (tmp_path / "digits.py").write_text("")
+    said = refused("train", f"--config={tmp_path}/digit.py", "--workdir=WORKDIR")
+    assert said == f"no config file '{tmp_path}/digit.py' (did you mean digits.py?)"
+    (tmp_path / "config.json").write_text("{}")
+    assert "a config file is a Python file" in refused("inspect", f"--config={tmp_path}/config.json")
+
+
+# Words of the command line.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "the following arguments are required: VERB"),
+        ("trian", "invalid choice: 'trian' (choose from"),
+        ("train --config=x.py", "the following arguments are required: --workdir"),
+        ("train --workdir=WORKDIR", "the following arguments are required: --config"),
+        ("train --config=x.py --workdir=", "argument --workdir: no directory is given"),
+        ("eval", "the following arguments are required: --workdir"),
+        ("eval --workdir=WORKDIR --step=x", "argument --step: invalid int value: 'x'"),
+        ("eval --workdir=WORKDIR --step=2 --best", "argument --best: not allowed with argument --step"),
+        ("eval --workdir=WORKDIR --spilt=test", "unrecognized arguments: --spilt=test"),
+        ("predict --workdir=WORKDIR", "the following arguments are required: IMAGE"),
+        ("configs --config.seed=1", "--config.seed=1: configs only lists the recipes and takes no keys"),
+        ("configs nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_a_mistyped_command_is_refused_with_what_is_wrong_in_it(refused, words, message):
+    assert message in refused(*words.split())
+
+
+@pytest.mark.parametrize("word", ["--config.", "--config.seed", "--config.seed="])
+def test_an_override_without_key_or_value_is_refused_and_swallows_no_other_word(refused, word):
+    said = refused("train", f"--config={SMALLEST}", word, "--workdir=WORKDIR")
+    assert said.startswith("seed: no value is given" if "seed" in word else "=: names no key")
+
+
+def test_a_mistyped_key_is_refused_without_starting_jax():
+    code = (
+        "import sys\nfrom vit_dist.cli import main\n"
+        f"code = main(['train', '--config={SMALLEST}', '--workdir=/nowhere', '--config.sed=1'])\n"
+        "print(code, 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout == "2 False\n" and done.stderr == "error: unknown key sed (did you mean seed?)\n"
+
+
+# Working directories.
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for workdir, why in (
+        (file, "File exists"),
+        (file / "below", "Not a directory"),
+        (tmp_path / "new" / ("x" * 300), "File name too long"),
+    ):
+        said = refused("train", f"--config={SMALLEST}", f"--workdir={workdir}")
+        assert said.startswith(str(workdir)) and why in said
+    assert file.read_text() == "mine"
+
+
+def test_a_full_disk_is_said_in_one_line(refused, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "run").mkdir()
+    command = ("train", f"--config={SMALLEST}", f"--workdir={tmp_path}/run")
+    monkeypatch.setattr(run_files, "write_atomically", full)
+    assert (
+        refused(*command)
+        == f"{tmp_path}/run: cannot write there ({os.strerror(errno.ENOSPC)}); choose another --workdir"
+    )
+    monkeypatch.setattr(run_files, "write_run", full)
+    assert refused(*command) == f"{tmp_path}/run: {os.strerror(errno.ENOSPC)}"
+
+
+def test_a_workdir_of_another_run_is_refused_with_the_keys_and_left_alone(refused, copy):
+    said = refused(
+        "train", f"--config={SMALLEST}", f"--workdir={copy}", "--config.model.depth=2", "--config.optimizer.b1=0.8"
+    )
+    assert "model.depth (was 1, now 2), optimizer.b1 (was 0.9, now 0.8)" in said
+    assert said.startswith(f"{copy} holds a run of another config") and "choose another --workdir" in said
+
+
+@pytest.mark.parametrize("verb", ["eval", "predict"])
+def test_a_directory_that_holds_no_run_or_no_checkpoint_is_refused(refused, tmp_path, copy, verb):
+    image = tmp_path / "one.png"
+    cv2.imwrite(str(image), np.zeros((8, 8), np.uint8))
+    words = (verb, *([str(image)] if verb == "predict" else []))
+    assert "holds no run (config.json is missing)" in refused(*words, "--workdir=WORKDIR")
+    assert "holds no run (config.json is missing)" in refused(*words, f"--workdir={tmp_path}")
+    assert "no checkpoint of step 7; there are 2" in refused(*words, f"--workdir={copy}", "--step=7")
+    assert "model.depth (was 1, now 3)" in refused(*words, f"--workdir={copy}", "--config.model.depth=3")
+    shutil.rmtree(copy / "checkpoints")
+    assert f"{copy}/checkpoints: no checkpoints here" in refused(*words, f"--workdir={copy}")
+    (copy / "checkpoints").mkdir()
+    assert f"{copy}/checkpoints: no checkpoint here" in refused(*words, f"--workdir={copy}")
+
+
+def test_eval_of_a_split_that_is_not_there_is_refused(refused, trained):
+    assert refused("eval", f"--workdir={trained}", "--split=nope") == "no split 'nope': this source has train and test"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", ": not JSON"),
+        ("[]", ": holds a list, expected a dict"),
+        ('{"sed": 3}', ": unknown key sed (did you mean seed?)"),
+        ('{"model": 3}', ": model: expected keys and values, found 3 (int)"),
+    ],
+)
+def test_a_config_file_of_a_run_that_is_damaged_is_refused_by_name(refused, copy, text, message):
+    (copy / "config.json").write_text(text)
+    said = refused("eval", f"--workdir={copy}")
+    assert said.startswith(f"{copy}/config.json{message}")
+    assert refused("train", f"--config={SMALLEST}", f"--workdir={copy}") == said
+
+
+def test_class_names_and_summaries_that_are_damaged_are_refused_by_name(refused, copy, tmp_path):
+    image = tmp_path / "one.png"
+    cv2.imwrite(str(image), np.zeros((8, 8), np.uint8))
+    (copy / "summary.json").write_text("[]")
+    assert "summary.json: holds a list" in refused("train", f"--config={SMALLEST}", f"--workdir={copy}")
+    (copy / "classes.json").write_text("3")
+    assert "classes.json: holds a int" in refused("predict", f"--workdir={copy}", str(image))
+    (copy / "classes.json").unlink()
+    assert "classes.json: missing" in refused("predict", f"--workdir={copy}", str(image))
+
+
+# Processes.
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("localhost:1", "", ""), r"VIT_DIST_PROCESSES=\(unset\), VIT_DIST_PROCESS=\(unset\): all three must be set"),
+        (("", "2", "0"), r"VIT_DIST_COORDINATOR=\(unset\), .*: all three must be set"),
+        (("localhost:1", "two", "0"), "VIT_DIST_PROCESSES=two, .* to whole numbers"),
+        (("localhost:1", "2", "2"), "VIT_DIST_PROCESS=2: processes are numbered from 0"),
+        (("localhost:1", "0", "0"), "VIT_DIST_PROCESS=0: processes are numbered from 0"),
+        (("localhost", "2", "1"), "VIT_DIST_COORDINATOR must be host:port"),
+    ],
+)
+def test_variables_of_a_job_that_make_no_sense_are_refused(refused_train, monkeypatch, values, message):
+    for name, value in zip(("VIT_DIST_COORDINATOR", "VIT_DIST_PROCESSES", "VIT_DIST_PROCESS"), values, strict=True):
+        monkeypatch.setenv(name, value)
+    assert re.search(message, refused_train())
+
+
+# The command itself.
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config.mesh.data=16", "mesh: data=16 needs 16 devices, found 2"),
+        ("--config.batch_size=15 --config.mesh.data=-1", "batch_size: 15 does not divide over mesh.data=2"),
+        ("--config.data.source=folder --config.data.path=/nowhere", "data.path: no such file or folder: /nowhere"),
+    ],
+)
+def test_the_command_says_one_line_and_leaves_no_trace(tmp_path, words, message):
+    workdir = tmp_path / "not" / "there"
+    command = [sys.executable, "-m", "vit_dist", "train", f"--config={SMALLEST}", f"--workdir={workdir}"]
+    done = subprocess.run(
+        [*command, "--config.fake_devices=2", *words.split()], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_a_training_run_quietly_with_130(tmp_path):
+    command = [sys.executable, "-m", "vit_dist", "train", f"--config={SMALLEST}", f"--workdir={tmp_path}/run"]
+    long = ["total_steps=1000000", "log_every=1000", "evaluate.every_steps=0", "checkpoint.every_steps=0"]
+    process = subprocess.Popen(
+        [*command, "--config.fake_devices=1", *(f"--config.{one}" for one in long)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+    )  # fmt: skip
+    rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("interrupted\n") and "Traceback" not in err

@@ -1,0 +1,93 @@
+"""Law 1: twenty steps with everything random on give one curve, on any mesh and however a batch is cut."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from system import NO_DROPOUT, examples, largest_difference, losses, train_here
+
+TOLERANCE = 1e-4
+MESHES = {
+    "data=8": ("mesh.data=8",),
+    "fsdp=8": ("mesh.data=1", "mesh.fsdp=8"),
+    "tensor=2": ("mesh.data=1", "mesh.tensor=2"),
+    "data=4 x tensor=2": ("mesh.data=4", "mesh.tensor=2"),
+    "data=2 x fsdp=2 x tensor=2": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+}
+ONE_DEVICE = ("mesh.data=1",)
+ACCUMULATED = {
+    "data=8": ("mesh.data=8", "accumulate_steps=4"),
+    "data=2 x fsdp=2 x tensor=2, gathered once a step": (
+        *MESHES["data=2 x fsdp=2 x tensor=2"],
+        *("accumulate_steps=4", "accumulate_gather=step"),
+    ),
+    "data=2 x fsdp=2 x tensor=2, gathered once a micro-batch": (
+        *MESHES["data=2 x fsdp=2 x tensor=2"],
+        *("accumulate_steps=4", "accumulate_gather=microbatch"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return train_here(tmp_path_factory.mktemp("one"), *ONE_DEVICE)
+
+
+@pytest.fixture(scope="module")
+def no_dropout(tmp_path_factory):
+    return train_here(tmp_path_factory.mktemp("no_dropout"), *ONE_DEVICE, *NO_DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def pngs(tmp_path_factory):
+    """200 digits as PNG files, to be decoded, cropped and flipped on the host; the loader knows no such pixels."""
+    folder = tmp_path_factory.mktemp("pngs")
+    images, labels = (load_digits().images * 255 / 16).astype(np.uint8), load_digits().target
+    for number, (image, label) in enumerate(zip(images[:200], labels[:200], strict=True)):
+        path = folder / "train" / f"{label}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image)
+    return ("data.source=folder", f"data.path={folder}")
+
+
+def assert_same_curve(found, expected, record_property):
+    difference = largest_difference(losses(found), losses(expected))
+    record_property("largest_relative_difference", difference)
+    print(f"largest relative difference of a loss: {difference:.1e}")
+    assert len(losses(found)) == 20
+    assert examples(found) == examples(expected)
+    assert difference < TOLERANCE
+
+
+@pytest.mark.xdist_group("one_curve")
+def test_the_loss_is_finite_and_falls(one_device):
+    curve = losses(one_device)
+    assert all(math.isfinite(loss) for loss in curve)
+    assert curve[0] == pytest.approx(math.log(10), abs=1e-5)  # the head starts at zero
+    assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.1
+
+
+@pytest.mark.xdist_group("one_curve")
+def test_every_step_sees_other_examples(one_device):
+    assert len(set(examples(one_device))) == 20
+
+
+@pytest.mark.xdist_group("one_curve")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_curve_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
+    assert_same_curve(train_here(tmp_path, *MESHES[mesh]), one_device, record_property)
+
+
+@pytest.mark.xdist_group("accumulated")
+@pytest.mark.parametrize("mesh", ACCUMULATED)
+def test_the_curve_of_four_micro_batches_is_that_of_one(mesh, no_dropout, tmp_path, record_property):
+    assert_same_curve(train_here(tmp_path, *ACCUMULATED[mesh], *NO_DROPOUT), no_dropout, record_property)
+
+
+@pytest.mark.xdist_group("accumulated")
+def test_the_curve_of_files_decoded_on_the_host_is_the_same_on_two_meshes(pngs, tmp_path, record_property):
+    meshes = ("fsdp=8", "data=2 x fsdp=2 x tensor=2")
+    first, second = (train_here(tmp_path / mesh, *MESHES[mesh], *pngs) for mesh in meshes)
+    assert_same_curve(first, second, record_property)

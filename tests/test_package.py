@@ -1,0 +1,131 @@
+"""The package as a house: what it lends by name, and which room may import which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vit_dist
+
+ROOT = Path(vit_dist.__file__).parent
+# Ground floor first; a module imports its own floor's room or lower floors only.
+FLOORS = (
+    ("config",),
+    ("mesh", "data"),
+    ("model",),
+    ("step",),
+    ("run",),
+    ("program",),
+    ("train", "evaluate", "predict", "describe", "bench"),
+    ("cli",),
+    ("__main__",),
+)
+VERBS = FLOORS[6]
+
+
+def modules() -> dict[str, Path]:
+    """Name below the package, such as `mesh.layout`, -> file; the package itself is left out."""
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in names.items() if name != "__init__"}
+
+
+def imports(file: Path) -> set[str]:
+    """Absolute names of all that a file imports, wherever in it; of `from a import b` both `a` and `a.b`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def of_project(file: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    names = {name.removeprefix("vit_dist.") for name in imports(file) if name.startswith("vit_dist.")}
+    return names & set(modules())
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def floor(name: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def test_every_module_has_a_floor():
+    assert {room(name) for name in modules()} == {one for rooms in FLOORS for one in rooms}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_its_own_room_and_lower_floors_only(name):
+    for other in of_project(modules()[name]):
+        beside = room(other) == room(name) or (room(name) in VERBS and room(other) in VERBS)
+        assert floor(other) < floor(name) or beside, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(
+    ("where", "allowed"),
+    [
+        ("config", set()),
+        ("data", {"config", "data"}),
+        ("mesh", {"config", "mesh"}),
+        ("model", {"config", "mesh.layout", "model"}),
+    ],
+)
+def test_a_room_knows_no_more_of_the_project_than_it_must(where, allowed):
+    for name, file in modules().items():
+        if room(name) == where:
+            strange = {other for other in of_project(file) if other not in allowed and room(other) not in allowed}
+            assert strange - {"mesh"} == set(), name
+
+
+def test_no_two_modules_import_each_other_by_any_way_round():
+    wanted = {name: of_project(file) - {name} for name, file in modules().items()}
+    while free := [name for name, others in wanted.items() if not others]:
+        for name in free:
+            del wanted[name]
+        wanted = {name: others - set(free) for name, others in wanted.items()}
+    assert wanted == {}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(modules()) if room(name) in ("data", "config")])
+def test_the_data_room_imports_neither_jax_nor_flax(name):
+    assert {one.partition(".")[0] for one in imports(modules()[name])}.isdisjoint({"jax", "flax", "optax", "orbax"})
+
+
+def test_public_names_are_callables_even_after_their_modules_were_imported():
+    code = (
+        "import vit_dist.train, vit_dist.evaluate, vit_dist.predict, vit_dist.bench, vit_dist.describe\n"
+        "from vit_dist import ViT, train, evaluate, predict, inspect, bench\n"
+        "import vit_dist\n"
+        "assert vit_dist.train is train\n"
+        "print(*(f'{one.__module__}.{one.__name__}' for one in (ViT, train, evaluate, predict, inspect, bench)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.split() == [
+        "vit_dist.model.vit.ViT",
+        "vit_dist.train.train",
+        "vit_dist.evaluate.evaluate",
+        "vit_dist.predict.predict",
+        "vit_dist.describe.inspect",
+        "vit_dist.bench.bench",
+    ]
+
+
+def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
+    assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
+        ["ViT", "bench", "evaluate", "inspect", "predict", "train"], True
+    )
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        vit_dist.trian  # noqa: B018
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, vit_dist, vit_dist.config, vit_dist.cli; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout == "False\n"

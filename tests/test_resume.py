@@ -1,0 +1,198 @@
+"""Law 1 in time: a run that was killed or stopped, and started again, is bit for bit the run that never was."""
+
+import contextlib
+import json
+import shutil
+import signal
+from subprocess import TimeoutExpired
+
+import numpy as np
+import pytest
+from system import (
+    RECIPE,
+    checkpoint_steps,
+    command,
+    largest_difference,
+    losses,
+    rows,
+    run,
+    saved_state,
+    started,
+    train_here,
+    until,
+)
+
+from vit_dist import cli
+
+STEPS, EVERY = 64, 20  # 22.5 steps are an epoch
+MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+RUN = (f"total_steps={STEPS}", "ema_decay=0.9", f"evaluate.every_steps={EVERY}", f"checkpoint.every_steps={EVERY}")
+HERE = (*MESH, *RUN)  # in this process, which has its eight devices already
+THERE = (*HERE, "fake_devices=8")
+
+pytestmark = pytest.mark.xdist_group("resume")
+
+
+def beyond_checkpoint(workdir, steps=3):
+    """Whether the run has written the rows of so many steps after its newest checkpoint, which is not its first."""
+
+    def condition():
+        saved, written = checkpoint_steps(workdir), rows(workdir)
+        return bool(saved) and bool(written) and written[-1]["step"] >= saved[-1] + steps
+
+    return condition
+
+
+def interrupted(folder, how):
+    """The workdir of a run sent the signal `how` a few steps past a checkpoint, and its exit code."""
+    workdir = folder / "run"
+    with started(command(workdir, *THERE), folder / "interrupted") as running:
+        until(beyond_checkpoint(workdir), running)
+        running.process.send_signal(how)
+        code = running.wait()
+        return workdir, code, running.said()
+
+
+def assert_same_run(workdir, expected):
+    """Every row, and every bit of the final parameters, their average and the optimizer."""
+    assert rows(workdir) == rows(expected)
+    steps = [(row["step"], row["split"]) for row in rows(workdir)]
+    assert len(set(steps)) == len(steps)
+    assert [step for step, split in steps if split == "train"] == list(range(1, STEPS + 1))
+    (step, found), (_, wanted) = saved_state(workdir, *RUN), saved_state(expected, *RUN)
+    assert step == STEPS
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """The workdir of a whole run, and what its command printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, running = run(command(folder / "run", *THERE), folder / "whole")
+    assert code == 0, running.said()[-3000:]
+    return folder / "run", running.result()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The workdir of a run that was sent SIGTERM, its exit code, and what it said."""
+    return interrupted(tmp_path_factory.mktemp("stopped"), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The workdir of a finished run of four steps."""
+    workdir = tmp_path_factory.mktemp("short") / "run"
+    train_here(workdir, *MESH, "total_steps=4")
+    return workdir
+
+
+def test_a_run_killed_in_an_epoch_and_started_again_is_bitwise_the_run_never_killed(never_stopped, tmp_path):
+    workdir, code, _ = interrupted(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    saved, reached = checkpoint_steps(workdir)[-1], rows(workdir)[-1]["step"]
+    assert EVERY <= saved < reached < STEPS
+    code, again = run(command(workdir, *THERE), tmp_path / "again")
+    assert code == 0, again.said()[-3000:]
+    assert f"going on from step {saved}\n" in again.said()
+    assert_same_run(workdir, never_stopped[0])
+    assert {name: again.result()[name] for name in ("step", "count", "loss", "top1")} == {
+        name: never_stopped[1][name] for name in ("step", "count", "loss", "top1")
+    }
+
+
+def test_sigterm_saves_the_step_it_stopped_at_and_exits_75(stopped):
+    workdir, code, said = stopped
+    assert code == 75
+    assert checkpoint_steps(workdir)[-1] == rows(workdir)[-1]["step"] < STEPS
+    assert f"preempted: saved step {rows(workdir)[-1]['step']} of {STEPS}" in said
+    assert not (workdir / "summary.json").exists()
+
+
+def test_a_run_stopped_by_sigterm_and_started_again_is_bitwise_the_run_never_stopped(stopped, never_stopped, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    code, again = run(command(workdir, *THERE), tmp_path / "again")
+    assert code == 0, again.said()[-3000:]
+    assert_same_run(workdir, never_stopped[0])
+
+
+def test_a_run_resumed_on_another_mesh_keeps_its_curve(stopped, never_stopped, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    found = train_here(workdir, *RUN, "mesh.data=1", "mesh.fsdp=4")
+    expected = rows(never_stopped[0])
+    assert [(row["step"], row["split"]) for row in found] == [(row["step"], row["split"]) for row in expected]
+    assert largest_difference(losses(found), losses(expected)) < 1e-4
+    after = checkpoint_steps(stopped[0])[-1]
+    assert losses(found)[:after] == losses(expected)[:after]
+    (_, found_state), (_, wanted) = saved_state(workdir, *RUN), saved_state(never_stopped[0], *RUN)
+    for name, array in wanted.items():
+        if name.startswith(("['parameters']", "['ema']")):
+            np.testing.assert_allclose(found_state[name], array, atol=1e-3, err_msg=name)
+
+
+def test_a_finished_run_asked_again_prints_the_same_summary(never_stopped, tmp_path):
+    workdir, summary = never_stopped
+    before = {file.name: file.read_bytes() for file in workdir.iterdir() if file.is_file()}
+    code, again = run(command(workdir, *THERE), tmp_path / "again")
+    assert code == 0
+    assert again.result() == summary
+    assert {file.name: file.read_bytes() for file in workdir.iterdir() if file.is_file()} == before
+
+
+def test_the_summary_has_the_keys_that_scripts_rely_on(never_stopped):
+    workdir, summary = never_stopped
+    assert list(summary) == ["step", "count", "loss", "top1", "seconds", "workdir"]
+    last = rows(workdir)[-1]
+    assert (last["step"], last["split"]) == (STEPS, "test/ema")
+    assert (summary["count"], summary["loss"], summary["top1"]) == (360, last["loss"], last["top1"])
+    assert summary["workdir"] == str(workdir)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.depth": 3},
+        {"optimizer.name": "sgd"},
+        {"seed": 1},
+        {"batch_size": 32},
+        {"model.width": 64, "mixup": 0.5, "data.rotate": 5.0},
+    ],
+    ids=lambda change: ",".join(change),
+)
+def test_a_change_that_cannot_resume_is_an_error_that_lists_the_keys(change, short, capsys):
+    before = sorted(str(file) for file in short.rglob("*"))
+    overrides = [f"--config.{key}={value}" for key, value in change.items()]
+    asked = (*MESH, "total_steps=8")
+    words = [f"--config={RECIPE}", f"--workdir={short}", *(f"--config.{one}" for one in asked), *overrides]
+    assert cli.main(["train", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    for key, value in change.items():
+        assert f"{key} (was " in error[0] and f"now {value!r})" in error[0]
+    assert "total_steps" not in error[0] and "mesh" not in error[0]
+    assert sorted(str(file) for file in short.rglob("*")) == before
+
+
+def test_a_finished_run_whose_length_is_raised_goes_on(short, tmp_path):
+    workdir = shutil.copytree(short, tmp_path / "run")
+    longer = train_here(workdir, *MESH, "total_steps=7")
+    whole = train_here(tmp_path / "whole", *MESH, "total_steps=7")
+    assert longer == whole  # the schedule is constant, so its length bends nothing
+    assert json.loads((workdir / "summary.json").read_text())["step"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [(4.0, 6.0, 8.0), (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0)])
+def test_a_run_killed_many_times_at_any_moment_is_bitwise_the_run_never_killed(seconds, never_stopped, tmp_path):
+    workdir = tmp_path / "run"
+    for number, delay in enumerate(seconds):
+        with started(command(workdir, *THERE), tmp_path / f"{number}") as running:
+            with contextlib.suppress(TimeoutExpired):  # and is killed
+                assert running.wait(delay) == 0, running.said()[-3000:]
+    code, again = run(command(workdir, *THERE), tmp_path / "again")
+    assert code == 0, again.said()[-3000:]
+    assert_same_run(workdir, never_stopped[0])
