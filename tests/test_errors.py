@@ -98,7 +98,7 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("model.heads=3", "model.width: 16 does not divide by 3 heads; take 15 or 18"),
         ("batch_size=15 mesh.data=-1", "batch_size: 15 does not divide over mesh.data=8; take 8 or 16"),
         ("accumulate_steps=3", "batch_size: 16 does not divide into accumulate_steps=3 .*; take 15 or 18"),
-        ("accumulate_steps=4 mesh.data=-1", "batch_size: 16 does not divide over mesh.data=8 x accumulate_steps=4; take 32"),
+        ("accumulate_steps=4 mesh.data=-1", "batch_size: 16 .* mesh.data=8 x accumulate_steps=4; take 32"),
         ("mesh.tensor=4", "model.heads: 2 does not divide over mesh.tensor=4; take 4"),
         ("mesh.tensor=4 model.heads=4 model.mlp=30", "model.mlp: 30 does not divide over mesh.tensor=4; take 28 or 32"),
         ("mesh.fsdp=8 model.width=20", "model.width: 20 does not divide over mesh.fsdp=8; take 16 or 24"),
@@ -116,7 +116,7 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("data.source=folder", "data.path: not set; the source 'folder' needs a folder or file"),
         ("data.source=tar data.path=/nowhere/at/all", "data.path: no such file or folder: /nowhere/at/all"),
         ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
-        ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, which is not in 0..6; 424 of 1437"),
+        ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, .* in 0..6; 424 of 1437"),
         ("data.mean=[0,0]", "data.mean: has 2 numbers, but model.channels is 1"),
     ],
 )  # fmt: skip
@@ -139,6 +139,7 @@ def test_a_folder_of_images_is_refused_for_what_it_lacks(refused_train, tmp_path
 # Recipes.
 
 HEAD = "from vit_dist.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+TAIL = "    return config\n"
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ HEAD = "from vit_dist.config import default_config\n\n\ndef get_config():\n    c
         ("def get_config():\n    pass\n", ": get_config() returned NoneType, expected a ConfigDict"),
         ("def get_config(batch):\n    pass\n", "get_config() missing 1 required positional argument: 'batch'"),
         ("x = 1\n", "has no attribute 'get_config'"),
-        (HEAD + "    config.model.dept = 3\n    return config\n", ": unknown key model.dept (did you mean model.depth?)"),
-        (HEAD + "    config.modle.depth = 3\n    return config\n", ":6: AttributeError: 'modle' Did you mean \"model\""),
-        (HEAD + "    config.model = 3\n    return config\n", ": model: expected keys and values, found 3 (int)"),
-        (HEAD + "    config.seed = 'x'\n    return config\n", ": seed: expected a whole number, found 'x' (str)"),
+        (HEAD + "    config.model.dept = 3\n" + TAIL, ": unknown key model.dept (did you mean model.depth?)"),
+        (HEAD + "    config.modle.depth = 3\n" + TAIL, ":6: AttributeError: 'modle' Did you mean \"model\""),
+        (HEAD + "    config.model = 3\n" + TAIL, ": model: expected keys and values, found 3 (int)"),
+        (HEAD + "    config.seed = 'x'\n" + TAIL, ": seed: expected a whole number, found 'x' (str)"),
         ("\0", "null bytes"),
     ],
 )  # fmt: skip

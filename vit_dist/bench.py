@@ -69,6 +69,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
                 spent.append(time.perf_counter() - begun - batches.waited)
                 jax.block_until_ready(metrics)
     finally:
+        batches.close()
         host.close()
     step_seconds = seconds / steps
     device = program.mesh.devices.flat[0]

@@ -213,6 +213,13 @@ def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
     return resolve(override(to_dict(written), overrides))
 
 
+# What a mistake in a recipe raises, which is the user's own program.
+_RECIPE_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
 def _run_recipe(path: Path) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -222,7 +229,7 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
         recipe = module.get_config()
     except SyntaxError as error:
         raise ConfigError(f"{path}{f':{error.lineno}' if error.lineno else ''}: {error.msg}") from error
-    except Exception as error:  # a recipe is the user's own program and may raise anything
+    except _RECIPE_ERRORS as error:
         raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
     if not isinstance(recipe, ml_collections.ConfigDict):
         raise ConfigError(f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict")

@@ -52,11 +52,13 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         rows=program.local_rows(batch_size),
     )
     totals = no_totals(program.shape.classes)
+    placed = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
     try:
-        for batch in Prefetch(batches, program.mesh, batch_size, settings.data.prefetch):
+        for batch in placed:
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     finally:
+        placed.close()
         batches.close()
     count, skipped = int(sums["count"]), len(batches.bad)
     # With several processes, how many files the others skipped is not known here.

@@ -158,6 +158,7 @@ class Session:
                         self.checkpoints.wait()
                         raise Preempted(f"saved step {self.step} of {program.steps} in {self.workdir}")
         finally:
+            batches.close()
             host.close()
         return self._finish()
 

@@ -1,6 +1,6 @@
 """The smallest run there is: one block, one device, two steps on the digits. For tests of what surrounds training.
 
-    vit-dist train --config=tests/helpers/smallest.py --workdir=DIR
+vit-dist train --config=tests/helpers/smallest.py --workdir=DIR
 """
 
 from vit_dist.config import default_config

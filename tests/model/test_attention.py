@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
@@ -103,8 +103,9 @@ def takes_cudnn(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: Any, rate
     monkeypatch.setattr(attention, "_cudnn", stop)
     device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
     mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
-    arrays = [jax.ShapeDtypeStruct((8, 6, 2, 4), dtype)] * 3
     with jax.sharding.use_abstract_mesh(mesh):
+        split = NamedSharding(mesh, layout.spec(*HEADS) or PartitionSpec())
+        arrays = [jax.ShapeDtypeStruct((8, 6, 2, 4), dtype, sharding=split)] * 3
         try:
             jax.eval_shape(
                 lambda q, k, v: attend(q, k, v, choice.get("implementation", "auto"), rate, jax.random.key(0)), *arrays
@@ -131,8 +132,8 @@ def test_auto_takes_xla_on_other_hardware_in_float32_and_where_weights_are_dropp
 
 def test_auto_takes_xla_here_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(attention, "_cudnn")
-    arrays = [jnp.asarray(array, jnp.bfloat16) for array in qkv(5)]
-    assert attend(*arrays, "auto").dtype == jnp.bfloat16
+    q, k, v = (jnp.asarray(array, jnp.bfloat16) for array in qkv(5))
+    assert attend(q, k, v, "auto").dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

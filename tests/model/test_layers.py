@@ -37,6 +37,7 @@ def test_dense_contracts_the_last_dimensions_and_adds_its_bias() -> None:
 
 def test_layer_norm_has_mean_zero_variance_one_then_scale_and_bias() -> None:
     norm = Norm(16, None, rngs=nnx.Rngs(0))
+    assert norm.bias is not None
     norm.scale[...], norm.bias[...] = random(16, seed=1), random(16, seed=2)
     x = 3 + 2 * random(2, 5, 16)
     standard = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)

@@ -27,12 +27,11 @@ Tree = dict[str, Any]
 TINY: Settings = {
     "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
 }  # fmt: skip
-LESSON: Settings = {  # the d2l.ai lesson's model, in small
-    "channels": 1, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh", "position_std": 0.01,
-    "head_zero_init": False, "kernel_init": "lecun_normal",
-}  # fmt: skip
 MODELS: dict[str, Settings] = {
-    "the lesson's": LESSON,
+    "the d2l.ai lesson's, at its full size": {
+        "width": 512, "mlp": 2048, "heads": 8, "image_size": (96, 96), "patch_size": 16, "channels": 1,
+        "num_classes": 10, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh",
+    },
     "cls, registers, pre-logits, oblong": {
         "image_size": (8, 12), "patch_size": (4, 2), "channels": 4, "registers": 2, "pre_logits": 24,
     },
@@ -40,7 +39,7 @@ MODELS: dict[str, Settings] = {
         "pool": "mean", "position": "sincos2d", "registers": 3, "layer_scale": 0.1, "qk_norm": True, "patch_size": 2,
     },
     "map, swiglu, registers": {"pool": "map", "activation": "swiglu", "registers": 1},
-    "parallel, as ViT-22B": {"pool": "map", "parallel": True, "qk_norm": True, "qkv_bias": False},
+    "parallel, as ViT-22B": {"parallel": True, "qk_norm": True, "qkv_bias": False},
 }  # fmt: skip
 RANDOM: Settings = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.3}
 MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -55,13 +54,13 @@ def abstract(**settings: Any) -> tuple[Any, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: ViT(**{**TINY, **settings}, rngs=nnx.Rngs(0))))
 
 
-def filled(state: nnx.State) -> nnx.State:
-    """Normal numbers of a deviation that keeps activations near one; scales around one."""
+def filled(state: nnx.State, width: int = 32) -> nnx.State:
+    """Normal numbers of a deviation that keeps activations near one, scales around one; of a model of this width."""
     numbers = np.random.default_rng(0)
 
     def fill(path: tuple, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        values = numbers.normal(size=leaf.shape) * 0.2
+        values = numbers.normal(size=leaf.shape) * 1.2 / math.sqrt(width)
         return jnp.asarray(values + 1 if "scale" in name else values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, state)
@@ -182,12 +181,12 @@ def reference(settings: Settings) -> Any:
 def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
     settings = MODELS[name]
     graph, state = abstract(**settings)
-    parameters = filled(state)
+    parameters = filled(state, settings.get("width", 32))
     size = settings.get("image_size", (8, 8))
     x = images(3, size, settings.get("channels", 3))
     (_, logits), gradient = scored(logits_of(graph))(parameters, x)
     (_, expected), expected_gradient = scored(reference(settings))(nnx.to_pure_dict(parameters), x)
-    assert logits.dtype == jnp.float32 and logits.shape == (3, 5)
+    assert logits.dtype == jnp.float32 and logits.shape == (3, settings.get("num_classes", 5))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     for (path, one), other in zip(
@@ -196,21 +195,6 @@ def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
         if path[-2:] != ("qkv", "bias"):  # of which keys' bias changes nothing: its gradient is rounding
             assert np.abs(np.asarray(other)).max() > 1e-6, path
         np.testing.assert_allclose(one[...], other, rtol=1e-3, atol=1e-5, err_msg=str(path))
-
-
-def test_the_lessons_model_at_its_full_size_gives_the_papers_logits() -> None:
-    settings = {
-        **LESSON, "width": 512, "depth": 2, "mlp": 2048, "heads": 8, "image_size": 96, "patch_size": 16,
-        "num_classes": 10,
-    }  # fmt: skip
-    graph, state = abstract(**settings)
-    numbers = jax.tree.map(lambda leaf: leaf * 0.2, filled(state))
-    assert sum(leaf.size for leaf in jax.tree.leaves(numbers)) == 6_457_866
-    x = images(2, (96, 96), 1)
-    logits = jit(logits_of(graph))(numbers, x)
-    expected = jit(reference(settings))(nnx.to_pure_dict(numbers), x)
-    assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_have_their_agreed_names() -> None:
@@ -228,12 +212,14 @@ def test_parameters_have_their_agreed_names() -> None:
 
 
 def test_a_fresh_model_starts_as_the_papers_do() -> None:
-    model = ViT(**{**TINY, "width": 128}, registers=64, head_bias=-6.9, position_std=0.01, rngs=nnx.Rngs(0))
-    assert model.cls is not None and model.registers is not None and model.position is not None
+    settings = {**TINY, "width": 128, "registers": 64, "head_bias": -6.9, "position_std": 0.01}
+    graph, _ = abstract(**settings)
+    model = nnx.merge(graph, jit(lambda: nnx.state(ViT(**settings, rngs=nnx.Rngs(0))))())
     assert not np.any(model.cls[...])
     assert np.std(model.position[...]) == pytest.approx(0.01, rel=0.1)
     assert np.std(model.registers[...]) == pytest.approx(0.02, rel=0.05)
-    np.testing.assert_array_equal(model(images(2)), np.full((2, 5), -6.9, np.float32))
+    assert not np.any(model.head.kernel[...])
+    np.testing.assert_array_equal(model.head.bias[...], np.full(5, -6.9, np.float32))
     qkv = np.asarray(model.blocks.attention.qkv.kernel[...])
     assert qkv.shape == (2, 128, 3, 4, 32)
     assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(0, abs=0.02)  # each block its own key
@@ -415,7 +401,7 @@ POOL_LAYOUT = {
 def specs(**settings: Any) -> dict[str, PartitionSpec]:
     with jax.set_mesh(make_mesh(MESHES[-1], jax.devices())):
         _, state = abstract(**settings)
-        return {"/".join(map(str, p)): jax.typeof(leaf[...]).sharding.spec for p, leaf in nnx.to_flat_state(state)}
+        return {"/".join(map(str, p)): leaf.get_value().sharding.spec for p, leaf in nnx.to_flat_state(state)}
 
 
 def test_every_parameter_is_split_as_the_table_says() -> None:
@@ -439,7 +425,6 @@ def test_a_model_is_used_without_any_ceremony() -> None:
     [
         ({"image_size": 30, "patch_size": 8}, "model.image_size: height 30 is not a multiple of the patch's 8"),
         ({"image_size": (8, 10)}, "model.image_size: width 10 is not a multiple of the patch's 4; take 8 or 12"),
-        ({"patch_size": 0}, "model.image_size: height 8 is not a multiple of the patch's 0"),
         ({"heads": 5}, "model.width: 32 does not divide by 5 heads; take 30 or 35"),
         ({"width": 6, "heads": 2, "position": "sincos2d"}, "model.width: 6 must divide by 4"),
         ({"width": None}, "model.width: not set, and model.variant names no size"),

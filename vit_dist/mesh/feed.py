@@ -4,9 +4,10 @@ Each process reads only the rows of the global batch that its own devices hold; 
 the devices are asynchronous, so a batch placed ahead of time has usually arrived when the step asks for it.
 """
 
-import collections
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -46,30 +47,50 @@ def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: 
 
 
 class Prefetch:
-    """Iterates over placed batches, keeping `ahead` of them on the devices.
+    """Iterates over placed batches, which a thread of its own keeps `ahead` of the step; to be closed.
 
-    `waited`: seconds spent waiting for the host's data since it was last set to 0.
+    `waited`: seconds the caller has spent waiting for a batch since it was last set to 0.
     """
 
-    def __init__(self, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int, ahead: int):
+    def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int, ahead: int):
         self.waited = 0.0
-        self._batches = iter(batches)
-        self._sharding = batch_sharding(mesh)
-        self._batch_size = batch_size
-        self._ahead = ahead
-        self._queue: collections.deque[Batch] = collections.deque()
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fill, args=(batches, batch_sharding(mesh), batch_size), name="prefetch", daemon=True
+        )
+        self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        while len(self._queue) < self._ahead:
-            started = time.perf_counter()
-            batch = next(self._batches, None)
-            self.waited += time.perf_counter() - started
-            if batch is None:
-                break
-            self._queue.append(place(batch, self._sharding, self._batch_size))
-        if not self._queue:
+        started = time.perf_counter()
+        batch = self._ready.get()
+        self.waited += time.perf_counter() - started
+        if isinstance(batch, dict):
+            return batch
+        self._ready.put(batch)  # for whoever asks again
+        if batch is None:
             raise StopIteration
-        return self._queue.popleft()
+        raise batch
+
+    def close(self) -> None:
+        """Ends the thread; batches that it has placed are dropped."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.1)  # room for what the thread is putting
+            except queue.Empty:
+                continue
+
+    def _fill(self, batches: Iterator[Mapping[str, np.ndarray]], sharding: NamedSharding, batch_size: int) -> None:
+        last: BaseException | None = None
+        try:
+            for batch in batches:
+                self._ready.put(place(batch, sharding, batch_size))
+                if self._closing.is_set():
+                    return
+        except BaseException as error:  # not swallowed: it belongs to the caller, who meets it in `__next__`
+            last = error
+        self._ready.put(last)

@@ -80,8 +80,8 @@ def shape_of(model: config.Model) -> Shape:
         raise ConfigError("model.num_classes: not set")
     image, patches = pair(model.image_size), pair(size)
     for side, extent, of in zip(("height", "width"), image, patches, strict=True):
-        if of <= 0 or extent <= 0 or extent % of:
-            near = nearest_multiples(extent, of) if of > 0 else "a patch above 0"
+        if extent % of:
+            near = nearest_multiples(extent, of)
             raise ConfigError(f"model.image_size: {side} {extent} is not a multiple of the patch's {of}; take {near}")
     if numbers["width"] % numbers["heads"]:
         near = nearest_multiples(numbers["width"], numbers["heads"])

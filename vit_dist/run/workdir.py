@@ -4,6 +4,7 @@ A directory holds a run when it has a `config.json`. A later call may change wha
 mesh; anything else is refused, and what did change is said.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable
@@ -52,11 +53,15 @@ def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
 
 def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> None:
     """Makes the directory and the files that say which run it holds. Raises `ConfigError` where that cannot be done."""
+    missing = [place for place in (workdir, *workdir.parents) if not place.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
     except OSError as error:
+        for place in missing:
+            with contextlib.suppress(OSError):  # not made, or no longer empty
+                place.rmdir()
         raise ConfigError(f"{workdir}: cannot write there ({error.strerror}); choose another --workdir") from error
 
 
