@@ -50,10 +50,10 @@ train: setup
 	@$(RUN)/vit-dist train --config=configs/digits.py --workdir=runs/digits
 
 test: setup
-	@$(RUN)/pytest -n 2
+	@$(RUN)/pytest -n 2 --dist loadfile
 
 test-slow: setup
-	@$(RUN)/pytest -m slow
+	@$(RUN)/pytest -n 2 --dist loadfile -m slow
 
 smoke: setup
 	@tests/smoke.sh $(RUN)/vit-dist

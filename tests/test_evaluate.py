@@ -19,8 +19,6 @@ MESHES = {
 }
 DIGITS = 360  # every fifth of 1,797
 
-pytestmark = pytest.mark.xdist_group("evaluate")
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

@@ -61,7 +61,6 @@ def assert_same_curve(found, expected, record_property):
     assert difference < TOLERANCE
 
 
-@pytest.mark.xdist_group("one_curve")
 def test_the_loss_is_finite_and_falls(one_device):
     curve = losses(one_device)
     assert all(math.isfinite(loss) for loss in curve)
@@ -69,24 +68,20 @@ def test_the_loss_is_finite_and_falls(one_device):
     assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.1
 
 
-@pytest.mark.xdist_group("one_curve")
 def test_every_step_sees_other_examples(one_device):
     assert len(set(examples(one_device))) == 20
 
 
-@pytest.mark.xdist_group("one_curve")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_curve_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *MESHES[mesh]), one_device, record_property)
 
 
-@pytest.mark.xdist_group("accumulated")
 @pytest.mark.parametrize("mesh", ACCUMULATED)
 def test_the_curve_of_four_micro_batches_is_that_of_one(mesh, no_dropout, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *ACCUMULATED[mesh], *NO_DROPOUT), no_dropout, record_property)
 
 
-@pytest.mark.xdist_group("accumulated")
 def test_the_curve_of_files_decoded_on_the_host_is_the_same_on_two_meshes(pngs, tmp_path, record_property):
     meshes = ("fsdp=8", "data=2 x fsdp=2 x tensor=2")
     first, second = (train_here(tmp_path / mesh, *MESHES[mesh], *pngs) for mesh in meshes)

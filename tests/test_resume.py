@@ -29,8 +29,6 @@ RUN = (f"total_steps={STEPS}", "ema_decay=0.9", f"evaluate.every_steps={EVERY}",
 HERE = (*MESH, *RUN)  # in this process, which has its eight devices already
 THERE = (*HERE, "fake_devices=8")
 
-pytestmark = pytest.mark.xdist_group("resume")
-
 
 def beyond_checkpoint(workdir, steps=3):
     """Whether the run has written the rows of so many steps after its newest checkpoint, which is not its first."""

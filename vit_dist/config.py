@@ -77,7 +77,7 @@ class Model:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
     remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again: nothing, all but
     # the named dense products' results, or everything inside a block
-    scan: bool = True  # blocks by one compiled loop; False: unrolled
+    scan: bool = True  # blocks stacked and run by one compiled loop; False: each by itself, quicker but for compiling
     attention: Literal["auto", "xla", "cudnn"] = "auto"
 
 

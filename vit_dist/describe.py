@@ -13,10 +13,9 @@ from rich.table import Table
 from vit_dist.config import Config
 from vit_dist.mesh import processes
 from vit_dist.model import flops
-from vit_dist.program import Program
+from vit_dist.program import UNUSED, Program
 
 CLASSES = 1000  # assumed where the config leaves it to the data, which is not opened here
-STEPS = 1_000_000  # likewise; the length of the schedule changes nothing that is told here
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ def inspect(settings: Config) -> dict[str, Any]:
     processes.start(settings.fake_devices)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
-    program = Program(settings, classes=CLASSES, steps=settings.total_steps or STEPS, crop_on_device=True)
+    program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, crop_on_device=True)
     with program.in_use():
         state = program.abstract_state()
     parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}

@@ -25,6 +25,8 @@ from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
 from vit_dist.step.state import Network, Parameters, State, make_state
 
+UNUSED = 1_000_000  # a length for the schedule of a program that will not train
+
 
 class Program:
     """The model, optimizer and steps of one config on one mesh.
@@ -115,7 +117,7 @@ def restored(
     step: which checkpoint; None: the newest, or with `best` the one of the highest top-1. Raises `ConfigError`.
     """
     assert settings.model.num_classes is not None
-    program = Program(settings, classes=settings.model.num_classes, steps=1, crop_on_device=crop_on_device)
+    program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, crop_on_device=crop_on_device)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     try:
         with program.in_use():

@@ -82,6 +82,7 @@ class Session:
 
     def __enter__(self) -> "Session":
         checkpoint = self.settings.checkpoint
+        self.program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
         if self.writes:
             run_files.write_run(self.workdir, self.settings, self.source.class_names)
             prints = {name: fingerprint(one) for name, one in {"train": self.source, **self.splits}.items()}

@@ -40,7 +40,6 @@ def train_as_two(folder, *overrides):
     return rows(workdir), first.result()
 
 
-@pytest.mark.xdist_group("two_processes")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_curve_of_two_processes_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
     found, summary = train_as_two(tmp_path, *MESHES[mesh])

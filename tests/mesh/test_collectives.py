@@ -15,7 +15,6 @@ from system import NO_AUGMENTATION, NO_DROPOUT, settings
 from vit_dist.mesh.feed import batch_sharding
 from vit_dist.program import Program
 
-pytestmark = pytest.mark.xdist_group("collectives")
 MESHES = {
     "data=8": {"data": 8},
     "data=4 x fsdp=2": {"data": 4, "fsdp": 2},

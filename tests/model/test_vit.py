@@ -229,9 +229,27 @@ def test_a_fresh_model_starts_as_the_papers_do() -> None:
 
 @functools.cache
 def noisy(**settings: Any) -> Any:
-    """Score, logits and gradients of a model with every randomness on."""
+    """Score, logits and gradients, with blocks stacked, of a model with every randomness on."""
     graph, state = abstract(**RANDOM, layer_scale=0.5, **settings)
-    return scored(logits_of(graph))(filled(state), images(), jax.random.key(0))
+    stacked = filled(abstract(**RANDOM, layer_scale=0.5)[1])
+    if settings.get("scan", True):
+        return scored(logits_of(graph))(stacked, images(), jax.random.key(0))
+    values, gradients = scored(logits_of(graph))(_taken_apart(state, stacked), images(), jax.random.key(0))
+    return values, _put_together(gradients, stacked)
+
+
+def _taken_apart(state: nnx.State, stacked: nnx.State) -> nnx.State:
+    tree = nnx.to_pure_dict(stacked)
+    tree["blocks"] = {i: jax.tree.map(lambda leaf, i=i: leaf[i], tree["blocks"]) for i in range(TINY["depth"])}
+    nnx.replace_by_pure_dict(state, tree)
+    return state
+
+
+def _put_together(gradients: nnx.State, stacked: nnx.State) -> nnx.State:
+    tree = nnx.to_pure_dict(gradients)
+    tree["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree["blocks"].values())
+    nnx.replace_by_pure_dict(stacked, tree)
+    return stacked
 
 
 @pytest.mark.parametrize(
@@ -259,6 +277,16 @@ def test_remat_names_computes_no_dense_product_again_but_the_attentions_scores(s
     depth = TINY["depth"]
     assert count("names") == count("names", scan=False) == count("none") + depth
     assert count("block") >= count("none") + 4 * depth  # qkv, scores, the values they weigh, up, and more
+
+
+def test_a_stack_of_blocks_begins_as_its_blocks_do_one_by_one() -> None:
+    stacked, apart = (
+        nnx.to_pure_dict(nnx.state(jit(lambda scan=scan: ViT(**TINY, scan=scan, rngs=nnx.Rngs(3)))()))
+        for scan in (True, False)
+    )
+    for number in range(TINY["depth"]):
+        own = jax.tree.map(lambda leaf, number=number: leaf[number], stacked["blocks"])
+        jax.tree.map(np.testing.assert_array_equal, own, apart["blocks"][number])
 
 
 @pytest.mark.parametrize("scan", [True, False])

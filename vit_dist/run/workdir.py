@@ -20,7 +20,7 @@ from vit_dist.run.files import write_atomically
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh.", "evaluate.", "checkpoint.", "profile.", "data.path", "data.download", "data.workers",
-    "data.threads", "data.prefetch", "data.memory_limit_gb", "model.remat", "model.scan", "model.attention",
+    "data.threads", "data.prefetch", "data.memory_limit_gb", "model.remat", "model.attention",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ stack is dealt out over the devices, each orthogonalises the matrices it got, an
 which the parameters live. The momentum stays split all along.
 """
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -17,21 +18,35 @@ from jax.sharding import PartitionSpec
 RMS = 0.2
 
 
+def is_stacked(path: str) -> bool:
+    """Whether the parameter of this path, such as `blocks/mlp/up/kernel`, has one slice a block.
+
+    `blocks/3/mlp/up/kernel` (`model.scan=False`) has not.
+    """
+    return re.match(r"blocks/\D", path) is not None
+
+
 def is_matrix(path: str) -> bool:
     """Whether Muon updates the parameter of this path: the kernels in the blocks; Adam has the rest."""
     return path.startswith("blocks/") and path.endswith("/kernel")
 
 
 def scale_by_muon(momentum: float, nesterov: bool, moment_dtype: str) -> optax.GradientTransformation:
-    """Momentum, orthogonalised (Jordan et al. 2024), for stacked kernels [L, ...]; see `is_matrix`.
+    """Momentum, orthogonalised (Jordan et al. 2024), for kernels, stacked [L, ...] or not; see `is_matrix`.
 
     An attention head's columns lie beside those of the others in one matrix, but queries, keys and values are three:
     qkv [L, D, 3, H, d] is L * 3 matrices [D, H * d], projection [L, H, d, D] is L matrices [H * d, D].
     """
     return optax.chain(
         optax.trace(momentum, nesterov=nesterov, accumulator_dtype=moment_dtype),
-        optax.stateless(lambda updates, _: jax.tree.map(_orthogonalised, updates)),
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(_by_stack, updates)),
     )
+
+
+def _by_stack(path: tuple, kernel: jax.Array) -> jax.Array:
+    if is_stacked(jax.tree_util.keystr(path, simple=True, separator="/")):
+        return _orthogonalised(kernel)
+    return _orthogonalised(kernel[None])[0]
 
 
 def _orthogonalised(kernels: jax.Array) -> jax.Array:

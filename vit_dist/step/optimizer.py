@@ -1,7 +1,7 @@
 """From a config to one optax transformation: clip, direction, weight decay, per-parameter rates, schedule.
 
 Every optimizer is that chain and differs in the direction only, so weight decay, rules and schedule mean the same for
-all of them. A parameter is known by its path (`blocks/mlp/up/kernel`). Those under `blocks/` are stacked on a leading
+all of them. A parameter is known by its path (`blocks/mlp/up/kernel`). Those of the blocks may be stacked on a leading
 axis, one slice a block; whatever takes a norm or a mean of a whole parameter does so slice by slice (`_per_block`).
 """
 
@@ -117,14 +117,14 @@ def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
 
 
 def _per_block(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each block's slice of the parameters under `blocks/` by itself, and on the others as they are."""
+    """`inner` on each block's slice of the stacked parameters by itself, and on the others as they are."""
 
     def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
         # vmap wants at least one array; there is none where a model has no blocks or they are all frozen
         return lambda *trees: (jax.vmap(function) if jax.tree.leaves(trees[0]) else function)(*trees)
 
     stacked = optax.GradientTransformation(mapped(inner.init), mapped(inner.update))
-    labels = _by_path((), lambda path, _: "stacked" if path.startswith("blocks/") else "single")
+    labels = _by_path((), lambda path, _: "stacked" if muon.is_stacked(path) else "single")
     return optax.partition({"stacked": stacked, "single": inner}, labels)
 
 
