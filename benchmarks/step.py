@@ -21,7 +21,7 @@ import linen_baseline
 import numpy as np
 import optax
 
-from vit_dist import config
+from vit_dist import config, recipes
 from vit_dist.mesh import feed, processes
 from vit_dist.model import vit
 from vit_dist.program import Program
@@ -75,7 +75,7 @@ def settings_for(model: str, batch_size: int, dtype: str) -> config.Config:
     """The lesson's recipe, or a variant at 224 with AdamW and 1000 classes."""
     shared = [f"batch_size={batch_size}", f"model.dtype={dtype}"]
     if model == "d2l":
-        return config.load(LESSON, shared)
+        return recipes.load(LESSON, shared)
     values: dict[str, Any] = {
         "total_steps": 10_000,
         "batch_size": batch_size,

@@ -10,7 +10,7 @@ from vit_dist.config import default_config
 
 def get_config():
     config = default_config()
-    config.total_epochs = 60
+    config.total_epochs = 100
     config.batch_size = 96
     config.fake_devices = 8
     config.log_every = 20
@@ -29,6 +29,6 @@ def get_config():
     optimizer.name, optimizer.learning_rate, optimizer.weight_decay = "adamw", 3e-3, 0.05
     optimizer.warmup_steps, optimizer.clip = 50, 1.0
 
-    config.evaluate.every_steps = 225
-    config.checkpoint.every_steps = 225
+    config.evaluate.every_steps = 300
+    config.checkpoint.every_steps = 300
     return config

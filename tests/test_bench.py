@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_dist import bench, cli, config
+from vit_dist import bench, cli, recipes
 from vit_dist.config import ConfigError
 
 SMALLEST = Path(__file__).parent / "helpers" / "smallest.py"
@@ -42,9 +42,9 @@ def test_compilation_is_in_the_first_step_and_the_shares_are_shares(found):
 @pytest.mark.parametrize("steps", [0, -3])
 def test_no_steps_to_measure_are_refused(steps):
     with pytest.raises(ConfigError, match=f"steps: must be above 0, found {steps}"):
-        bench(config.load(SMALLEST), steps=steps)
+        bench(recipes.load(SMALLEST), steps=steps)
 
 
 def test_a_bad_config_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="data.path: not set"):
-        bench(config.load(SMALLEST, ["data.source=folder"]))
+        bench(recipes.load(SMALLEST, ["data.source=folder"]))

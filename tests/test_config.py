@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_dist import config
+from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError, resolve
 
 ROOT = Path(config.__file__).parent
@@ -17,7 +17,7 @@ RECIPES = sorted((ROOT.parent / "configs").glob("*.py"))
 
 def resolved(*overrides: str, **values) -> Config:
     """The defaults for one step, with values and then overrides."""
-    return resolve(config.override(config.to_dict(Config(total_steps=1)) | values, overrides))
+    return resolve(recipes.override(config.to_dict(Config(total_steps=1)) | values, overrides))
 
 
 def value_of(settings: Config, key: str):
@@ -175,7 +175,7 @@ def test_the_nearest_multiples_are_those_that_one_could_type():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_loads_and_says_how_to_run_it(recipe):
-    settings = config.load(recipe)
+    settings = recipes.load(recipe)
     assert settings.total_steps or settings.total_epochs
     text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
     assert f"--config=configs/{recipe.name}" in text and "xpected" in text
@@ -196,7 +196,7 @@ def test_a_recipe_sees_the_defaults_and_an_override_wins_over_it(tmp_path):
         "    config.optimizer.rules = [dict(path='head', learning_rate=2)]\n"
         "    return config\n"
     )
-    settings = config.load(file, ["total_steps=6"])
+    settings = recipes.load(file, ["total_steps=6"])
     assert (settings.total_steps, settings.batch_size, settings.data.mean) == (6, 256, (0.1, 0.2, 0.3))
     assert settings.optimizer.rules == (config.Rule("head", learning_rate=2.0),)
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from vit_dist import config, inspect
+from vit_dist import config, inspect, recipes
 from vit_dist.config import Config, ConfigError, resolve
 from vit_dist.describe import parameter_table
 from vit_dist.program import Program
@@ -12,7 +12,7 @@ from vit_dist.program import Program
 def settings(*overrides: str) -> Config:
     """S/16 as in the paper, on one device."""
     base = ["total_steps=10", "model.variant=S/16", "model.num_classes=1000", "mesh.data=1"]
-    return resolve(config.override(config.to_dict(Config()), [*base, *overrides]))
+    return resolve(recipes.override(config.to_dict(Config()), [*base, *overrides]))
 
 
 def test_s16_has_its_published_parameters_and_arithmetic():

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vit_dist import cli, config
+from vit_dist import cli, recipes
 from vit_dist.run import workdir as run_files
 from vit_dist.train import train
 
@@ -56,7 +56,7 @@ def refused_train(refused) -> Refused:
 def trained(tmp_path_factory) -> Path:
     """A finished run; not to be changed."""
     workdir = tmp_path_factory.mktemp("errors") / "run"
-    train(config.load(SMALLEST), workdir)
+    train(recipes.load(SMALLEST), workdir)
     return workdir
 
 

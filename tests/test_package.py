@@ -13,6 +13,7 @@ ROOT = Path(vit_dist.__file__).parent
 # Ground floor first; a module imports its own floor's room or lower floors only.
 FLOORS = (
     ("config",),
+    ("recipes",),
     ("mesh", "data"),
     ("model",),
     ("step",),
@@ -22,7 +23,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-VERBS = FLOORS[6]
+VERBS = FLOORS[7]
 
 
 def modules() -> dict[str, Path]:

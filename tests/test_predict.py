@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_dist import config, evaluate, predict
+from vit_dist import evaluate, predict, recipes
 from vit_dist.config import ConfigError
 from vit_dist.data.idx import read_digits
 from vit_dist.run.checkpoints import Checkpoints
@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("predict") / "run"
     long = ["total_steps=30", "log_every=30", "evaluate.every_steps=30", "checkpoint.every_steps=30"]
     rest = ["model.num_classes=12", "ema_decay=0.9", "optimizer.learning_rate=0.01", "batch_size=64"]
-    train(config.load(SMALLEST, [*long, *rest]), workdir)
+    train(recipes.load(SMALLEST, [*long, *rest]), workdir)
     return workdir
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist import config
+from vit_dist import recipes
 from vit_dist.config import ConfigError
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
@@ -113,7 +113,7 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    settings = config.load(options.config, options.overrides)
+    settings = recipes.load(options.config, options.overrides)
     from vit_dist.train import Diverged, Preempted, train
 
     try:
@@ -161,7 +161,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    settings = config.load(options.config, options.overrides)
+    settings = recipes.load(options.config, options.overrides)
     from vit_dist.describe import inspect
 
     found = inspect(settings)
@@ -189,7 +189,7 @@ def _say_spec(axes: list[Any]) -> str:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    settings = config.load(options.config, options.overrides)
+    settings = recipes.load(options.config, options.overrides)
     from vit_dist.bench import bench
 
     _print_json(bench(settings, steps=options.steps))

@@ -1,26 +1,22 @@
 """Every key of a run, its type, default and meaning, in one place.
 
 The schema is a tree of frozen dataclasses. A recipe (`configs/*.py`) receives it as an `ml_collections.ConfigDict`
-from `default_config()`, changes what it wants and returns it; `resolve` turns the result back into a `Config`, so
-that the rest of the package reads typed attributes and a key that nobody declared cannot be read at all. This
-module checks names and types and does the arithmetic that belongs to several keys at once; what a value *means*
+from `default_config()`, changes what it wants and returns it (`recipes.py` runs it); `resolve` turns the result back
+into a `Config`, so that the rest of the package reads typed attributes and a key that nobody declared cannot be read.
+This module checks names and types and does the arithmetic that belongs to several keys at once; what a value *means*
 (is there such a variant, such a source) is checked by the room that knows.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import ml_collections
-import yaml
 
 
 class ConfigError(ValueError):
@@ -189,71 +185,20 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The schema's defaults, for a recipe to change; `load` checks the names and types of what comes back."""
+    """The schema's defaults, for a recipe to change; `recipes.load` checks what comes back."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
-
-
-def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
-
-    Raises `ConfigError` for a missing or broken file, an unknown key, an ill-typed value or keys that contradict each
-    other.
-    """
-    path = Path(file)
-    if not path.is_file():
-        names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError(f"no config file {str(file)!r}{near_miss(path.name, names)}")
-    if path.suffix != ".py":
-        raise ConfigError(f"{file}: a config file is a Python file, .py, such as configs/digits.py")
-    recipe = _run_recipe(path)
-    try:
-        written = _build(Config, recipe.to_dict(), "")
-    except ConfigError as error:  # the file's own, before the command line has had its say
-        raise ConfigError(f"{file}: {error}") from error
-    return resolve(override(to_dict(written), overrides))
-
-
-# What a mistake in a recipe raises, which is the user's own program.
-_RECIPE_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
-
-
-def _run_recipe(path: Path) -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        recipe = module.get_config()
-    except SyntaxError as error:
-        raise ConfigError(f"{path}{f':{error.lineno}' if error.lineno else ''}: {error.msg}") from error
-    except _RECIPE_ERRORS as error:
-        raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
-    if not isinstance(recipe, ml_collections.ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict")
-    return recipe
-
-
-def _line_in(path: Path, error: Exception) -> str:
-    """The last line of the file on the way to the error, such as ":12"."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f":{lines[-1]}" if lines else ""
-
-
-def _say_error(error: Exception) -> str:
-    """An exception of a recipe in one line; what a ConfigDict says of an unknown key is a KeyError within another."""
-    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
-    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
     """Nested values -> a checked `Config`. Raises `ConfigError` naming the key."""
-    config = _build(Config, values, "")
+    config = typed(values)
     _check(config)
     return config
+
+
+def typed(values: Mapping[str, Any]) -> Config:
+    """As `resolve`, names and types alone: what a recipe says before the command line has had its say."""
+    return _build(Config, values, "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -294,54 +239,13 @@ def total_steps(config: Config, train_examples: int) -> int:
     return max(1, math.ceil(config.total_epochs * train_examples / config.batch_size))
 
 
-def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Applies `a.b=value` assignments; values are read as YAML, so `true`, `1e-3`, `[96,128]` and `null` are typed."""
-    for assignment in overrides:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
-        *parents, leaf = key.split(".")
-        if not all((*parents, leaf)):
-            raise ConfigError(f"{assignment}: names no key; an override is written like --config.model.depth=4")
-        if not text:
-            raise ConfigError(f"{key}: no value is given; write {key}=null for none")
-        node, hint = values, Config
-        for depth, parent in enumerate(parents):
-            _known(hint, parent, ".".join(parents[:depth]))
-            hint = typing.get_type_hints(hint)[parent]
-            node = node[parent]
-            if not dataclasses.is_dataclass(hint):
-                raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
-        _known(hint, leaf, ".".join(parents))
-        node[leaf] = _parse(text, typing.get_type_hints(hint)[leaf], key)
-    return values
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    if hint is str or (optional and str in typing.get_args(hint) and text.lower() not in ("null", "none")):
-        return text
-    try:
-        value = yaml.safe_load(f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
-        raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
-    if isinstance(value, str):
-        if value.lower() == "none" and type(None) in typing.get_args(hint):
-            return None
-        try:
-            return float(value)  # YAML 1.1 takes 1e-3 for text
-        except ValueError:
-            return value
-    return value
-
-
 def _build(hint: Any, value: Any, key: str) -> Any:
     """`value` as the type that the schema declares at `key`."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__})")
         for name in value:
-            _known(hint, name, key)
+            check_known(hint, name, key)
         hints = typing.get_type_hints(hint)
         return typing.cast(type, hint)(
             **{name: _build(hints[name], item, f"{key}.{name}" if key else name) for name, item in value.items()}
@@ -396,7 +300,8 @@ def _name(hint: Any) -> str:
     return plain.get(hint) or "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
 
 
-def _known(hint: Any, name: str, parent: str) -> None:
+def check_known(hint: Any, name: str, parent: str) -> None:
+    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, declares no key `name`."""
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
         raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{near_miss(name, fields, parent)}")

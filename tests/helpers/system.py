@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vit_dist import config
+from vit_dist import recipes
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.metrics import read_rows
@@ -34,7 +34,7 @@ TIMINGS = {"images_per_second", "images_per_second_per_device", "step_ms", "data
 
 
 def settings(*overrides):
-    return config.load(RECIPE, overrides)
+    return recipes.load(RECIPE, overrides)
 
 
 def train_here(workdir, *overrides):

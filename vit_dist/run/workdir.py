@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vit_dist import config
+from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.run.files import write_atomically
 
@@ -40,7 +40,7 @@ def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
         saved = config.resolve(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    wanted = config.resolve(config.override(config.to_dict(saved), overrides))
+    wanted = config.resolve(recipes.override(config.to_dict(saved), overrides))
     _refuse_other_runs(workdir, saved, wanted)
     return wanted
 

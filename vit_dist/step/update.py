@@ -75,8 +75,8 @@ def make_train_step(
         metrics = {
             "loss": jnp.mean(each),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.global_norm(gradients),
-            "param_norm": optax.global_norm(parameters),
+            "grad_norm": optax.tree.norm(gradients),
+            "param_norm": optax.tree.norm(parameters),
         }
         if settings.log_examples:
             metrics["ids"] = layout.replicated(batch["id"])

@@ -1,0 +1,116 @@
+"""A recipe file and what the command line says of it, made into a `Config`.
+
+A recipe is a Python file whose `get_config()` returns the schema's defaults with its own changes. Overrides such as
+`model.depth=4` are read as YAML, with the type that the schema declares for their key.
+"""
+
+import dataclasses
+import importlib.util
+import traceback
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import yaml
+
+from vit_dist.config import Config, ConfigError, check_known, near_miss, resolve, to_dict, typed
+
+
+def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
+
+    Raises `ConfigError` for a missing or broken file, an unknown key, an ill-typed value or keys that contradict each
+    other.
+    """
+    path = Path(file)
+    if not path.is_file():
+        names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigError(f"no config file {str(file)!r}{near_miss(path.name, names)}")
+    if path.suffix != ".py":
+        raise ConfigError(f"{file}: a config file is a Python file, .py, such as configs/digits.py")
+    recipe = _run_recipe(path)
+    try:
+        written = typed(recipe.to_dict())
+    except ConfigError as error:  # the file's own, before the command line has had its say
+        raise ConfigError(f"{file}: {error}") from error
+    return resolve(override(to_dict(written), overrides))
+
+
+# What a mistake in a recipe raises, which is the user's own program.
+_RECIPE_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+def _run_recipe(path: Path) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        recipe = module.get_config()
+    except SyntaxError as error:
+        raise ConfigError(f"{path}{f':{error.lineno}' if error.lineno else ''}: {error.msg}") from error
+    except _RECIPE_ERRORS as error:
+        raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
+    if not isinstance(recipe, ml_collections.ConfigDict):
+        raise ConfigError(f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict")
+    return recipe
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    """The last line of the file on the way to the error, such as ":12"."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _say_error(error: Exception) -> str:
+    """An exception of a recipe in one line; what a ConfigDict says of an unknown key is a KeyError within another."""
+    inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Applies `a.b=value` assignments; values are read as YAML, so `true`, `1e-3`, `[96,128]` and `null` are typed."""
+    for assignment in overrides:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
+        *parents, leaf = key.split(".")
+        if not all((*parents, leaf)):
+            raise ConfigError(f"{assignment}: names no key; an override is written like --config.model.depth=4")
+        if not text:
+            raise ConfigError(f"{key}: no value is given; write {key}=null for none")
+        node, hint = values, Config
+        for depth, parent in enumerate(parents):
+            check_known(hint, parent, ".".join(parents[:depth]))
+            hint = typing.get_type_hints(hint)[parent]
+            node = node[parent]
+            if not dataclasses.is_dataclass(hint):
+                raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
+        check_known(hint, leaf, ".".join(parents))
+        node[leaf] = _parse(text, typing.get_type_hints(hint)[leaf], key)
+    return values
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if hint is str or (optional and str in typing.get_args(hint) and text.lower() not in ("null", "none")):
+        return text
+    try:
+        value = yaml.safe_load(f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
+        raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
+    if isinstance(value, str):
+        if value.lower() == "none" and type(None) in typing.get_args(hint):
+            return None
+        try:
+            return float(value)  # YAML 1.1 takes 1e-3 for text
+        except ValueError:
+            return value
+    return value
