@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.overrides = overrides
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        _leave()
+        return code
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _leave() -> None:
+    """Leaves the other processes of a job, if the verb joined any."""
+    if "jax" in sys.modules:
+        from vit_dist.mesh import processes
+
+        processes.stop()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from vit_dist.run.files import write_atomically
+from vit_dist.run.files import read_json, write_atomically
 
 FILE = "environment.json"
 PACKAGES = ("vit-dist", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
@@ -48,7 +48,7 @@ def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str
 def write(workdir: Path, session: Mapping[str, Any]) -> None:
     """Adds a session to the list in `workdir/environment.json`, the newest last. Process 0 alone calls it."""
     path = workdir / FILE
-    sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    sessions = read_json(path, list) if path.exists() else []
     write_atomically(path, json.dumps([*sessions, dict(session)], indent=2) + "\n")
 
 

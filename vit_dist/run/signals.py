@@ -1,6 +1,7 @@
 """Stopping when asked to: SIGTERM means that the machine is wanted back, and that there is time for one save.
 
-A single process catches the signal itself. In a job of several, the signal may reach one and not the others, or each
+A single process catches the signal itself, and Ctrl-C too: both are answered between two steps, where nothing is half
+done. In a job of several, the signal may reach one and not the others, or each
 at another step; JAX's preemption service then agrees on one step for all to stop at.
 """
 
@@ -16,36 +17,41 @@ from jax.experimental import multihost_utils
 class StopRequest:
     """`with StopRequest() as stop:` around a loop that asks `stop.requested(step)` after every step.
 
-    The handler that was there comes back at the end. Off the main thread Python lets nobody catch a signal, and a
+    The handlers that were there come back at the end. Off the main thread Python lets nobody catch a signal, and a
     single process is then never asked to stop.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._previous: Any = None
+        self._asked: set[int] = set()
+        self._previous: dict[int, Any] = {}
         # In a job of several processes JAX's own handler must stay: it feeds the preemption service.
         self._catches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Self:
         if self._catches:
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
+            self._previous = {one: signal.signal(one, self._handle) for one in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._catches:
+        for one, previous in self._previous.items():
             # None: the handler before was not made in Python and cannot be put back from here
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
+            signal.signal(one, signal.SIG_DFL if previous is None else previous)
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after `step`.
 
         In a job of several processes each must ask after every step; all are told yes at the same one, and only there.
+        Raises `KeyboardInterrupt` after a Ctrl-C.
         """
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked
+        if signal.SIGINT in self._asked:
+            raise KeyboardInterrupt
+        return signal.SIGTERM in self._asked
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        if number == signal.SIGINT and number in self._asked:  # the second Ctrl-C will not wait
+            raise KeyboardInterrupt
+        self._asked.add(number)

@@ -13,7 +13,7 @@ from typing import Any
 
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
-from vit_dist.run.files import write_atomically
+from vit_dist.run.files import read_json, write_atomically
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
 # rounding, save that a new length bends the rest of the schedule.
@@ -35,7 +35,7 @@ def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise ConfigError(f"{workdir}: holds no run ({file.name} is missing); give the --workdir of a training run")
-    values = _read(file, dict)
+    values = read_json(file, dict)
     try:
         saved = config.resolve(values)
     except ConfigError as error:
@@ -67,7 +67,7 @@ def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> 
 
 def class_names(workdir: Path) -> tuple[str, ...]:
     """The names of the classes, in the order of the logits."""
-    return tuple(map(str, _read(workdir / "classes.json", list)))
+    return tuple(map(str, read_json(workdir / "classes.json", list)))
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
 def summary(workdir: Path) -> dict[str, Any] | None:
     """What a finished run printed; None for one that has not finished."""
     file = workdir / "summary.json"
-    return _read(file, dict) if file.is_file() else None
+    return read_json(file, dict) if file.is_file() else None
 
 
 def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str]:
@@ -92,16 +92,3 @@ def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str
             "put them back or choose another --workdir"
         )
     return list(said.values())
-
-
-def _read(file: Path, kind: type) -> Any:
-    advice = "restore it or choose another --workdir"
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file}: missing; {advice}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error}); {advice}") from error
-    if not isinstance(value, kind):
-        raise ConfigError(f"{file}: holds a {type(value).__name__}, expected a {kind.__name__}; {advice}")
-    return value
