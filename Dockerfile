@@ -4,7 +4,8 @@
 #   docker build -t vit-dist:gpu --build-arg EXTRA=gpu .    docker run -v vit-runs:/runs --gpus all vit-dist:gpu ...
 #   docker build -t vit-dist:tpu --build-arg EXTRA=tpu .    docker run -v vit-runs:/runs --privileged vit-dist:tpu ...
 #
-# What follows the image's name goes to vit-dist in place of the default, which trains the digits into the volume.
+# What follows the image's name goes to vit-dist in place of the default, which trains the digits into the volume, on
+# fake devices; on an accelerator give the verb yourself, such as: train --config=F --workdir=/runs/F
 # Not yet built on a machine with Docker; its pip commands were run in an empty environment.
 FROM python:3.12-slim
 

@@ -35,5 +35,6 @@ def get_config():
     optimizer.warmup_steps, optimizer.clip = 1000, 1.0
 
     config.evaluate.every_steps = 980  # ten epochs
+    config.checkpoint.keep_best = 1
     config.checkpoint.every_steps = 980
     return config

@@ -36,5 +36,6 @@ def get_config():
     optimizer.name, optimizer.learning_rate, optimizer.schedule, optimizer.momentum = "sgd", 0.1, "constant", 0.0
 
     config.evaluate.every_steps = 469  # once an epoch
+    config.checkpoint.keep_best = 1
     config.checkpoint.every_steps = 469
     return config

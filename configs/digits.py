@@ -30,5 +30,6 @@ def get_config():
     optimizer.warmup_steps, optimizer.clip = 50, 1.0
 
     config.evaluate.every_steps = 300
+    config.checkpoint.keep_best = 1
     config.checkpoint.every_steps = 300
     return config

@@ -1,5 +1,6 @@
 """How fast a config trains on the devices at hand: the real step, fed by the real data."""
 
+import contextlib
 import statistics
 import time
 from typing import Any
@@ -33,6 +34,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
         steps=total_steps(settings, len(source)),
         crop_on_device=isinstance(source, ArraySource),
     )
+    program.check_training_batch()
     settle, probes = 3, 15
     host = train_batches(
         source,
@@ -46,31 +48,27 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
         stop_step=1 + settle + steps + probes,
     )
     batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
-    try:
-        with program.in_use():
-            state = program.new_state()
-            begun = time.perf_counter()
+    with contextlib.closing(host), contextlib.closing(batches), program.in_use():
+        state = program.new_state()
+        begun = time.perf_counter()
+        state, metrics = program.train_step(state, next(batches))
+        jax.block_until_ready(metrics)
+        first = time.perf_counter() - begun
+        for _ in range(settle):
             state, metrics = program.train_step(state, next(batches))
+        jax.block_until_ready(metrics)
+        batches.waited = 0.0
+        begun = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = program.train_step(state, next(batches))
+        jax.block_until_ready(metrics)
+        seconds, waited = time.perf_counter() - begun, batches.waited
+        spent = []
+        for _ in range(probes):
+            batches.waited, begun = 0.0, time.perf_counter()
+            state, metrics = program.train_step(state, next(batches))
+            spent.append(time.perf_counter() - begun - batches.waited)
             jax.block_until_ready(metrics)
-            first = time.perf_counter() - begun
-            for _ in range(settle):
-                state, metrics = program.train_step(state, next(batches))
-            jax.block_until_ready(metrics)
-            batches.waited = 0.0
-            begun = time.perf_counter()
-            for _ in range(steps):
-                state, metrics = program.train_step(state, next(batches))
-            jax.block_until_ready(metrics)
-            seconds, waited = time.perf_counter() - begun, batches.waited
-            spent = []
-            for _ in range(probes):
-                batches.waited, begun = 0.0, time.perf_counter()
-                state, metrics = program.train_step(state, next(batches))
-                spent.append(time.perf_counter() - begun - batches.waited)
-                jax.block_until_ready(metrics)
-    finally:
-        batches.close()
-        host.close()
     step_seconds = seconds / steps
     device = program.mesh.devices.flat[0]
     return {

@@ -152,7 +152,7 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Profile:
     steps: int = 0  # how many to trace into `workdir/profile`; 0: none
-    start_step: int = 10
+    start_step: int = 10  # the steps after this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +345,11 @@ def _check(config: Config) -> None:
                 f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
                 "give one a channel, or a single number for all"
             )
+    if config.checkpoint.keep_best and not config.evaluate.every_steps:
+        raise ConfigError(
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} are to be kept by their accuracy, but "
+            "evaluate.every_steps=0 measures none; set one of them"
+        )
     model = config.model
     if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
         raise ConfigError(
@@ -368,14 +373,14 @@ _RANGES: dict[str, _Range] = {
         "total_steps total_epochs batch_size accumulate_steps log_every model.width model.depth model.mlp model.heads "
         "model.channels model.num_classes model.image_size model.patch_size model.pre_logits data.threads "
         "data.prefetch data.memory_limit_gb data.std data.crop_aspect evaluate.batch_size optimizer.clip "
-        "optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last".split(),
+        "optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last profile.start_step".split(),
         _POSITIVE,
     ),
     **dict.fromkeys(
         "mixup cutmix fake_devices model.registers model.position_std data.workers data.rotate data.scale "
         "data.max_bad_fraction optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
         "optimizer.end_factor optimizer.cooldown_steps evaluate.every_steps checkpoint.every_steps "
-        "checkpoint.keep_best profile.steps profile.start_step".split(),
+        "checkpoint.keep_best profile.steps".split(),
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(

@@ -30,6 +30,7 @@ def inspect(settings: Config) -> dict[str, Any]:
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
     program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, crop_on_device=True)
+    program.check_training_batch()
     with program.in_use():
         state = program.abstract_state()
     parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}

@@ -1,5 +1,6 @@
 """Exact evaluation: every example of a split counts once, on any mesh and with any batch size."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,10 @@ class Result:
     class_top1: dict[str, float | None]  # by class name; None for a class of no examples
     skipped: int
 
-    def row(self) -> dict[str, float]:
-        """What a row of `metrics.jsonl` holds."""
-        values: dict[str, float] = {"count": self.count, "loss": self.loss, "top1": self.top1, "top5": self.top5}
+    def row(self) -> dict[str, Any]:
+        """What a row of `metrics.jsonl` holds; `class_top1` in the order of the classes."""
+        values: dict[str, Any] = {"count": self.count, "loss": self.loss, "top1": self.top1, "top5": self.top5}
+        values["class_top1"] = list(self.class_top1.values())
         return values | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -53,18 +55,14 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
     )
     totals = no_totals(program.shape.classes)
     placed = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
-    try:
+    with contextlib.closing(batches), contextlib.closing(placed):
         for batch in placed:
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
-    finally:
-        placed.close()
-        batches.close()
-    count, skipped = int(sums["count"]), len(batches.bad)
-    # With several processes, how many files the others skipped is not known here.
-    known = jax.process_count() == 1 or settings.data.on_bad == "error"
-    if known and count + skipped != len(source):
-        raise RuntimeError(f"evaluation counted {count} examples and skipped {skipped}, of {len(source)}")
+    count = int(sums["count"])
+    skipped = len(source) - count  # over all processes
+    if skipped and settings.data.on_bad == "error":
+        raise RuntimeError(f"evaluation counted {count} examples of {len(source)}")
     each = zip(source.class_names, sums["class_top1"], sums["class_count"], strict=False)
     return Result(
         count=count,
@@ -105,5 +103,5 @@ def evaluate(
     main = results.get("ema") or results["parameters"]
     answer: dict[str, Any] = {"split": split, "step": found, **main.row(), "class_top1": main.class_top1}
     if "ema" in results:
-        answer["parameters"] = results["parameters"].row()
+        answer["parameters"] = {**results["parameters"].row(), "class_top1": results["parameters"].class_top1}
     return answer

@@ -41,6 +41,8 @@ def predict(
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
     images = [evaluation_image(_read(Path(file), model.channels), crop, pair(model.image_size)) for file in files]
     processes.start(settings.fake_devices)
+    if jax.process_count() > 1:
+        raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
     with restored(workdir, settings, crop_on_device=False, step=step, best=best) as (program, _, parameters):
 
         @jax.jit

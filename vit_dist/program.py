@@ -65,6 +65,11 @@ class Program:
         evaluation = update.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
         self.evaluation_step = jax.jit(evaluation, donate_argnums=2, compiler_options=options)
 
+    def check_training_batch(self) -> None:
+        """Raises `ConfigError` where the batch does not divide over the mesh; an evaluation's need not."""
+        sizes = dict(self.mesh.shape)
+        layout.check_divides("batch_size", self.settings.batch_size, "batch", sizes, self.settings.accumulate_steps)
+
     def in_use(self) -> Any:
         """A context in which jax knows the mesh."""
         return jax.set_mesh(self.mesh)
@@ -76,10 +81,6 @@ class Program:
     def new_state(self) -> State:
         """The state before the first step; every array is born split."""
         return jax.jit(self._make_state)()
-
-    def parameters_of(self, state: State) -> Parameters:
-        """What evaluation, prediction and export use: the moving average where there is one."""
-        return state.ema if state.ema is not None else state.parameters
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads."""
@@ -135,7 +136,6 @@ def restored(
 
 def _mesh(settings: config.Config, shape: vit.Shape, devices: list[jax.Device]) -> Mesh:
     sizes = topology.axis_sizes(settings.mesh, len(devices))
-    layout.check_divides("batch_size", settings.batch_size, "batch", sizes, settings.accumulate_steps)
     layout.check_divides("model.width", shape.width, "width", sizes)
     layout.check_divides("model.heads", shape.heads, "heads", sizes)
     layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)

@@ -1,23 +1,23 @@
 """Training: build, restore, step, log, evaluate, save.
 
-The loop dispatches a step and goes on; what a step measured is read one step late, so the devices never wait for
-Python. Rows are on the disk before the checkpoint of their step is, so that a run that is killed and started again
-cuts the rows past its checkpoint and writes them anew, none doubled and none missing.
+The loop dispatches a step while the one before it runs; what a step measured is read one step late, so the devices
+never wait for Python. Rows are on the disk before the checkpoint of their step is, so that a run that is killed and
+started again cuts the rows past its checkpoint and writes them anew, none doubled and none missing.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
-import numpy as np
 
 from vit_dist import config
-from vit_dist.config import Config
+from vit_dist.config import Config, ConfigError
 from vit_dist.data.loader import train_batches
 from vit_dist.data.sources import ArraySource, Source, fingerprint
 from vit_dist.describe import parameter_table
@@ -25,11 +25,11 @@ from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
+from vit_dist.rates import Pending, Window
 from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
-from vit_dist.run.devices import memory_in_use
-from vit_dist.run.metrics import MetricLog, profile_action, read_rows
+from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
 from vit_dist.run.signals import StopRequest
 from vit_dist.step.state import State
@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Diverged(Exception):
-    """The loss is not a number any more."""
+    """The loss or the parameters are not numbers any more."""
 
 
 def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
@@ -50,26 +50,31 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
 
     Returns the summary: step, count, loss, top1 (of the last evaluation of the first split; None without one),
     seconds (of training, over all sessions), workdir. Raises `ConfigError` before anything is written, `Preempted`
-    after a SIGTERM and a complete save, `Diverged` for a loss that is not finite.
+    after a SIGTERM and a complete save, `Diverged` for a loss that is not finite; no such state is ever saved.
     """
     workdir = Path(workdir)
     processes.start(settings.fake_devices)
     source = open_split(settings, "train")
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
     steps = config.total_steps(settings, len(source))
-    program = Program(
-        settings,
-        classes=len(source.class_names),
-        steps=steps,
-        crop_on_device=isinstance(source, ArraySource),
-    )
+    whole = isinstance(source, ArraySource)
+    program = Program(settings, classes=len(source.class_names), steps=steps, crop_on_device=whole)
+    program.check_training_batch()
+    prints = {name: fingerprint(one) for name, one in {"train": source, **splits}.items()}
+    processes.check_same("the config and the data", repr((program.settings, prints)))
     if run_files.holds_run(workdir):
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
+        environment.check_same_data(workdir, prints)
         done = run_files.summary(workdir)
         if done is not None and done["step"] >= steps:
             return done
-    with program.in_use(), Session(program, workdir, source, splits) as session:
-        return session.run()
+    with program.in_use():
+        program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
+        if jax.process_index() == 0:
+            run_files.write_run(workdir, program.settings, source.class_names)
+            environment.write(workdir, environment.describe(program.mesh, prints))
+        with StopRequest() as stop, Session(program, workdir, source, splits) as session:
+            return session.run(stop)
 
 
 class Session:
@@ -78,39 +83,37 @@ class Session:
     def __init__(self, program: Program, workdir: Path, source: Source, splits: dict[str, Source]):
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits = source, splits
-        self.writes = jax.process_index() == 0
-
-    def __enter__(self) -> "Session":
-        checkpoint = self.settings.checkpoint
-        self.program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
-        if self.writes:
-            run_files.write_run(self.workdir, self.settings, self.source.class_names)
-            prints = {name: fingerprint(one) for name, one in {"train": self.source, **self.splits}.items()}
-            environment.write(self.workdir, environment.describe(self.program.mesh, prints))
-        self.checkpoints = Checkpoints(
-            self.workdir / "checkpoints", keep_last=checkpoint.keep_last, keep_best=checkpoint.keep_best
-        )
-        self.state, self.seconds_before = self._restore()
-        self.step = int(self.state.step)
-        self.log = MetricLog(self.workdir, resume_step=self.step) if self.writes else None
-        self.progress = Progress(self.program.steps, self.step) if self.writes else None
-        profile = self.settings.profile
-        self.profile = profile_action(self.workdir, profile.start_step, profile.steps) if profile.steps else None
-        self.started = time.perf_counter()
-        self.measured: tuple[int, float] | None = None  # the step last evaluated, and its top-1
+        self.result: dict[str, Any] | None = None  # the row that the summary and the best checkpoint go by
         self.pending: Pending | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as opened:
+            keep, profile = self.settings.checkpoint, self.settings.profile
+            self.checkpoints = opened.enter_context(
+                contextlib.closing(
+                    Checkpoints(self.workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best)
+                )
+            )
+            self.state, self.seconds_before = self._restore()
+            self.step = int(self.state.step)
+            self.log = self.progress = self.profile = None
+            if jax.process_index() == 0:  # it alone writes
+                self.log = opened.enter_context(contextlib.closing(MetricLog(self.workdir, resume_step=self.step)))
+                self.progress = opened.enter_context(contextlib.closing(Progress(self.program.steps, self.step)))
+                if profile.steps:
+                    trace = StepProfile(self.workdir, profile.start_step, profile.steps)
+                    self.profile = opened.enter_context(contextlib.closing(trace))
+            self.started = time.perf_counter()
+            self._open = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if self.profile is not None:
-            self.profile.close()
-        if self.progress is not None:
-            self.progress.close()
-        if self.log is not None:
-            self.log.close()
-        self.checkpoints.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, stop: StopRequest) -> dict[str, Any]:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
         self._say_what_runs()
@@ -127,46 +130,51 @@ class Session:
         )
         batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
         window = Window(self.step, batches)
-        first = self.step + 1
-        try:
-            with StopRequest() as stop:
-                for batch in batches:
-                    self.state, metrics = program.train_step(self.state, batch)
-                    self.step += 1
+        first, before = self.step + 1, None
+        with contextlib.closing(host), contextlib.closing(batches):
+            for batch in batches:
+                self.state, metrics = program.train_step(self.state, batch)
+                self.step += 1
+                jax.block_until_ready(before)  # two steps under way are enough, and a stop is answered soon
+                before = metrics
+                self._write_pending()
+                last = self.step == program.steps
+                if self.step == first:
+                    jax.block_until_ready(metrics)
+                    _log.info("first step, with its compilation: %.1f s", window.seconds())
+                    window.restart(self.step)
+                    if self.progress is not None:
+                        self.progress.update(self.step)  # the time left is reckoned from here
+                if last or self.step % settings.log_every == 0:
+                    self.pending = Pending(self.step, metrics, window, skipped=len(host.bad))
+                if self.profile is not None:
+                    jax.block_until_ready(metrics)  # or the trace would lack what is under way
+                    self.profile(self.step)
+                stopping = stop.requested(self.step)
+                evaluating = _due(settings.evaluate.every_steps, self.step, last)
+                saving = stopping or last or _due(settings.checkpoint.every_steps, self.step, last)
+                if evaluating or saving:
                     self._write_pending()
-                    last = self.step == program.steps
-                    if last or self.step % settings.log_every == 0:
-                        self.pending = Pending(self.step, metrics, window)
-                    if self.step == first:
-                        jax.block_until_ready(metrics)
-                        _log.info("first step, with its compilation: %.1f s", window.seconds())
-                        window.restart(self.step)
-                        if self.progress is not None:
-                            self.progress.update(self.step)  # the time left is reckoned from here
-                    if self.profile is not None:
-                        self.profile(self.step)
-                    stopping = stop.requested(self.step)
-                    evaluating = _due(settings.evaluate.every_steps, self.step, last)
-                    saving = stopping or last or _due(settings.checkpoint.every_steps, self.step, last)
-                    if evaluating or saving:
-                        self._write_pending()
-                        if evaluating:
-                            self._evaluate()
-                        if saving:
-                            self._save()
-                        window.restart(self.step)
-                    if stopping and not last:
-                        self.checkpoints.wait()
-                        raise Preempted(f"saved step {self.step} of {program.steps} in {self.workdir}")
-        finally:
-            batches.close()
-            host.close()
+                    _check_finite(self.step, jax.device_get(metrics))
+                    if evaluating:
+                        self._evaluate()
+                    if saving:
+                        self._save()
+                    window.restart(self.step)
+                if stopping and not last:
+                    self.checkpoints.wait()
+                    raise Preempted(f"saved step {self.step} of {program.steps} in {self.workdir}")
         return self._finish()
 
     def _restore(self) -> tuple[State, float]:
         latest = self.checkpoints.latest()
         if latest is None:
             return self.program.new_state(), 0.0
+        if latest > self.program.steps:
+            raise ConfigError(
+                f"total_steps: the run in {self.workdir} has done {latest} steps already, more than the "
+                f"{self.program.steps} asked for; ask for more or choose another --workdir"
+            )
         _, trees = self.checkpoints.restore(_trees(self.program.abstract_state()), latest)
         seconds = float(self.checkpoints.metadata(latest)["seconds"])
         return State(**{"ema": None, **trees}), seconds
@@ -174,56 +182,54 @@ class Session:
     def _save(self) -> None:
         if self.log is not None:
             self.log.flush()
-        metrics = {"top1": self.measured[1]} if self.measured and self.measured[0] == self.step else None
+        measured = self.result is not None and self.result["step"] == self.step
+        metrics = {"top1": self.result["top1"]} if self.result is not None and measured else None
         self.checkpoints.save(self.step, _trees(self.state), metrics=metrics, metadata={"seconds": self._seconds()})
 
     def _evaluate(self) -> None:
         """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
         for number, (split, source) in enumerate(self.splits.items()):
-            result = evaluate_source(self.program, self.state.parameters, source)
-            self._write(self.step, split, result.row())
+            row = evaluate_source(self.program, self.state.parameters, source).row()
+            self._write(split, row)
             if self.state.ema is not None:
-                result = evaluate_source(self.program, self.state.ema, source)
-                self._write(self.step, f"{split}/ema", result.row())
+                row = evaluate_source(self.program, self.state.ema, source).row()
+                self._write(f"{split}/ema", row)
             if number == 0:
-                self.measured = (self.step, result.top1)
+                self.result = {"step": self.step, **row}
         if self.log is not None:
             self.log.flush()
             curves.draw(self.workdir)
+
+    def _write(self, split: str, row: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(self.step, split, row)
+        if self.progress is not None:
+            self.progress.line(f"{split} at step {self.step}: top1 {row['top1']:.4f}  loss {row['loss']:.4f}")
 
     def _write_pending(self) -> None:
         """Reads and writes the metrics of the last logged step, which the devices have finished by now."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        values = pending.read(self.program)
-        self._write(pending.step, "train", values)
-        if self.progress is not None:
-            shown = {"loss": values["loss"], "lr": values["learning_rate"], "img/s": values["images_per_second"]}
-            self.progress.update(pending.step, shown)
-        if not math.isfinite(values["loss"]):
-            raise Diverged(f"the loss is {values['loss']} at step {pending.step}; lower optimizer.learning_rate?")
-
-    def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        row = pending.read(self.program)
         if self.log is not None:
-            self.log.write(step, split, values)
-        if self.progress is not None and split != "train":
-            self.progress.line(f"{split} at step {step}: top1 {values['top1']:.4f}  loss {values['loss']:.4f}")
+            self.log.write(pending.step, "train", row)
+        if self.progress is not None:
+            shown = ("loss", "learning_rate", "images_per_second")
+            self.progress.update(pending.step, {name: row[name] for name in shown if name in row})
+        _check_finite(pending.step, row)
 
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()
-        if self.log is not None:
-            self.log.flush()
-        wanted = [f"{split}{of}" for split in list(self.splits)[:1] for of in ("/ema", "")]
-        rows = [row for split in wanted for row in read_rows(self.workdir) if row["split"] == split]
-        result = max(rows, key=lambda row: row["step"], default={})
+        result = self.result or _last_result(self.workdir, self.settings.evaluate.splits)
         summary = {
             "step": self.step,
             **{name: result.get(name) for name in ("count", "loss", "top1")},
             "seconds": round(self._seconds(), 1),
             "workdir": str(self.workdir),
         }
-        if self.writes:
+        if self.log is not None:
+            self.log.flush()
             curves.draw(self.workdir)
             run_files.write_summary(self.workdir, summary)
         return summary
@@ -235,66 +241,26 @@ class Session:
         """The parameters, and what runs where, for whoever reads the log."""
         if self.progress is None:
             return
-        program, mesh = self.program, self.program.mesh
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            self.progress.line(parameter_table(program.abstract_state().parameters))
-        axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        device = mesh.devices.flat[0]
-        self.progress.line(
-            f"mesh {axes} of {mesh.size} {device.device_kind} devices, {jax.process_count()} process(es)"
-        )
-        self.progress.line(f"{len(self.source):,} examples, {program.steps:,} steps of {self.settings.batch_size}")
+        self.progress.line(parameter_table(self.state.parameters))
+        axes = " x ".join(f"{name}={size}" for name, size in self.program.mesh.shape.items())
+        device = self.program.mesh.devices.flat[0]
+        self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
+        self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
 
 
-class Window:
-    """The stretch of steps that a row's rates are of. It begins anew after a compilation, evaluation or save."""
-
-    def __init__(self, step: int, batches: Prefetch):
-        self._batches = batches
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._begun, self._batches.waited = step, time.perf_counter(), 0.0
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._begun
-
-    def rates(self, step: int) -> tuple[float, float]:
-        """(seconds a step, share of them spent waiting for data) up to `step`, where the next stretch begins."""
-        seconds, waited = self.seconds(), self._batches.waited
-        count = step - self._step
-        self.restart(step)
-        return seconds / max(count, 1), waited / seconds
+def _check_finite(step: int, metrics: dict[str, Any]) -> None:
+    wrong = {name: float(metrics[name]) for name in ("loss", "param_norm") if not math.isfinite(metrics[name])}
+    if wrong:
+        said = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+        raise Diverged(f"step {step}: {said}; the last checkpoint is from before; lower optimizer.learning_rate?")
 
 
-@dataclasses.dataclass
-class Pending:
-    """What a logged step measured, still on the devices."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    window: Window
-
-    def read(self, program: Program) -> dict[str, Any]:
-        """Waits for the step and returns its row."""
-        values: dict[str, Any] = dict(jax.device_get(self.metrics))
-        ids = values.pop("ids", None)
-        row: dict[str, Any] = {name: float(value) for name, value in values.items()}
-        step_seconds, waiting = self.window.rates(self.step)
-        rate = program.settings.batch_size / step_seconds
-        row |= {
-            "images_per_second": rate,
-            "images_per_second_per_device": rate / program.mesh.size,
-            "step_ms": step_seconds * 1000,
-            "data_wait_fraction": waiting,
-            "mfu": program.mfu(step_seconds),
-            "memory_bytes": memory_in_use(program.mesh.devices.flat),
-        }
-        if ids is not None:
-            row["examples"] = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()[:16]
-        return row
+def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:
+    """The row that an earlier session ended with; empty where nothing was evaluated."""
+    rows = [row for row in read_rows(workdir) if splits and row["split"] in (splits[0], f"{splits[0]}/ema")]
+    return max(rows, key=lambda row: (row["step"], row["split"]), default={})
 
 
 def _due(every: int, step: int, last: bool) -> bool:

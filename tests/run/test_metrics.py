@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_dist.config import ConfigError
-from vit_dist.run.metrics import JsonLinesWriter, MetricLog, profile_action, read_rows
+from vit_dist.run.metrics import JsonLinesWriter, MetricLog, StepProfile, read_rows
 
 
 def train(workdir, resume_step, steps):
@@ -106,16 +106,16 @@ def test_calls_for_one_step_and_split_make_one_row(tmp_path):
 
 
 def test_a_profile_is_taken_of_the_steps_asked_for(tmp_path):
-    action = profile_action(tmp_path, start_step=2, steps=2)
+    action = StepProfile(tmp_path, start_step=2, steps=2)
     assert [action(step) for step in range(1, 6)] == [False, True, False, True, False]
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
-    resumed = profile_action(tmp_path / "resumed", start_step=2, steps=2)
+    resumed = StepProfile(tmp_path / "resumed", start_step=2, steps=2)
     assert [resumed(step) for step in range(3, 6)] == [False, True, False]
     assert not (tmp_path / "resumed").exists()
 
 
 def test_a_run_that_ends_inside_the_profile_keeps_it(tmp_path):
-    action = profile_action(tmp_path, start_step=1, steps=100)
+    action = StepProfile(tmp_path, start_step=1, steps=100)
     action(1)
     action.close()
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1

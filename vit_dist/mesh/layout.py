@@ -11,6 +11,8 @@ an all-reduce over `data`), or, for parameters that went through `postponed` fir
 Without a mesh all of this is the identity, so that a model runs on one device with no ceremony.
 """
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -80,6 +82,14 @@ def as_stored(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
     if not _mesh_axes():
         return gradient
     return jax.sharding.reshard(gradient, jax.typeof(parameter).sharding.spec)
+
+
+def gradient_spec(parameter: jax.Array, order: Sequence[int]) -> PartitionSpec | None:
+    """The `PartitionSpec` of a gathered parameter's gradient, not summed yet, with its dimensions in this order."""
+    if not _mesh_axes():
+        return None
+    own = jax.typeof(parameter).sharding.spec
+    return PartitionSpec(*(own.partitions[dimension] for dimension in order), unreduced=own.reduced)
 
 
 def unreduced_zeros(parameter: jax.Array) -> jax.Array:

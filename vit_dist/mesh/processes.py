@@ -4,9 +4,12 @@ One process alone needs nothing. Several find each other by three variables, `VI
 first), `VIT_DIST_PROCESSES` (how many) and `VIT_DIST_PROCESS` (which one this is).
 """
 
+import hashlib
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vit_dist.config import ConfigError
 
@@ -40,6 +43,17 @@ def start(fake_devices: int = 0) -> None:
         )
     if not jax.distributed.is_initialized():
         jax.distributed.initialize(coordinator, int(count), int(index), initialization_timeout=START_SECONDS)
+
+
+def check_same(what: str, text: str) -> None:
+    """Raises `ConfigError` on every process where `text` is not the same on all of them; `what` it describes."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    everyone = multihost_utils.process_allgather(digest)
+    others = [index for index, other in enumerate(everyone) if not np.array_equal(other, everyone[0])]
+    if others:
+        raise ConfigError(f"{what}: not the same on process 0 and {', '.join(map(str, others))}; start them all alike")
 
 
 def stop() -> None:

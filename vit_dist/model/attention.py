@@ -71,10 +71,11 @@ def attend(
     is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA.
     """
     drops = bool(rate) and key is not None
-    fits = _on_gpu() and q.dtype == jnp.bfloat16 and not drops
+    fits = _on_gpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and not drops
     if implementation == "cudnn" and not fits:
         raise ConfigError(
-            "model.attention: cudnn needs an NVIDIA GPU, model.dtype=bfloat16 and model.attention_dropout=0; take auto"
+            "model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16 and "
+            "model.attention_dropout=0; take auto"
         )
     if implementation == "cudnn" or (implementation == "auto" and fits):
         return _cudnn(q, k, v)

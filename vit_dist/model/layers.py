@@ -4,6 +4,7 @@ A layer keeps its parameters in float32, split as `mesh.layout` says, and gather
 it runs. Randomness comes as a `key` argument; no key means evaluation, and every random layer is then the identity.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -54,13 +55,46 @@ class Dense(nnx.Module):
         self.bias = None if bias is None else make_parameter(rngs, initializers.constant(bias), outputs, own)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        lead = x.ndim - self.input_count
-        contract = (tuple(range(lead, x.ndim)), tuple(range(self.input_count)))
-        names = ("batch", *(None,) * (lead - 1), *self.output_names)
-        y = jax.lax.dot_general(x, ready(self.kernel, x.dtype), (contract, ((), ())), out_sharding=layout.spec(*names))
+        names = ("batch", *(None,) * (x.ndim - self.input_count - 1), *self.output_names)
+        y = _product(x, ready(self.kernel, x.dtype), self.input_count, names)
         if self.bias is None:
             return y
         return y + layout.broadcast(ready(self.bias, x.dtype), names, y.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, kernel: jax.Array, inputs: int, names: Names) -> jax.Array:
+    """[..., *inputs] by [*inputs, *outputs], a gathered kernel, -> [..., *outputs], laid out as `names`.
+
+    Its gradients are JAX's own but for one choice: of the kernel's, a product over examples and tokens, the narrower
+    operand comes first. XLA's CPU products transpose the first one, and JAX would have it always be `g`.
+    """
+    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    return jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=layout.spec(*names))
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, inputs: int, names: Names) -> tuple[jax.Array, tuple]:
+    return _product(x, kernel, inputs, names), (x, kernel)
+
+
+def _product_backward(inputs: int, names: Names, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    lead = tuple(range(x.ndim - inputs))
+    contract = (tuple(range(len(lead), g.ndim)), tuple(range(inputs, kernel.ndim)))
+    split = None if layout.spec() is None else jax.typeof(x).sharding.spec
+    x_gradient = jax.lax.dot_general(g, kernel, (contract, ((), ())), out_sharding=split)
+    if math.prod(kernel.shape[:inputs]) <= math.prod(kernel.shape[inputs:]):
+        return x_gradient, jax.lax.dot_general(
+            x, g, ((lead, lead), ((), ())), out_sharding=layout.gradient_spec(kernel, range(kernel.ndim))
+        )
+    order = (*range(inputs, kernel.ndim), *range(inputs))  # of the kernel's dimensions: outputs, then inputs
+    turned = jax.lax.dot_general(g, x, ((lead, lead), ((), ())), out_sharding=layout.gradient_spec(kernel, order))
+    # Without the barrier XLA takes the transpose into the product, which then misses the fast CPU routine.
+    turned = jax.lax.optimization_barrier(turned)
+    return x_gradient, turned.transpose(*(order.index(dimension) for dimension in range(kernel.ndim)))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Norm(nnx.Module):

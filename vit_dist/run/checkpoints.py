@@ -1,6 +1,6 @@
 """Checkpoints of a run, saved while the training goes on (Orbax).
 
-A checkpoint is a few named trees of arrays, such as `params`, `ema`, `optimizer` and `progress`, each saved under its
+A checkpoint is a few named trees of arrays, such as `parameters`, `ema` and `optimizer`, each saved under its
 own name, so that evaluation reads the parameters and leaves the optimizer on the disk. The shapes, types and shardings
 wanted are given as `jax.ShapeDtypeStruct`s, and may lie on another mesh than the one that saved. What is on the disk is
 always whole: a save that was cut short leaves only a temporary folder, which the next run that saves clears away.
@@ -146,7 +146,7 @@ def _placed(wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _tensors(name: str, tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path, such as `params/head/kernel` -> (shape, type)."""
+    """Path, such as `parameters/head/kernel` -> (shape, type)."""
     leaves = jax.tree.flatten_with_path(tree)[0]
     return {
         "/".join((name, jax.tree_util.keystr(path, simple=True, separator="/"))): (

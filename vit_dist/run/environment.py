@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from vit_dist.config import ConfigError
 from vit_dist.run.files import read_json, write_atomically
 
 FILE = "environment.json"
@@ -43,6 +44,18 @@ def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str
         "data": dict(data_fingerprints),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def check_same_data(workdir: Path, data_fingerprints: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where a split is not the one that the newest session in `workdir` read."""
+    sessions = read_json(workdir / FILE, list)
+    before = sessions[-1]["data"] if sessions else {}
+    for split, digest in data_fingerprints.items():
+        if before.get(split, digest) != digest:
+            raise ConfigError(
+                f"data: the {split} split has another content (digest {digest}) than the run in {workdir} was trained "
+                f"with ({before[split]}); give it that data or choose another --workdir"
+            )
 
 
 def write(workdir: Path, session: Mapping[str, Any]) -> None:

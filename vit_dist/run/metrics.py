@@ -151,11 +151,6 @@ class StepProfile(periodic_actions.PeriodicAction):
             self._tracing = False
 
 
-def profile_action(workdir: Path, start_step: int, steps: int) -> StepProfile:
-    """An action to call as `action(step)` after each step, which traces `steps` steps after `start_step`."""
-    return StepProfile(workdir, start_step, steps)
-
-
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """The rows of a run, in order; none where there is no file. A last line that is being written is not a row yet."""
     return [row for _, row in _lines(workdir / ROWS)]

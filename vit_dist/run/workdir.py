@@ -1,7 +1,7 @@
 """The small files of a working directory: the config of the run, its class names, its summary.
 
-A directory holds a run when it has a `config.json`. A later call may change what does not change the run, such as the
-mesh; anything else is refused, and what did change is said.
+A directory holds a run when it has a `config.json` and a checkpoint. A later call may change what does not change the
+run, such as the mesh; anything else is refused, and what did change is said.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ from vit_dist.run.files import read_json, write_atomically
 # rounding, save that a new length bends the rest of the schedule.
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
-    "accumulate_gather", "mesh.", "evaluate.", "checkpoint.", "profile.", "data.path", "data.download", "data.workers",
-    "data.threads", "data.prefetch", "data.memory_limit_gb", "model.remat", "model.attention",
+    "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "data.path", "data.download", "data.workers",
+    "data.threads", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction", "model.remat",
+    "model.attention",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
 
 def holds_run(workdir: Path) -> bool:
-    return (workdir / "config.json").is_file()
+    """Whether there is something to go on from: a start that failed before its first checkpoint is no run yet."""
+    return (workdir / "config.json").is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
@@ -83,7 +85,7 @@ def summary(workdir: Path) -> dict[str, Any] | None:
 def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str]:
     """What `wanted` changes of the run, in words; raises `ConfigError` for what may not change."""
     changed = config.differences(saved, wanted)
-    refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    refused = [key for key in changed if not {key, key.partition(".")[0]} & set(MAY_CHANGE)]
     old, new = (config.flatten(config.to_dict(one)) for one in (saved, wanted))
     said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
     if refused:

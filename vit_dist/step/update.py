@@ -16,6 +16,7 @@ from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.mesh import layout
 from vit_dist.step import augment, losses
+from vit_dist.step.optimizer import trainable
 from vit_dist.step.state import Network, Parameters, State
 
 Batch = dict[str, jax.Array]
@@ -43,6 +44,9 @@ def make_train_step(
     per_example = losses.LOSSES[settings.loss]
 
     def loss_sum(parameters: Parameters, images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple:
+        # What is frozen needs no backward pass, and has no part in the gradient's norm.
+        learns = trainable(parameters, settings.optimizer.rules)
+        parameters = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), parameters, learns)
         each = per_example(network(parameters, images, key), targets)
         return jnp.sum(each) / settings.batch_size, each
 
@@ -117,7 +121,7 @@ def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Arr
     d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
     """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: old * d + new * (1 - d), ema, parameters)
+    return jax.tree.map(lambda old, new: old + (new - old) * (1 - d), ema, parameters)  # exact where nothing changed
 
 
 def make_evaluation_step(
