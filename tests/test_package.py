@@ -19,11 +19,12 @@ FLOORS = (
     ("step",),
     ("run",),
     ("program",),
+    ("rates",),
     ("train", "evaluate", "predict", "describe", "bench"),
     ("cli",),
     ("__main__",),
 )
-VERBS = FLOORS[7]
+VERBS = FLOORS[8]
 
 
 def modules() -> dict[str, Path]:

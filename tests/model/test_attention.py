@@ -105,7 +105,7 @@ def takes_cudnn(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: Any, rate
     mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         split = NamedSharding(mesh, layout.spec(*HEADS) or PartitionSpec())
-        arrays = [jax.ShapeDtypeStruct((8, 6, 2, 4), dtype, sharding=split)] * 3
+        arrays = [jax.ShapeDtypeStruct((8, 6, 2, 8), dtype, sharding=split)] * 3
         try:
             jax.eval_shape(
                 lambda q, k, v: attend(q, k, v, choice.get("implementation", "auto"), rate, jax.random.key(0)), *arrays
@@ -142,5 +142,7 @@ def test_auto_takes_xla_here_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> 
 def test_cudnn_asked_for_where_it_cannot_be_had_is_an_error_that_says_what_to_set(
     platform: str, dtype: Any, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="model.attention: cudnn needs an NVIDIA GPU, model.dtype=bfloat16"):
+    with pytest.raises(
+        ConfigError, match="model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16"
+    ):
         takes_cudnn(monkeypatch, platform, dtype, rate, implementation="cudnn")
