@@ -20,9 +20,9 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
     """Trains for `steps` steps after the first and a few to settle, and keeps nothing.
 
     Returns images_per_second, step_ms, mfu (None where the devices' peak is unknown), data_wait_fraction (of the time,
-    spent waiting for the host's data), first_step_seconds (compilation included), python_ms (what Python spends to take
-    a batch, place it and dispatch the step on idle devices: a median), and what it was measured on.
-    Raises `ConfigError`.
+    spent waiting for the host's data), first_step_seconds (compilation included), python_ms (processor time that the
+    loop spends to take a batch and dispatch the step on idle devices: a median), and what it was measured on. Raises
+    `ConfigError`.
     """
     if steps < 1:
         raise ConfigError(f"steps: must be above 0, found {steps}")
@@ -65,9 +65,9 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
         seconds, waited = time.perf_counter() - begun, batches.waited
         spent = []
         for _ in range(probes):
-            batches.waited, begun = 0.0, time.perf_counter()
+            begun = time.thread_time()
             state, metrics = program.train_step(state, next(batches))
-            spent.append(time.perf_counter() - begun - batches.waited)
+            spent.append(time.thread_time() - begun)
             jax.block_until_ready(metrics)
     step_seconds = seconds / steps
     device = program.mesh.devices.flat[0]
