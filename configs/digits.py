@@ -2,7 +2,8 @@
 
     vit-dist train --config=configs/digits.py --workdir=runs/digits
 
-Expected: test top-1 (of the moving average, 360 examples) 0.97 or more.
+Expected: test top-1 (of the moving average, 360 examples) 0.975 to 0.99, in 45 s on two CPU cores (measured over four
+seeds, 2026-11-22).
 """
 
 from vit_dist.config import default_config

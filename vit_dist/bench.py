@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError, total_steps
-from vit_dist.data.loader import train_batches
 from vit_dist.data.sources import ArraySource
 from vit_dist.evaluate import open_split
 from vit_dist.mesh import processes
@@ -36,17 +35,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
     )
     program.check_training_batch()
     settle, probes = 3, 15
-    host = train_batches(
-        source,
-        settings.data,
-        image_size=program.image_size(),
-        channels=settings.model.channels,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        rows=program.local_rows(settings.batch_size),
-        start_step=0,
-        stop_step=1 + settle + steps + probes,
-    )
+    host = program.training_batches(source, 0, 1 + settle + steps + probes)
     batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
     with contextlib.closing(host), contextlib.closing(batches), program.in_use():
         state = program.new_state()

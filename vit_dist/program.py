@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
+from vit_dist.data.loader import Batches, train_batches
+from vit_dist.data.sources import Source
 from vit_dist.mesh import feed, layout, topology
 from vit_dist.model import flops, vit
 from vit_dist.run.checkpoints import Checkpoints
@@ -81,6 +83,21 @@ class Program:
     def new_state(self) -> State:
         """The state before the first step; every array is born split."""
         return jax.jit(self._make_state)()
+
+    def training_batches(self, source: Source, start_step: int, stop_step: int) -> Batches:
+        """This process's rows of the batches of these steps."""
+        settings = self.settings
+        return train_batches(
+            source,
+            settings.data,
+            image_size=self.image_size(),
+            channels=settings.model.channels,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            rows=self.local_rows(settings.batch_size),
+            start_step=start_step,
+            stop_step=stop_step,
+        )
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads."""

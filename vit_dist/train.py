@@ -18,7 +18,6 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.loader import train_batches
 from vit_dist.data.sources import ArraySource, Source, fingerprint
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
@@ -117,17 +116,7 @@ class Session:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
         self._say_what_runs()
-        host = train_batches(
-            self.source,
-            settings.data,
-            image_size=program.image_size(),
-            channels=settings.model.channels,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            rows=program.local_rows(settings.batch_size),
-            start_step=self.step,
-            stop_step=program.steps,
-        )
+        host = program.training_batches(self.source, self.step, program.steps)
         batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
         window = Window(self.step, batches)
         first, before = self.step + 1, None
