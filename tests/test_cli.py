@@ -129,7 +129,7 @@ def test_configs_lists_the_recipes_with_what_they_are(said, tmp_path):
         (TRAIN_MODULE.Diverged("the loss is nan at step 3"), 1, "error: the loss is nan at step 3\n"),
         (config.ConfigError("seed: no"), 2, "error: seed: no\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "error: /root/x: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/somewhere/x"), 2, "error: /somewhere/x: Permission denied\n"),
     ],
 )
 def test_each_way_to_stop_has_its_exit_code_and_one_line(monkeypatch, capsys, error, code, line):
