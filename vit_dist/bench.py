@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError, total_steps
-from vit_dist.data.sources import ArraySource
+from vit_dist.data.pixels import comes_whole
 from vit_dist.evaluate import open_split
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
@@ -31,7 +31,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
         settings,
         classes=len(source.class_names),
         steps=total_steps(settings, len(source)),
-        crop_on_device=isinstance(source, ArraySource),
+        crop_on_device=comes_whole(source, settings.data),
     )
     program.check_training_batch()
     settle, probes = 3, 15
@@ -46,12 +46,12 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
         for _ in range(settle):
             state, metrics = program.train_step(state, next(batches))
         jax.block_until_ready(metrics)
-        batches.waited = 0.0
+        waited_before = batches.waited
         begun = time.perf_counter()
         for _ in range(steps):
             state, metrics = program.train_step(state, next(batches))
         jax.block_until_ready(metrics)
-        seconds, waited = time.perf_counter() - begun, batches.waited
+        seconds, waited = time.perf_counter() - begun, batches.waited - waited_before
         spent = []
         for _ in range(probes):
             begun = time.thread_time()

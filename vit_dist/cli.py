@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist import recipes
+from vit_dist import config, recipes
 from vit_dist.config import ConfigError
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
@@ -88,6 +88,19 @@ def _parser() -> argparse.ArgumentParser:
     verb("inspect", _inspect, "config", "json", help="parameters, layout, FLOPs and memory of a config")
     one = verb("bench", _bench, "config", help="measure how fast a config trains here")
     one.add_argument("--steps", type=int, default=30, help="how many steps to measure (30)")
+    one = verb("prepare", _prepare, help="convert a data set into sharded records")
+    one.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE DEST; DEST alone with --merge, --verify")
+    one.add_argument("--source", help="what SOURCE is, as data.source; else told from its files")
+    one.add_argument("--split", action="append", default=[], help="a split to prepare, may be repeated; else all")
+    one.add_argument("--resize", type=_count, help="pixels that a longer short side is brought to")
+    one.add_argument("--encode", choices=("jpeg", "raw"), help="how images are stored; else untouched, jpeg if resized")
+    one.add_argument("--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512")
+    one.add_argument("--shard-range", type=_range, metavar="A:B", help="make these alone, other hosts make the others")
+    one.add_argument("--workers", type=_count, help="threads; else one a core")
+    one.add_argument("--on-bad", choices=("error", "skip"), help="an image that does not decode: stop, or store as is")
+    which = one.add_mutually_exclusive_group()
+    which.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
+    which.add_argument("--verify", action="store_true", help="check every byte of DEST")
     one = verb("configs", _configs, "json", help="list the recipes")
     one.add_argument("folder", nargs="?", default="configs", help="where they are (configs)")
     return parser
@@ -104,6 +117,19 @@ def _path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("no directory is given")
     return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected A:B, such as 0:8, found {text!r}")
+    return int(first), int(end)
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -203,6 +229,45 @@ def _bench(options: argparse.Namespace) -> None:
     from vit_dist.bench import bench
 
     _print_json(bench(settings, steps=options.steps))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from vit_dist.data import prepare
+
+    if options.merge or options.verify:
+        given = [name for name in _PREPARING if getattr(options, name)]
+        if given or len(options.paths) != 1 or options.overrides:
+            which = "--merge" if options.merge else "--verify"
+            extra = f"--{given[0].replace('_', '-')}" if given else "more than one path or --config"
+            raise ConfigError(f"prepare {which}: takes DEST alone, found {extra}")
+        dest = options.paths[0]
+        _print_json(prepare.merge(dest) if options.merge else prepare.verify(dest, options.workers))
+        return
+    if len(options.paths) > 2:
+        raise ConfigError(f"prepare: expected SOURCE and DEST, found {len(options.paths)} paths")
+    *source, dest = options.paths
+    for key in options.overrides:
+        config.one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
+    settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
+    found = prepare.prepare(
+        source[0] if source else None,
+        dest,
+        kind=options.source,
+        splits=options.split,
+        resize=options.resize,
+        encode=options.encode,
+        shards=options.shards,
+        shard_range=options.shard_range,
+        workers=options.workers,
+        keep_bad=options.on_bad == "skip",
+        data=settings.data,
+    )
+    _print_json(found)
+
+
+# Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
+_PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "on_bad")
+_OF_SOURCES = ("data.cache_dir", "data.download", "data.memory_limit_gb")
 
 
 def _configs(options: argparse.Namespace) -> None:

@@ -78,11 +78,25 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One of the sets that a mixture is made of."""
+
+    source: str = "folder"
+    path: str | None = None
+    weight: float | None = None  # its share of the stream, over the sum of all; None for all: each example as likely
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """Where images come from, and what is done to them before the model sees them."""
 
-    source: str = "digits"
-    path: str | None = None
+    source: str = "digits"  # the container: a key of `data.sources.SOURCES`
+    path: str | None = None  # a file or folder, or an address that fsspec knows, such as gs://bucket/images
+    mixture: tuple[Part, ...] = ()  # sets to train on together, in place of source and path
+    classes: tuple[str, ...] = ()  # keep these alone, in this order; none: all
+    fraction: float = 1.0  # of each class's training examples; a smaller one's are among a larger one's
+    repeats: int = 1  # times an example follows itself, each time augmented anew (arXiv:1902.05509)
+    cache_dir: str | None = None  # for the indexes of large sets; None: the user's cache folder
     download: bool = False  # fetch the files of an `idx` source where they are missing
     in_memory: bool = False  # decode the whole split at the start and keep its pixels
     memory_limit_gb: float = 4.0  # of host memory, for pixels or a compressed tar kept in it
@@ -90,12 +104,22 @@ class Data:
     max_bad_fraction: float = 0.01
     workers: int = 0  # processes that decode; 0: threads of this one
     threads: int = 8  # batches prepared side by side by each process
+    read_ahead_mb: float = 512.0  # of decoded pixels that each process keeps ahead
     prefetch: int = 2  # batches placed on the devices ahead of the step
     mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number or one a channel
     std: float | tuple[float, ...] = 0.5
     crop_area: Interval | None = None  # random resized crop: share of the image's area; None: the whole image
     crop_aspect: Interval = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased
+    crop_decode: bool = False  # of JPEG, the rows and columns of a crop alone: needs vit-dist[crop-decode]
     flip: bool = False  # left-right, one time in two
+    color_jitter: float = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of 0.7 to 1.3
+    hue_jitter: float = 0.0  # largest turn of the hue, as a share of the colour circle
+    randaugment_layers: int = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
+    randaugment_magnitude: float = 10.0  # of 10, which most recipes stay below; 15 and 20 go beyond
+    randaugment_std: float = 0.0  # of the magnitude, drawn anew for each operation
+    three_augment: bool = False  # gray, solarised or blurred (Touvron et al. 2022, arXiv:2204.07118)
+    erase: float = 0.0  # probability of a random box of noise (Zhong et al. 2020, arXiv:1708.04896)
     shift: float = 0.0  # largest shift, as a share of the image's side
     rotate: float = 0.0  # largest rotation, in degrees
     scale: float = 0.0  # largest change of scale: 0.1 is between 1/1.1 and 1.1
@@ -372,13 +396,15 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(
         "total_steps total_epochs batch_size accumulate_steps log_every model.width model.depth model.mlp model.heads "
         "model.channels model.num_classes model.image_size model.patch_size model.pre_logits data.threads "
-        "data.prefetch data.memory_limit_gb data.std data.crop_aspect evaluate.batch_size optimizer.clip "
-        "optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last profile.start_step".split(),
+        "data.prefetch data.read_ahead_mb data.repeats data.memory_limit_gb data.std data.crop_aspect "
+        "evaluate.batch_size optimizer.clip optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last "
+        "profile.start_step".split(),
         _POSITIVE,
     ),
     **dict.fromkeys(
         "mixup cutmix fake_devices model.registers model.position_std data.workers data.rotate data.scale "
-        "data.max_bad_fraction optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
+        "data.max_bad_fraction data.color_jitter data.randaugment_layers data.randaugment_magnitude "
+        "data.randaugment_std optimizer.learning_rate optimizer.weight_decay optimizer.warmup_steps "
         "optimizer.end_factor optimizer.cooldown_steps evaluate.every_steps checkpoint.every_steps "
         "checkpoint.keep_best profile.steps".split(),
         _NOT_NEGATIVE,
@@ -388,7 +414,9 @@ _RANGES: dict[str, _Range] = {
         "model.attention_dropout model.drop_path data.shift optimizer.momentum optimizer.b1 optimizer.b2".split(),
         _SHARE,
     ),
-    **dict.fromkeys(("data.crop_area", "data.eval_crop"), _PART),
+    **dict.fromkeys(("data.crop_area", "data.eval_crop", "data.fraction"), _PART),
+    "data.erase": ("a probability, 0 to 1", lambda value: 0 <= value <= 1),
+    "data.hue_jitter": ("at least 0 and at most 0.5", lambda value: 0 <= value <= 0.5),
     "data.shear": ("at least 0 and below 90", lambda value: 0 <= value < 90),
     "seed": ("at least 0 and below 2**32", lambda value: 0 <= value < 2**32),  # jax's keys take 32 bits of it
 }

@@ -10,8 +10,11 @@ import jax
 import numpy as np
 
 from vit_dist import config
+from vit_dist.data.bad import Bad
+from vit_dist.data.examples import Source, check_labels
 from vit_dist.data.loader import evaluation_batches
-from vit_dist.data.sources import ArraySource, Source, check_labels, open_source
+from vit_dist.data.pixels import comes_whole
+from vit_dist.data.sources import open_source
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
@@ -30,6 +33,7 @@ class Result:
     top5: float
     class_top1: dict[str, float | None]  # by class name; None for a class of no examples
     skipped: int
+    bad: tuple[Bad, ...] = ()  # those among this process's rows
 
     def row(self) -> dict[str, Any]:
         """What a row of `metrics.jsonl` holds; `class_top1` in the order of the classes."""
@@ -71,6 +75,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         top5=int(sums["top5"]) / max(count, 1),
         class_top1={name: float(right / of) if of else None for name, right, of in each},
         skipped=skipped,
+        bad=tuple(batches.bad),
     )
 
 
@@ -97,7 +102,7 @@ def evaluate(
     settings = read_config(Path(workdir), overrides)
     processes.start(settings.fake_devices)
     source = open_split(settings, split)
-    whole = isinstance(source, ArraySource)
+    whole = comes_whole(source, settings.data)
     with restored(Path(workdir), settings, crop_on_device=whole, step=step, best=best) as (program, found, parameters):
         results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
     main = results.get("ema") or results["parameters"]

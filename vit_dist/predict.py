@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_dist.config import ConfigError, pair
 from vit_dist.data.images import CHANNELS, BadImage, decode
-from vit_dist.data.loader import evaluation_image
+from vit_dist.data.pixels import evaluation_image
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import restored
@@ -36,10 +36,11 @@ def predict(
         raise ConfigError(f"top: must be above 0, found {top}")
     settings = read_config(workdir, overrides)
     names = class_names(workdir)
-    model, crop = settings.model, settings.data.eval_crop
+    model = settings.model
     if model.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
-    images = [evaluation_image(_read(Path(file), model.channels), crop, pair(model.image_size)) for file in files]
+    shape = pair(model.image_size)
+    images = [evaluation_image(_read(Path(file), model.channels), settings.data, shape) for file in files]
     processes.start(settings.fake_devices)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
+from vit_dist.data.examples import Source
 from vit_dist.data.loader import Batches, train_batches
-from vit_dist.data.sources import Source
 from vit_dist.mesh import feed, layout, topology
 from vit_dist.model import flops, vit
 from vit_dist.run.checkpoints import Checkpoints

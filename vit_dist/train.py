@@ -18,7 +18,10 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.sources import ArraySource, Source, fingerprint
+from vit_dist.data.bad import Bad
+from vit_dist.data.examples import Source, fingerprint
+from vit_dist.data.loader import Batches
+from vit_dist.data.pixels import comes_whole
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.mesh import processes
@@ -28,6 +31,7 @@ from vit_dist.rates import Pending, Window
 from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.run.failures import BadImages
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
 from vit_dist.run.signals import StopRequest
@@ -56,7 +60,13 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
     source = open_split(settings, "train")
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
     steps = config.total_steps(settings, len(source))
-    whole = isinstance(source, ArraySource)
+    whole = comes_whole(source, settings.data)
+    for name, one in splits.items():
+        if comes_whole(one, settings.data) != whole:  # a mixture may be of another kind than what it is tested on
+            raise ConfigError(
+                f"evaluate.splits: of the splits {name} and train one is files and one is pixels in memory; "
+                "the model cannot take both, so prepare both alike or set data.in_memory"
+            )
     program = Program(settings, classes=len(source.class_names), steps=steps, crop_on_device=whole)
     program.check_training_batch()
     prints = {name: fingerprint(one) for name, one in {"train": source, **splits}.items()}
@@ -84,6 +94,7 @@ class Session:
         self.source, self.splits = source, splits
         self.result: dict[str, Any] | None = None  # the row that the summary and the best checkpoint go by
         self.pending: Pending | None = None
+        self.host: Batches | None = None
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -95,6 +106,7 @@ class Session:
                 )
             )
             self.state, self.seconds_before = self._restore()
+            self.bad_images = BadImages(self.workdir)
             self.step = int(self.state.step)
             self.log = self.progress = self.profile = None
             if jax.process_index() == 0:  # it alone writes
@@ -116,9 +128,9 @@ class Session:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
         self._say_what_runs()
-        host = program.training_batches(self.source, self.step, program.steps)
+        self.host = host = program.training_batches(self.source, self.step, program.steps)
         batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
-        window = Window(self.step, batches)
+        window = Window(self.step, host, batches)
         first, before = self.step + 1, None
         with contextlib.closing(host), contextlib.closing(batches):
             for batch in batches:
@@ -135,7 +147,7 @@ class Session:
                     if self.progress is not None:
                         self.progress.update(self.step)  # the time left is reckoned from here
                 if last or self.step % settings.log_every == 0:
-                    self.pending = Pending(self.step, metrics, window, skipped=len(host.bad))
+                    self.pending = Pending(self.step, metrics, window)
                 if self.profile is not None:
                     jax.block_until_ready(metrics)  # or the trace would lack what is under way
                     self.profile(self.step)
@@ -178,7 +190,9 @@ class Session:
     def _evaluate(self) -> None:
         """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
         for number, (split, source) in enumerate(self.splits.items()):
-            row = evaluate_source(self.program, self.state.parameters, source).row()
+            found = evaluate_source(self.program, self.state.parameters, source)
+            self._note_bad(split, list(found.bad), source)
+            row = found.row()
             self._write(split, row)
             if self.state.ema is not None:
                 row = evaluate_source(self.program, self.state.ema, source).row()
@@ -201,12 +215,23 @@ class Session:
             return
         pending, self.pending = self.pending, None
         row = pending.read(self.program)
+        assert self.host is not None
+        row |= {"skipped": skipped} if (skipped := self._note_bad("train", self.host.bad, self.source)) else {}
         if self.log is not None:
             self.log.write(pending.step, "train", row)
         if self.progress is not None:
             shown = ("loss", "learning_rate", "images_per_second")
             self.progress.update(pending.step, {name: row[name] for name in shown if name in row})
         _check_finite(pending.step, row)
+
+    def _note_bad(self, split: str, bad: list[Bad], source: Source) -> int:
+        """Lists what was skipped, over all processes, and stops the run where it is too much; returns the count."""
+        data = self.settings.data
+        if data.on_bad == "error":
+            return 0
+        skipped = self.bad_images.note(split, bad)
+        self.bad_images.check(split, data.max_bad_fraction, len(source))
+        return skipped
 
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from vit_dist.config import ConfigError, Data
+from vit_dist.data.examples import ArraySource, Source
 from vit_dist.data.images import decode, resize
 from vit_dist.data.loader import Bad, Batch, Batches, evaluation_batches, train_batches
 from vit_dist.data.order import example_ids
-from vit_dist.data.sources import ArraySource, Source, open_source
+from vit_dist.data.sources import open_source
 
 SIZE = (8, 6)
 AUGMENTED = Data(source="folder", crop_area=(0.3, 1.0), flip=True, threads=2)
@@ -295,11 +296,12 @@ class _CountingImages:
 
 def test_reading_ahead_is_bounded(source: Source, encode: Callable[..., bytes]) -> None:
     images = _CountingImages(encode(0))
-    batches = _train(dataclasses.replace(source, images=images), stop_step=1000)  # type: ignore[arg-type]
+    ahead = dataclasses.replace(AUGMENTED, read_ahead_mb=4 * 8 * 8 * 6 * 3 / 2**20)  # four pieces of eight 8x6 images
+    batches = _train(dataclasses.replace(source, images=images), ahead, stop_step=1000)  # type: ignore[arg-type]
     next(batches)
     time.sleep(0.3)
     batches.close()
-    assert 8 < images.reads <= 8 * (1 + 2)  # the batch taken and `threads` ahead of it
+    assert images.reads == 8 * (1 + 4)  # the batch taken, and what may be read ahead of it
 
 
 def test_more_than_a_million_mnist_images_a_second() -> None:

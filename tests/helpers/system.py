@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,21 @@ def run(arguments, output, **variables):
     """A command run to its end: (exit code, the `Running`)."""
     with started(arguments, output, **variables) as running:
         return running.wait(), running
+
+
+def as_two(folder, *overrides):
+    """Two processes of four devices each train into `folder/run` together; returns both, ended."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{one.getsockname()[1]}"
+    arguments = command(folder / "run", "fake_devices=4", *overrides)
+    variables = {"VIT_DIST_COORDINATOR": coordinator, "VIT_DIST_PROCESSES": "2"}
+    with (
+        started(arguments, folder / "0", VIT_DIST_PROCESS="0", **variables) as first,
+        started(arguments, folder / "1", VIT_DIST_PROCESS="1", **variables) as second,
+    ):
+        first.wait(), second.wait()
+    return first, second
 
 
 def until(condition, running, seconds=300):

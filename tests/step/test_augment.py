@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
 from vit_dist import config
 from vit_dist.mesh import layout
@@ -51,7 +52,7 @@ def sampled(image: Any, matrix: Any, offset: Any = (0.0, 0.0)) -> np.ndarray:
 
 def test_warps_and_mixes_are_the_same_on_every_mesh() -> None:
     def pipeline(images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images = augment.resize(augment.normalise(images, (0.1, 0.2, 0.3), 0.5), (14, 9))
+        images = augment.resize(augment.normalise(images, (0.1, 0.2, 0.3), 0.5), (14, 9), "bilinear")
         images = augment.warp(images, key, EVERYTHING)
         return augment.mix(images, targets, key, mixup=0.4, cutmix=1.0)
 
@@ -74,12 +75,20 @@ def test_normalise_scales_bytes_and_takes_one_number_or_one_a_channel() -> None:
 
 def test_resize_keeps_a_ramp_and_averages_when_it_shrinks() -> None:
     ramp: Any = np.broadcast_to(np.arange(8, dtype=np.float32)[None, None, :, None], (1, 4, 8, 1))
-    larger = augment.resize(ramp, (8, 16))
+    larger = augment.resize(ramp, (8, 16), "bilinear")
     np.testing.assert_allclose(larger[0, 3, 1:-1, 0], (np.arange(14) + 0.5) / 2, rtol=1e-6)
     checkers = np.indices((16, 16)).sum(0)[None, :, :, None] % 2
-    smaller = augment.resize(checkers, (4, 4))
+    smaller = augment.resize(checkers, (4, 4), "bilinear")
     np.testing.assert_allclose(smaller, 0.5, atol=0.02)  # without antialiasing it would be 0 or 1
-    np.testing.assert_array_equal(augment.resize(IMAGES, (12, 10)), IMAGES)
+    np.testing.assert_array_equal(augment.resize(IMAGES, (12, 10), "bicubic"), IMAGES)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (20, 31)])
+def test_resize_is_pillows(size: tuple[int, int]) -> None:
+    for name, method in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
+        found = augment.resize(IMAGES[:1], size, name)[0, :, :, 0]
+        expected = Image.fromarray(np.asarray(IMAGES[0, :, :, 0], np.float32)).resize(size[::-1], method)
+        np.testing.assert_allclose(found, np.asarray(expected), atol=0.05)
 
 
 def test_with_nothing_asked_no_number_is_drawn_and_nothing_changes() -> None:

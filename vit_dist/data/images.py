@@ -1,21 +1,26 @@
-"""Encoded bytes -> pixels, and pixels -> the size that the model wants. Everything is uint8 `[H, W, C]`.
+"""Encoded bytes -> pixels, of the whole image or of a box of it, as uint8 `[H, W, C]`.
 
-JPEG, which is nearly all there is, takes the quick way (simplejpeg). Pillow reads the rest and whatever the quick way
-refuses: other formats, CMYK, damaged and rotated files. Where both can read a file they give the same pixels.
+JPEG, which is nearly all there is, takes the quick way (`jpeg`), and the raw pixels that `prepare` can write (binary
+PPM and PGM) need no decoding. Pillow reads the rest and whatever the quick way refuses: other formats, CMYK, damaged
+files. Where two of them can read a file they give the same pixels.
 """
 
 import io
+import re
 import struct
 import zlib
+from collections.abc import Callable
 
-import cv2
 import numpy as np
-import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
+
+from vit_dist.data import jpeg
+from vit_dist.data.resize import Box, Interpolation, resize
 
 CHANNELS = (1, 3)  # gray and RGB: what files are decoded to
 MAX_PIXELS = 178_956_970  # as Pillow: more is taken for an attack or an accident
-_AREA_FROM = 1.5  # shrink by less, and a linear filter aliases no worse than it blurs
+Choose = Callable[[int, int], Box]  # an image's height and width -> a box of it
+_RAW = re.compile(rb"P([56])\s([1-9]\d{0,8})\s([1-9]\d{0,8})\s255\s")  # a PGM or PPM without comments
 _PILLOW_ERRORS = (  # what its decoders raise on damaged files
     OSError,
     ValueError,
@@ -29,8 +34,6 @@ _PILLOW_ERRORS = (  # what its decoders raise on damaged files
     Image.DecompressionBombError,
 )
 
-cv2.setNumThreads(1)  # batches are prepared side by side; threads within a resize would only get in their way
-
 
 class BadImage(ValueError):
     """The bytes are no image that can be shown; the message says why, without the file's name."""
@@ -42,47 +45,55 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     Turned as EXIF says, transparent parts on white, 16 bits brought to 8, the first frame of an animation. Raises
     `BadImage` for bytes that are empty, cut short, no image, or of more than `MAX_PIXELS` pixels.
     """
-    if channels not in CHANNELS:
-        raise ValueError(f"images are decoded to 1 or 3 channels, not {channels}")
-    if not data:
-        raise BadImage("the file is empty")
-    if data[:2] == b"\xff\xd8":
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= MAX_PIXELS and not _turned(data):
-                return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-        except ValueError:
-            pass  # CMYK, damage, stray bytes: Pillow reads some of these and says what is wrong with the others
-    try:
-        return _decode_with_pillow(data, channels)
-    except _PILLOW_ERRORS as error:
-        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadImage(reason or type(error).__name__) from error
+    header = _jpeg_header(data, channels)
+    image = None if header is None else jpeg.decode(data, header, channels)
+    if image is None:
+        image = convert_channels(_decode_otherwise(data, channels), channels)
+    return image if image.flags.writeable else image.copy()
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`uint8 [H, W, C]` -> `uint8 [*size, C]`, antialiased.
+def decode_box(
+    data: bytes,
+    channels: int,
+    choose: Choose,
+    size: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+    crop_decode: bool = False,
+) -> np.ndarray:
+    """The box of the picture that `choose(height, width)` gives, brought to `size`: `uint8 [*size, channels]`.
 
-    A side that shrinks by 1.5 or more is averaged over the area of each new pixel; else linear interpolation.
+    As `decode` and `resize`, but no more is decoded than it takes, so a box that shrinks by 2 or more may differ from
+    theirs, by about 2 grey levels. The pixels depend on the bytes and the box alone. `crop_decode` gives the same ones
+    sooner; see `jpeg.decode_part` for what it overlooks. `choose` is called once. Raises `BadImage` as `decode`.
     """
-    height, width = image.shape[:2]
-    inner = tuple(new if old >= _AREA_FROM * new else old for old, new in zip((height, width), size, strict=True))
-    for target, method in ((inner, cv2.INTER_AREA), (size, cv2.INTER_LINEAR)):
-        if image.shape[:2] != target:
-            image = cv2.resize(image, (target[1], target[0]), interpolation=method)
-    return image if image.ndim == 3 else image[:, :, None]
+    header = _jpeg_header(data, channels)
+    box = None
+    if header is not None:
+        box = choose(header.height, header.width)
+        part = jpeg.decode_part(data, header, channels, box, size, crop_decode)
+        if part is not None:
+            return _own(resize(part[0], size, interpolation, part[1]), part[0])
+    image = _decode_otherwise(data, channels)
+    if header is not None and image.shape[:2] != (header.height, header.width):
+        raise BadImage(f"{image.shape[0]}x{image.shape[1]} pixels where its header says {header.height}x{header.width}")
+    top, left, height, width = choose(*image.shape[:2]) if box is None else box
+    crop = convert_channels(image[top : top + height, left : left + width], channels)
+    return _own(resize(crop, size, interpolation), image)
 
 
-def center_crop_resize(image: np.ndarray, size: tuple[int, int], ratio: float) -> np.ndarray:
-    """The middle of the image at `ratio` of the largest box of `size`'s shape that fits -> `uint8 [*size, C]`.
+def whole(height: int, width: int) -> Box:
+    """The box that is all of the image."""
+    return 0, 0, height, width
 
-    For a square `size` the box is `ratio` of the short side: 224/256 is the usual evaluation crop.
+
+def centre_box(height: int, width: int, size: tuple[int, int], ratio: float) -> Box:
+    """The middle of the image, at `ratio` of the largest box of `size`'s shape that fits.
+
+    For a square `size` that is `ratio` of the short side: 224/256 is the usual evaluation crop.
     """
-    height, width = image.shape[:2]
     scale = ratio * min(height / size[0], width / size[1])
-    box = [max(1, min(side, round(scale * new))) for side, new in zip((height, width), size, strict=True)]
-    top, left = (height - box[0]) // 2, (width - box[1]) // 2
-    return resize(image[top : top + box[0], left : left + box[1]], size)
+    box_height, box_width = (max(1, min(side, round(scale * new))) for side, new in zip((height, width), size))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def convertible(channels: int, wanted: int) -> bool:
@@ -101,21 +112,52 @@ def convert_channels(images: np.ndarray, channels: int) -> np.ndarray:
     return ((images @ weights + 32768) >> 16).astype(np.uint8)[..., None]
 
 
-def _turned(data: bytes) -> bool:
-    """Whether EXIF asks for a turn or a mirror; only then is it worth the slower way."""
-    if b"Exif\0\0" not in data:
-        return False
+def _jpeg_header(data: bytes, channels: int) -> jpeg.Header | None:
+    """What the quick way reads, if it can read this."""
+    if channels not in CHANNELS:
+        raise ValueError(f"images are decoded to 1 or 3 channels, not {channels}")
+    if not data:
+        raise BadImage("the file is empty")
+    header = jpeg.read_header(data) if data[:2] == b"\xff\xd8" else None
+    if header is not None:
+        _check_size(header.height, header.width)
+    return header
+
+
+def _decode_otherwise(data: bytes, channels: int) -> np.ndarray:
+    """Without the quick way for JPEG. Raw pixels come as they are: of their own channels, in the file's memory."""
+    raw = _RAW.match(data)
+    if raw is not None:
+        kind, width, height = (int(number) for number in raw.groups())
+        _check_size(height, width)
+        depth = 3 if kind == 6 else 1
+        found, wanted = len(data) - raw.end(), height * width * depth
+        if found < wanted:
+            raise BadImage(f"cut short: {found} of {wanted} bytes of pixels")
+        return np.frombuffer(data, np.uint8, wanted, raw.end()).reshape(height, width, depth)
     try:
-        return Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except _PILLOW_ERRORS:
-        return True  # let the slower way find out
+        return _decode_with_pillow(data, channels)
+    except _PILLOW_ERRORS as error:
+        reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadImage(reason or type(error).__name__) from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+
+
+def _own(resized: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The resized pixels in memory of their own, not the image's or the file's."""
+    return resized.copy() if np.may_share_memory(resized, image) else resized
 
 
 def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data))
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+    _check_size(image.height, image.width)
     image.load()
+    if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes all to be inverted, as Adobe's are
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

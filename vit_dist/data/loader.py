@@ -1,74 +1,100 @@
 """Batches of a source, prepared ahead of time by threads or worker processes (Grain).
 
-The stream is a Grain dataset whose elements are whole batches, numbered by step, and a batch is a pure function of
-`(seed, step, rows)`. So it does not matter who makes it, hosts need not talk, and a run is resumed by starting at
-another step: the loader has no state to save.
+The stream is a Grain dataset of pieces of batches, numbered in order, and a piece is a pure function of `(seed, step,
+rows)`. So it does not matter who makes it, hosts need not talk, and a run is resumed by starting at another step: the
+loader has no state to save. What is made ahead is bounded in bytes, for a batch may be large.
 """
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Protocol
 
 import grain
 import numpy as np
-from absl import flags
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data import augment, images
-from vit_dist.data.order import example_ids
-from vit_dist.data.sources import ArraySource, FileSource, Source
+from vit_dist.data.bad import Bad, check_bad
+from vit_dist.data.examples import FileSource, Source
+from vit_dist.data.order import Order
+from vit_dist.data.pixels import Pixels, comes_whole
+from vit_dist.data.stages import Stages
+from vit_dist.data.workers import Workers
 
 _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+Piece = tuple[Batch, list[Bad], Stages]
 PADDING_ID = -1  # of the rows that fill up the last batch of an evaluation
+_PIECE_ROWS = 32  # images that one thread makes at a time
+_MOST_PIECES = 256  # ahead; of small images the bytes allow more, but who waits for them?
 
 
-class Bad(NamedTuple):
-    """An example that could not be read or decoded."""
-
-    id: int
-    name: str
-    reason: str
+class Pieces(Protocol):
+    def __next__(self) -> Piece: ...
+    def close(self) -> None: ...
 
 
 class Batches(Iterator[Batch]):
-    """The iterator that `train_batches` and `evaluation_batches` return; `bad` lists what was skipped so far.
+    """The iterator that `train_batches` and `evaluation_batches` return; to be closed.
 
+    `bad` lists the examples skipped so far, each once; `stages` sums what its `parallel` threads have spent on what.
     It ends its threads and processes when it is exhausted, raises or is closed.
     """
 
-    def __init__(self, dataset: grain.IterDataset, data: config.Data, examples: int) -> None:
-        self._iterator = iter(dataset)
+    def __init__(
+        self, pieces: Pieces, starts: range, rows: int, data: config.Data, examples: int, parallel: int
+    ) -> None:
+        """A batch of `rows` rows is made of pieces that begin at `starts`, so many of them at a time."""
+        self._pieces = pieces
+        self._close = weakref.finalize(self, pieces.close)  # at the latest when it is dropped, or at the exit
+        self._starts, self._rows = starts, rows
+        self.parallel = parallel
         self._max_bad_fraction, self._examples = data.max_bad_fraction, examples
         self._closed = False
+        self._known: set[int] = set()
         self.bad: list[Bad] = []
+        self.stages = Stages()
 
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
         try:
-            batch, bad = next(self._iterator)
-            self._note(bad)
+            if len(self._starts) == 1:
+                return self._next_piece()
+            return self._assemble()
         except BaseException:
             self.close()
             raise
-        return batch
 
     def close(self) -> None:
         self._closed = True
-        self._iterator.close()
+        self._close()
 
-    def _note(self, found: list[Bad]) -> None:
-        known = {bad.id for bad in self.bad}
+    def _assemble(self) -> Batch:
+        batch: Batch = {}
+        for start in self._starts:
+            piece = self._next_piece()
+            with self.stages.timed("copy"):
+                for name, rows in piece.items():
+                    if name not in batch:
+                        batch[name] = np.empty((self._rows, *rows.shape[1:]), rows.dtype)
+                    batch[name][start : start + len(rows)] = rows
+        return batch
+
+    def _next_piece(self) -> Batch:
+        piece, found, stages = next(self._pieces)
+        self.stages.add(stages)
         for bad in found:
-            if bad.id not in known:
-                known.add(bad.id)
+            if bad.id not in self._known:
+                self._known.add(bad.id)
                 self.bad.append(bad)
                 _log.warning("skipped %s: %s", bad.name, bad.reason)
-        _check_bad(self.bad, self._max_bad_fraction, self._examples)
+        if found:
+            check_bad(self.bad, self._max_bad_fraction, self._examples)
+        return piece
 
 
 def train_batches(
@@ -85,15 +111,18 @@ def train_batches(
 ) -> Batches:
     """Rows `rows` of the global batch of every step in `[start_step, stop_step)`.
 
-    A batch is `image` `uint8 [b, H, W, C]`, `label` `int32 [b]`, `id` `int32 [b]`. Files are cropped, flipped and
-    resized to `image_size` here, as `data.crop_area` and `data.flip` say; pixels in memory come whole and at their own
-    size, for the device to augment. An example that does not decode is, with `data.on_bad=skip`, replaced by the next
-    that does. Raises `ConfigError` for what cannot be skipped.
+    A batch is `image` `uint8 [b, H, W, C]`, `label` `int32 [b]`, `id` `int32 [b]`. Images are cropped, resized to
+    `image_size` and augmented here, as the config says, save those that `comes_whole`: they come at their own size, for
+    the device to augment. An example that does not decode is, with `data.on_bad=skip`, replaced by the next that does.
+    Raises `ConfigError` for what cannot be skipped.
     """
     if not len(source):
         raise ConfigError("the train split holds no examples")
-    make = _TrainBatch(_Loader(source, data, image_size, channels), seed, batch_size, rows)
-    return _batches(make, range(start_step, stop_step), source, data)
+    sizes = tuple(size for size, _ in source.parts) or (len(source),)
+    weights = tuple(weight for _, weight in source.parts) or None
+    order = Order(seed, sizes, weights, data.repeats)
+    make = _TrainPiece(Pixels(source, data, image_size, channels), order, batch_size)
+    return _batches(make, make.pixels, range(start_step, stop_step), rows)
 
 
 def evaluation_batches(
@@ -104,135 +133,100 @@ def evaluation_batches(
     As `train_batches`, without augmentation and with `mask` `bool [b]`: False for the zero images (of label 0 and id
     -1) that fill the last batch, and for files that were skipped. Every host gets as many batches.
     """
-    make = _EvaluationBatch(_Loader(source, data, image_size, channels), batch_size, rows)
-    return _batches(make, range(-(-len(source) // batch_size)), source, data)
-
-
-def evaluation_image(image: np.ndarray, crop: float | None, size: tuple[int, int]) -> np.ndarray:
-    """`uint8 [H, W, C]` -> `[*size, C]` as evaluation sees it: the whole image, or its centre (`data.eval_crop`)."""
-    return images.resize(image, size) if crop is None else images.center_crop_resize(image, size, crop)
+    make = _EvaluationPiece(Pixels(source, data, image_size, channels), batch_size)
+    return _batches(make, make.pixels, range(-(-len(source) // batch_size)), rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loader:
-    """Reads examples of a source as pixels. Sent to the worker processes, so it must be picklable."""
+class _TrainPiece:
+    """Makes rows of a training batch. Sent to the worker processes, so it must be picklable."""
 
-    source: Source
-    data: config.Data
-    image_size: tuple[int, int]
-    channels: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.source, ArraySource):
-            have = self.source.images.shape[-1]
-            if not images.convertible(have, self.channels):
-                raise ConfigError(f"model.channels: {self.channels}, but the images of this source have {have}")
-        elif self.channels not in images.CHANNELS:
-            raise ConfigError(f"model.channels: {self.channels}, but image files are decoded to 1 or 3")
-
-    def gather(self, ids: np.ndarray) -> np.ndarray:
-        """Pixels of examples in memory, at their own size."""
-        assert isinstance(self.source, ArraySource)
-        return images.convert_channels(np.take(self.source.images, ids, axis=0), self.channels)
-
-    def decode(self, index: int) -> np.ndarray | Bad:
-        """An encoded example at its own size, or what is wrong with it where that may be skipped."""
-        assert isinstance(self.source, FileSource)
-        try:
-            return images.decode(self.source.read(index), self.channels)
-        except (images.BadImage, OSError) as error:
-            bad = Bad(index, self.source.name(index), str(error))
-            if self.data.on_bad == "error":
-                raise ConfigError(f"{bad.name}: {error}; repair or remove it, or set data.on_bad=skip") from error
-            return bad
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainBatch:
-    loader: _Loader
-    seed: int
+    pixels: Pixels
+    order: Order
     batch_size: int
-    rows: slice
 
-    def __call__(self, step: int) -> tuple[Batch, list[Bad]]:
-        source, bad = self.loader.source, list[Bad]()
-        positions = step * self.batch_size + np.arange(self.batch_size)[self.rows]
-        ids = example_ids(self.seed, len(source), positions)
-        if isinstance(source, ArraySource):
-            pixels = self.loader.gather(ids)
+    def __call__(self, step: int, rows: range) -> Piece:
+        positions = step * self.batch_size + np.arange(rows.start, rows.stop)
+        ids, bad, stages = self.order.ids(positions), list[Bad](), Stages()
+        if comes_whole(self.pixels.source, self.pixels.data):
+            images = self.pixels.gather(ids)
         else:
-            pixels = np.empty((len(ids), *self.loader.image_size, self.loader.channels), np.uint8)
+            images = self.pixels.empty(len(ids))
             for row, position in enumerate(positions):
-                image, ids[row] = self._readable(int(ids[row]), bad)
-                pixels[row] = self._augment(image, int(position))
-        return {"image": pixels, "label": source.labels[ids], "id": ids.astype(np.int32)}, bad
+                ids[row] = self._fill(images, row, int(ids[row]), int(position), bad, stages)
+        return {"image": images, "label": self.pixels.source.labels[ids], "id": ids.astype(np.int32)}, bad, stages
 
-    def _readable(self, index: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
-        """The first example from `index` on that decodes, and its id; the others are added to `bad`."""
-        examples, run = len(self.loader.source), list[Bad]()
-        while isinstance(found := self.loader.decode(index), Bad):
+    def _fill(self, images: np.ndarray, row: int, index: int, position: int, bad: list[Bad], stages: Stages) -> int:
+        """Puts the first example from `index` on that decodes into `images[row]`; returns its id.
+
+        Those passed over are added to `bad`.
+        """
+        examples, run = len(self.pixels.source), list[Bad]()
+        while isinstance(found := self.pixels.augmented(index, self.order.seed, position, stages), Bad):
             run.append(found)
-            _check_bad(run, self.loader.data.max_bad_fraction, examples)
+            check_bad(run, self.pixels.data.max_bad_fraction, examples)
             index = (index + 1) % examples
         bad += run
-        return found, index
-
-    def _augment(self, image: np.ndarray, position: int) -> np.ndarray:
-        data, size = self.loader.data, self.loader.image_size
-        rng = augment.generator(self.seed, position)
-        if data.crop_area is None:
-            image = images.resize(image, size)
-        else:
-            image = augment.random_resized_crop(image, size, data.crop_area, data.crop_aspect, rng)
-        return augment.random_flip(image, rng) if data.flip else image
+        images[row] = found
+        return index
 
 
 @dataclasses.dataclass(frozen=True)
-class _EvaluationBatch:
-    loader: _Loader
+class _EvaluationPiece:
+    pixels: Pixels
     batch_size: int
-    rows: slice
 
-    def __call__(self, step: int) -> tuple[Batch, list[Bad]]:
-        source, size, bad = self.loader.source, self.loader.image_size, list[Bad]()
-        ids = step * self.batch_size + np.arange(self.batch_size)[self.rows]
+    def __call__(self, step: int, rows: range) -> Piece:
+        source, bad, stages = self.pixels.source, list[Bad](), Stages()
+        ids = step * self.batch_size + np.arange(rows.start, rows.stop)
         mask = ids < len(source)
-        if isinstance(source, ArraySource):
-            pixels = self.loader.gather(np.where(mask, ids, 0))
+        known = np.where(mask, ids, 0)
+        if comes_whole(source, self.pixels.data):
+            images = self.pixels.gather(known)
         else:
-            pixels = np.zeros((len(ids), *size, self.loader.channels), np.uint8)
+            images = self.pixels.empty(len(ids))
             for row in np.flatnonzero(mask):
-                image = self.loader.decode(int(ids[row]))
+                image = self.pixels.plain(int(ids[row]), stages)
                 if isinstance(image, Bad):
                     bad.append(image)
                     mask[row] = False
                 else:
-                    pixels[row] = evaluation_image(image, self.loader.data.eval_crop, size)
-        pixels[~mask] = 0
-        labels = np.where(mask, source.labels[np.where(mask, ids, 0)], 0).astype(np.int32)
+                    images[row] = image
+        images[~mask] = 0
+        labels = np.where(mask, source.labels[known], 0).astype(np.int32)
         ids = np.where(mask, ids, PADDING_ID).astype(np.int32)
-        return {"image": pixels, "label": labels, "id": ids, "mask": mask}, bad
+        return {"image": images, "label": labels, "id": ids, "mask": mask}, bad, stages
 
 
-def _batches(
-    make: Callable[[int], tuple[Batch, list[Bad]]], steps: range, source: Source, data: config.Data
-) -> Batches:
-    """Makes the batches of `steps` ahead of time, at most `data.threads` of them in each process, in order."""
-    threads = data.threads if isinstance(source, FileSource) else 1  # a gather is too short to share out
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=data.threads)
-    dataset = grain.MapDataset.range(steps.start, steps.stop).map(make).to_iter_dataset(options)
-    if data.workers and isinstance(source, FileSource):  # pixels in memory need no decoding, and would be copied
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers, and we do not use absl's parser
-        multiprocessing = grain.multiprocessing.MultiprocessingOptions(data.workers, per_worker_buffer_size=1)
-        dataset = dataset.mp_prefetch(multiprocessing)
-    return Batches(dataset, data, len(source))
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """Piece `number` of the stream: of which step it is, and which rows."""
+
+    make: Callable[[int, range], Piece]
+    first_step: int
+    rows: range
+    starts: range
+
+    def __call__(self, number: int) -> Piece:
+        step, piece = divmod(number, len(self.starts))
+        start = self.starts[piece]
+        return self.make(self.first_step + step, self.rows[start : start + self.starts.step])
 
 
-def _check_bad(bad: list[Bad], max_bad_fraction: float, examples: int) -> None:
-    """Raises `ConfigError` where these different examples are more than may be skipped, or all there are."""
-    if bad and len(bad) > min(max_bad_fraction * examples, examples - 1):
-        raise ConfigError(
-            f"data.max_bad_fraction: {len(bad)} of {examples} files did not decode, {max_bad_fraction:g} of them may; "
-            f"the last is {bad[-1].name}: {bad[-1].reason}"
-        )
+def _batches(make: Callable[[int, range], Piece], pixels: Pixels, steps: range, rows: slice) -> Batches:
+    """Makes the batches of `steps` ahead of time and in order, at most `data.read_ahead_mb` of their pixels."""
+    source, data, local = pixels.source, pixels.data, range(rows.start, rows.stop)
+    if comes_whole(source, data):
+        starts = range(0, len(local), len(local))
+        threads, ahead, workers = 1, data.threads, 0  # a gather is too short to share out
+    else:
+        starts = range(0, len(local), _PIECE_ROWS)
+        threads, workers = data.threads, data.workers if isinstance(source, FileSource) else 0  # or pixels are copied
+        piece_bytes = min(len(local), _PIECE_ROWS) * pixels.empty(1).nbytes
+        ahead = min(_MOST_PIECES, max(1, int(data.read_ahead_mb * 2**20 / piece_bytes)))
+    numbered, count = _Numbered(make, steps.start, local, starts), len(steps) * len(starts)
+    if workers:
+        return Batches(Workers(numbered, count, workers, ahead), starts, len(local), data, len(source), workers)
+    options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+    pieces = iter(grain.MapDataset.range(count).map(numbered).to_iter_dataset(options))
+    return Batches(pieces, starts, len(local), data, len(source), threads)

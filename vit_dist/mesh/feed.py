@@ -49,11 +49,12 @@ def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: 
 class Prefetch:
     """Iterates over placed batches, which a thread of its own keeps `ahead` of the step; to be closed.
 
-    `waited`: seconds the caller has spent waiting for a batch since it was last set to 0.
+    `waited`: seconds that the caller has spent waiting for a batch so far. `copied`: seconds that the thread has spent
+    handing batches to the devices.
     """
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int, ahead: int):
-        self.waited = 0.0
+        self.waited = self.copied = 0.0
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -88,7 +89,10 @@ class Prefetch:
         last: BaseException | None = None
         try:
             for batch in batches:
-                self._ready.put(place(batch, sharding, batch_size))
+                begun = time.perf_counter()
+                placed = place(batch, sharding, batch_size)
+                self.copied += time.perf_counter() - begun
+                self._ready.put(placed)
                 if self._closing.is_set():
                     return
         except BaseException as error:  # not swallowed: it belongs to the caller, who meets it in `__next__`

@@ -5,7 +5,9 @@ first), `VIT_DIST_PROCESSES` (how many) and `VIT_DIST_PROCESS` (which one this i
 """
 
 import hashlib
+import json
 import os
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,6 +56,18 @@ def check_same(what: str, text: str) -> None:
     others = [index for index, other in enumerate(everyone) if not np.array_equal(other, everyone[0])]
     if others:
         raise ConfigError(f"{what}: not the same on process 0 and {', '.join(map(str, others))}; start them all alike")
+
+
+def gather(value: Any) -> list[Any]:
+    """What JSON can hold -> the value of each process, in their order. All must call it, at the same place."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(one[:size].tobytes()) for one, size in zip(texts, sizes, strict=True)]
 
 
 def stop() -> None:

@@ -16,11 +16,12 @@ from vit_dist.config import Config, ConfigError
 from vit_dist.run.files import read_json, write_atomically
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
-# rounding, save that a new length bends the rest of the schedule.
+# rounding, save that a new length bends the rest of the schedule. (That the data are the same, its digest says.)
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
-    "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "data.path", "data.download", "data.workers",
-    "data.threads", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction", "model.remat",
+    "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "data.source", "data.path", "data.mixture",
+    "data.download", "data.cache_dir", "data.workers", "data.threads", "data.read_ahead_mb", "data.prefetch",
+    "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction", "data.crop_decode", "model.remat",
     "model.attention",
 )  # fmt: skip
 

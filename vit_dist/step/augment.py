@@ -24,13 +24,18 @@ def normalise(
     return ((pixels - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
 
 
-def resize(images: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """The whole of each image [B, H, W, C] at `size` (height, width): bilinear, antialiased when shrinking; float."""
+def resize(images: jax.Array, size: tuple[int, int], interpolation: str) -> jax.Array:
+    """The whole of each image [B, H, W, C] at `size` (height, width); float.
+
+    `interpolation` is "bilinear" or "bicubic", antialiased when shrinking.
+    """
     if images.shape[1:3] == size:
         return images.astype(jnp.float32)
-    return _on_own_rows(
-        lambda own: jax.image.resize(own.astype(jnp.float32), (own.shape[0], *size, own.shape[3]), "bilinear"), images
-    )
+
+    def of_own(own: jax.Array) -> jax.Array:
+        return jax.image.resize(own.astype(jnp.float32), (own.shape[0], *size, own.shape[3]), interpolation)
+
+    return _on_own_rows(of_own, images)
 
 
 def center_crop(images: jax.Array, size: tuple[int, int], ratio: float) -> jax.Array:

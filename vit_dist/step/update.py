@@ -55,7 +55,7 @@ def make_train_step(
         warp_key, mix_key, network_key = jax.random.split(key, 3)
         images = augment.normalise(batch["image"], data.mean, data.std)
         images = augment.warp(images, warp_key, data)
-        images = augment.resize(images, pair(model.image_size))
+        images = augment.resize(images, pair(model.image_size), data.interpolation)
         targets = losses.smooth(losses.one_hot(batch["label"], classes), settings.label_smoothing)
         images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
         images = images.astype(model.dtype)
@@ -170,7 +170,8 @@ def prepare(images: jax.Array, data: config.Data, model: config.Model, *, crop_o
     size = pair(model.image_size)
     if crop_on_device and data.eval_crop is not None:
         images = augment.center_crop(images, size, data.eval_crop)
-    return augment.resize(augment.normalise(images, data.mean, data.std), size).astype(model.dtype)
+    images = augment.normalise(images, data.mean, data.std)
+    return augment.resize(images, size, data.interpolation).astype(model.dtype)
 
 
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:

@@ -12,11 +12,50 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.download import KnownSet, fetch, known_set
+from vit_dist.data.examples import ArraySource
+from vit_dist.data.files import open_stream
+from vit_dist.data.formats.arrays import class_names_beside, class_names_for
+from vit_dist.data.formats.listing import NoSplit, find_split
 
 _UNSIGNED_BYTE = 8
+_SPLITS = ("train", "test")
+_IMAGES, _LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 _DIGITS_TEST_EVERY = 5
+
+
+def open_digits(path: Path | None, split: str, data: config.Data) -> ArraySource:
+    images, labels = read_digits(array_split(split))
+    return ArraySource(images, labels, tuple("0123456789"))
+
+
+def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
+    """A split of the set in the folder `path`, as `read_idx_set`.
+
+    Class names are the lines of `classes.txt` where it lies beside the files, else a known set's own, else the labels
+    as text: many sets come in such files, EMNIST's letters among them.
+    """
+    name = array_split(split)
+    images, labels = read_idx_set(path, name, data.download)
+    of_all = [labels]
+    train_file = _present(path, _LABELS.format("train"))
+    if name != "train" and train_file is not None:
+        of_all.append(read_idx(train_file, 1))
+    given = class_names_beside(path)
+    known = known_set(path).class_names
+    if given is None and _is_known(path) and all(some.max() < len(known) for some in of_all):
+        given = known
+    return ArraySource(images, labels, class_names_for(path, given, of_all))
+
+
+def array_split(split: str) -> str:
+    """`train` or `test`, which is all that these sets have. Raises `ConfigError`."""
+    found = find_split(split, _SPLITS)
+    if found is None:
+        raise NoSplit(f"no split {split!r}: this source has {' and '.join(_SPLITS)}")
+    return found
 
 
 def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +81,8 @@ def read_idx_set(folder: Path, split: str, download: bool) -> tuple[np.ndarray, 
     """
     prefix = "t10k" if split == "test" else "train"
     known = known_set(folder)
-    images_file = _find(folder, f"{prefix}-images-idx3-ubyte", known, download)
-    labels_file = _find(folder, f"{prefix}-labels-idx1-ubyte", known, download)
+    images_file = _find(folder, _IMAGES.format(prefix), known, download)
+    labels_file = _find(folder, _LABELS.format(prefix), known, download)
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
     if len(images) != len(labels):
         raise ConfigError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
@@ -53,8 +92,10 @@ def read_idx_set(folder: Path, split: str, download: bool) -> tuple[np.ndarray, 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """The array in an IDX file of unsigned bytes. Raises `ConfigError` where it is not of that many dimensions."""
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+        with open_stream(file) as stream:
             data = stream.read()
+        if file.suffix == ".gz":
+            data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); fetch it again") from error
     magic, header = bytes([0, 0, _UNSIGNED_BYTE, dimensions]), 4 + 4 * dimensions
@@ -67,14 +108,24 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
 
 
 def _find(folder: Path, name: str, known: KnownSet, download: bool) -> Path:
-    files = [folder / name, folder / f"{name}.gz"]
-    for file in files:
-        if file.is_file():
-            return file
+    found = _present(folder, name)
+    if found is not None:
+        return found
     if download:
-        fetch(known, files[1].name, folder)
-        return files[1]
-    raise ConfigError(
+        fetch(known, f"{name}.gz", folder)
+        return folder / f"{name}.gz"
+    others = any(folder.glob(f"{name.partition('-')[0]}-*-ubyte*"))  # of the same split
+    raise (ConfigError if others else NoSplit)(
         f"data.path: no {name} or {name}.gz in {str(folder)!r}; "
-        f"set data.download=True, or fetch it from {known.base}{files[1].name}"
+        f"set data.download=True, or fetch it from {known.base}{name}.gz"
     )
+
+
+def _present(folder: Path, name: str) -> Path | None:
+    return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
+
+
+def _is_known(folder: Path) -> bool:
+    """Whether the folder's name is that of a known set, and not of one of their many kin (`emnist`, `kmnist`)."""
+    name = folder.resolve().name.lower()
+    return name == "mnist" or "fashion" in name

@@ -1,0 +1,226 @@
+"""Times the loader beside Pillow as torchvision's transforms use it, on the same images and crops, in one process.
+
+    python benchmarks/data.py                          # on ../shared/data/photos
+    python benchmarks/data.py --photos=DIR --quick     # a moment's look, its figures of no worth
+
+All make batches of 32 images of 224x224 by random resized crop (5 to 100 % of the area) and flip: Pillow from the
+files on one thread; ours from the same files, from what `vit-dist prepare` makes of them at a short side of 256 as
+JPEG and raw, on one thread and on two; and ours from 28x28 pixels in memory. Rounds alternate, so that whatever else
+the machine does falls on all; a rate is a median over rounds, a ratio the median of each round's own. Results go to
+stdout: the machine, a table, then one JSON object. A processor's second counts the work of all threads.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vit_dist import config
+from vit_dist.data import augment
+from vit_dist.data.examples import ArraySource, Source
+from vit_dist.data.loader import train_batches
+from vit_dist.data.order import Order
+from vit_dist.data.prepare import prepare
+from vit_dist.data.sources import open_source
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
+SIZE, BATCH, SEED = 224, 32, 0
+AREA, ASPECT = (0.05, 1.0), (3 / 4, 4 / 3)
+IN_MEMORY_BATCHES = (128, 512, 4096)
+
+
+@dataclasses.dataclass
+class Side:
+    """One way of making batches, and what was measured of it."""
+
+    name: str
+    make: Callable[[range], None]  # the batches of these steps
+    batch: int
+    steps: int  # in a round
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of each round
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def round(self, number: int) -> None:
+        begun, cpu_begun = time.perf_counter(), time.process_time()
+        self.make(range(number * self.steps, (number + 1) * self.steps))
+        self.seconds.append(time.perf_counter() - begun)
+        self.cpu_seconds.append(time.process_time() - cpu_begun)
+
+    def rate(self, seconds: list[float]) -> float:
+        """Images a second."""
+        return self.batch * self.steps / statistics.median(seconds)
+
+
+def pillow(files: list[Path]) -> Callable[[range], None]:
+    """torchvision's loader and transforms without torchvision: the same calls of Pillow, in the same order."""
+    order = Order(SEED, (len(files),), None, 1)
+
+    def image(file: Path, position: int) -> np.ndarray:
+        with file.open("rb") as stream:
+            picture = Image.open(stream).convert("RGB")
+        rng = augment.generator(SEED, position)
+        top, left, height, width = augment.crop_box(picture.height, picture.width, AREA, ASPECT, rng)
+        crop = picture.crop((left, top, left + width, top + height))
+        crop = crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        if rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(crop)
+
+    def make(steps: range) -> None:
+        for step in steps:
+            positions = step * BATCH + np.arange(BATCH)
+            ids = order.ids(positions)
+            np.stack([image(files[index], int(position)) for index, position in zip(ids, positions, strict=True)])
+
+    return make
+
+
+def ours(source: Source, data: config.Data, batch: int, size: int, channels: int) -> Callable[[range], None]:
+    """The loader that training uses, from its start to its end."""
+
+    def make(steps: range) -> None:
+        with contextlib.closing(
+            train_batches(
+                source,
+                data,
+                image_size=(size, size),
+                channels=channels,
+                seed=SEED,
+                batch_size=batch,
+                rows=slice(0, batch),
+                start_step=steps.start,
+                stop_step=steps.stop,
+            )
+        ) as batches:
+            assert sum(len(made["id"]) for made in batches) == len(steps) * batch
+
+    return make
+
+
+def class_folder(photos: Path, place: Path) -> list[Path]:
+    """Lays `photos` out as a class folder of links, `place/train/<class>/<file>`; the files in the order of ids."""
+    files = [file for file in sorted(photos.iterdir()) if file.suffix.lower() in (".jpeg", ".jpg")]
+    links = []
+    for file in files:
+        folder = place / "train" / file.name.partition("_")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        links.append(folder / file.name)
+        links[-1].symlink_to(file.resolve())
+    return links
+
+
+def photo_sides(photos: Path, place: Path, steps: int) -> Iterator[Side]:
+    """Pillow and every way of ours; the prepared ones have more steps, for a round of theirs to take as long."""
+    files = class_folder(photos, place / "photos")
+    yield Side("pillow", pillow(files), BATCH, steps)
+    sets = {"originals": (config.Data(source="folder", path=str(place / "photos")), 1)}
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvimgcodec"):
+        sets["originals, crop_decode"] = dataclasses.replace(sets["originals"][0], crop_decode=True), 1
+    for encode, more in (("jpeg", 4), ("raw", 10)):
+        prepare(str(place / "photos"), str(place / encode), kind="folder", resize=256, encode=encode)
+        sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(place / encode)), more
+    for name, (data, more) in sets.items():
+        data = dataclasses.replace(data, crop_area=AREA, crop_aspect=ASPECT, flip=True)
+        source = open_source(data, "train")
+        for threads in (1, 2):
+            made = ours(source, dataclasses.replace(data, threads=threads), BATCH, SIZE, 3)
+            yield Side(f"{name}, {threads} thread{'s' if threads > 1 else ''}", made, BATCH, steps * more)
+
+
+def in_memory_sides(examples: int) -> Iterator[Side]:
+    """Gathers from 60,000 examples in memory; a round makes so many of them."""
+    draw = np.random.default_rng(SEED)
+    images = draw.integers(0, 256, (60_000, 28, 28, 1), np.uint8)
+    source = ArraySource(images, draw.integers(0, 10, 60_000, np.int32), tuple("0123456789"))
+    for batch in IN_MEMORY_BATCHES:
+        made = ours(source, config.Data(), batch, 28, 1)
+        yield Side(f"in memory, 28x28, batch {batch}", made, batch, max(1, examples // batch))
+
+
+def compare(sides: list[Side], rounds: int) -> None:
+    """Warms all up, then takes turns, from the first side and from the last."""
+    for side in sides:
+        side.round(0)
+        side.seconds.clear()
+        side.cpu_seconds.clear()
+    for number in range(1, rounds + 1):
+        for side in sides if number % 2 else reversed(sides):
+            side.round(number)
+
+
+def ratio(side: Side, other: Side, cpu: bool = False) -> float:
+    """How many times as quick a side is as another: the median of each round's own, for they ran close together."""
+    pairs = zip(side.cpu_seconds, other.cpu_seconds) if cpu else zip(side.seconds, other.seconds)
+    work = side.batch * side.steps / (other.batch * other.steps)
+    return statistics.median(work * theirs / own for own, theirs in pairs)
+
+
+def machine() -> dict[str, object]:
+    """What the figures are of."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "pillow": Image.__version__,
+    }
+
+
+def say(sides: list[Side], described: dict[str, object]) -> None:
+    """Prints the table and the JSON object."""
+    peer, by_name = sides[0], {side.name: side for side in sides}
+    results = {}
+    print(f"{'':40}{'images/s':>14}{'a CPU second':>14}{'x pillow':>10}{'of CPU':>10}{'x 1 thread':>12}")
+    for side in sides:
+        photos = not side.name.startswith("in memory")
+        single = by_name.get(side.name.replace("2 threads", "1 thread")) if side.name.endswith("threads") else None
+        row = {
+            "images_per_second": side.rate(side.seconds),
+            "images_per_cpu_second": side.rate(side.cpu_seconds),
+            "over_pillow": ratio(side, peer) if photos else None,
+            "over_pillow_cpu": ratio(side, peer, cpu=True) if photos else None,
+            "over_one_thread": ratio(side, single) if single else None,
+        }
+        results[side.name] = row
+        shown = [f"{row['images_per_second']:14,.0f}", f"{row['images_per_cpu_second']:14,.0f}"]
+        for name, wide in (("over_pillow", 10), ("over_pillow_cpu", 10), ("over_one_thread", 12)):
+            shown.append(" " * wide if row[name] is None else f"{row[name]:{wide}.2f}")
+        print(f"{side.name:40}" + "".join(shown).rstrip())
+    print(json.dumps({**described, "results": results}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times the loader beside Pillow as torchvision uses it.")
+    parser.add_argument("--photos", type=Path, default=PHOTOS, help=f"a folder of JPEG files ({PHOTOS})")
+    parser.add_argument("--steps", type=int, default=16, help="batches of 32 originals of each side in a round (16)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often the sides take turns (9)")
+    parser.add_argument("--quick", action="store_true", help="one round of two batches: to see that it runs")
+    options = parser.parse_args()
+    steps, rounds, examples = (2, 1, 20_000) if options.quick else (options.steps, options.rounds, 500_000)
+    if not options.photos.is_dir():
+        sys.exit(f"error: --photos: {options.photos} is not here; give a folder of JPEG files")
+    described = machine()
+    with tempfile.TemporaryDirectory() as place:
+        sides = [*photo_sides(options.photos, Path(place), steps), *in_memory_sides(examples)]
+        print(", ".join(f"{name} {value}" for name, value in described.items()))
+        compare(sides, rounds)
+    say(sides, described)
+
+
+if __name__ == "__main__":
+    main()

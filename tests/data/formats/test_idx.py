@@ -1,0 +1,48 @@
+"""IDX: the class names of sets that come in MNIST's files and are not MNIST."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vit_dist.config import ConfigError, Data
+from vit_dist.data.sources import open_source
+
+
+def _write(folder: Path, prefix: str, labels: list[int]) -> None:
+    folder.mkdir(exist_ok=True)
+    for kind, array in (("images-idx3", np.zeros((len(labels), 3, 2), np.uint8)), ("labels-idx1", np.array(labels))):
+        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        (folder / f"{prefix}-{kind}-ubyte").write_bytes(data + array.astype(np.uint8).tobytes())
+
+
+def _class_names(folder: Path, split: str = "train") -> tuple[str, ...]:
+    return open_source(Data(source="idx", path=str(folder)), split).class_names
+
+
+def test_sets_of_no_known_name_have_numbers_for_classes(tmp_path: Path) -> None:
+    _write(tmp_path / "emnist-letters", "train", [1, 26, 4])
+    _write(tmp_path / "emnist-letters", "t10k", [3, 1])
+    for split in ("train", "test"):  # the test split lacks the last classes
+        assert _class_names(tmp_path / "emnist-letters", split) == tuple(map(str, range(27)))
+    _write(tmp_path / "kmnist", "t10k", [3, 1])
+    assert _class_names(tmp_path / "kmnist", "test") == ("0", "1", "2", "3")
+
+
+def test_known_sets_have_their_own_names_where_the_labels_fit(tmp_path: Path) -> None:
+    _write(tmp_path / "MNIST", "train", [1, 4])
+    assert _class_names(tmp_path / "MNIST") == tuple("0123456789")
+    _write(tmp_path / "my_fashion", "train", [1, 4])
+    assert _class_names(tmp_path / "my_fashion")[:2] == ("t-shirt/top", "trouser")
+    _write(tmp_path / "my_fashion", "train", [1, 11])
+    assert _class_names(tmp_path / "my_fashion") == tuple(map(str, range(12)))
+
+
+def test_a_text_file_names_the_classes(tmp_path: Path) -> None:
+    _write(tmp_path / "mnist", "train", [1, 0, 2])
+    (tmp_path / "mnist/classes.txt").write_text("o\nki\nsu\n")
+    assert _class_names(tmp_path / "mnist") == ("o", "ki", "su")
+    (tmp_path / "mnist/classes.txt").write_text("o\nki\n")
+    with pytest.raises(ConfigError, match="mnist: labels of 0..2, but 2 class names; name every class"):
+        _class_names(tmp_path / "mnist")

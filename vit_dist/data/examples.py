@@ -1,0 +1,114 @@
+"""The examples of one split: their labels, their class names, and their images as pixels or as encoded files.
+
+An `ArraySource` holds pixels, and a batch of it is one gather; a `FileSource` reads encoded images one by one from
+wherever they lie. Which container a set came in changes nothing else: an example's id is its index in class-then-name
+order (for sets that are one array, the order of the array).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from vit_dist.config import ConfigError
+from vit_dist.data.files import File
+from vit_dist.data.index import Index, Names
+
+
+class Images(Protocol):
+    """The encoded images of a split, by number. Safe to call from many threads; can be pickled."""
+
+    def read(self, index: int) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Examples as pixels: `images` `uint8 [N, H, W, C]`, `labels` `int32 [N]`.
+
+    `parts` are the size and weight of each set in a mixture by weight, in the order of ids; else there are none.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    parts: tuple[tuple[int, float], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"example {index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Examples as encoded images: `labels` `int32 [N]`; `names` lie below `where`, or are whole where it is empty.
+
+    `version` tells sets apart whose names and labels are the same and whose pixels are not: of images that `prepare`
+    has made smaller it says how. `parts` is as in `ArraySource`.
+    """
+
+    where: str
+    names: Names
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    images: Images
+    version: str = ""
+    parts: tuple[tuple[int, float], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.where}/{self.names[index]}" if self.where else self.names[index]
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes. Raises `OSError` where the file cannot be read."""
+        return self.images.read(index)
+
+
+Source = ArraySource | FileSource
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanImages:
+    """Reads images that lie inside `files`; image `i` where `spans[i]` says: `int64 [N, 3]`, file, offset and size."""
+
+    files: tuple[File, ...]
+    spans: np.ndarray
+
+    def read(self, index: int) -> bytes:
+        number, offset, size = self.spans[index].tolist()
+        return self.files[number].read(offset, size)
+
+
+def file_source(where: object, index: Index, images: Images, version: str = "") -> FileSource:
+    """The examples of an index, read by `images`."""
+    return FileSource(str(where), index.names, index.labels, index.class_names, images, version)
+
+
+def check_labels(source: Source, num_classes: int) -> None:
+    """Raises `ConfigError` naming the first example whose label is not in `[0, num_classes)`."""
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
+    if len(wrong):
+        raise ConfigError(
+            f"model.num_classes: {source.name(wrong[0])} (id {wrong[0]}) has label {source.labels[wrong[0]]}, which is "
+            f"not in 0..{num_classes - 1}; {len(wrong)} of {len(source)} labels are out of range"
+        )
+
+
+def fingerprint(source: Source) -> str:
+    """A short digest of the count, labels, class names, file names or image shape, and mixture: to tell sets apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(source, FileSource):
+        parts: Sequence[bytes | np.ndarray] = [source.names.text, source.names.ends, source.version.encode()]
+    else:
+        parts = [str(source.images.shape).encode()]
+    for part in (str(len(source)).encode(), "\n".join(source.class_names).encode("utf-8", "surrogateescape"), *parts):
+        digest.update(part.tobytes() if isinstance(part, np.ndarray) else part)
+        digest.update(b"\0")
+    digest.update(source.labels.astype("<i4").tobytes())
+    digest.update(repr(source.parts).encode())
+    return digest.hexdigest()

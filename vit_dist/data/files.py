@@ -1,0 +1,137 @@
+"""Where bytes lie: on a disk that is mounted here, or wherever fsspec reaches (`gs://`, `s3://`, ...).
+
+A location is a `pathlib.Path`, or universal_pathlib's likeness of one over fsspec; the rest of the room speaks pathlib
+and does not ask which. What pathlib has no quick word for is here: listing a large folder, reading a file by position.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from upath import UPath
+
+from vit_dist.config import ConfigError
+
+_SETTLED_NS = 2_000_000_000
+
+
+def location(text: str, key: str = "data.path") -> Path:
+    """The place that a config or command names: `~/images`, `/data/train.tar`, `gs://bucket/images`.
+
+    Raises `ConfigError` where fsspec knows no such scheme or lacks its plug-in.
+    """
+    if "://" not in text:
+        return Path(text).expanduser()
+    try:
+        remote = UPath(text)
+        assert remote.fs is not None  # the plug-in is only asked for when the file system is
+        return cast(Path, remote)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{key}: {text} cannot be reached ({error})") from error
+
+
+def is_remote(path: Path) -> bool:
+    return not isinstance(path, Path)
+
+
+def entries(folder: Path) -> list[tuple[str, bool]]:
+    """`(name, is a folder)` of all that lies in a folder, sorted; one request where the folder is remote."""
+    if is_remote(folder):
+        remote = cast(Any, folder)
+        listed = remote.fs.ls(remote.path, detail=True)
+        return sorted((one["name"].rstrip("/").rpartition("/")[2], one["type"] == "directory") for one in listed)
+    with os.scandir(folder) as found:
+        return sorted((entry.name, entry.is_dir()) for entry in found)
+
+
+def stamp(file: Path) -> str:
+    """A text that changes when a file is written anew."""
+    if is_remote(file):
+        remote = cast(Any, file)
+        return str(remote.fs.ukey(remote.path))
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def folders_stamp(folders: Sequence[Path]) -> str | None:
+    """A text that changes when an entry of one of these folders comes or goes.
+
+    None where there is no telling: folders of an object store have no date of their own, and in one that changed in
+    the last seconds something more may change within the same tick of its clock.
+    """
+    if any(map(is_remote, folders)):
+        return None
+    times = [folder.stat().st_mtime_ns for folder in folders]
+    return None if max(times) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))
+
+
+class File(Protocol):
+    """Bytes that are read by position, by any number of threads at once; what is pickled is the way to them."""
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+
+class LocalFile:
+    """A file on a mounted disk, opened at the first read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = -1
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self._descriptor < 0:
+            with self._lock:
+                if self._descriptor < 0:
+                    self._descriptor = os.open(self.path, os.O_RDONLY)
+        return os.pread(self._descriptor, size, offset)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalFile, (self.path,)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+class RemoteFile:
+    """A file that fsspec reads, a range at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = cast(Any, path)
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self.path.fs.cat_file(self.path.path, offset, offset + size)
+
+
+def open_file(path: Path) -> File:
+    """The file at `path`, to be read by position."""
+    return RemoteFile(path) if is_remote(path) else LocalFile(path)
+
+
+def open_stream(path: Path) -> IO[bytes]:
+    """The file at `path`, to be read from its beginning; seeks are cheap on both kinds."""
+    return cast(IO[bytes], path.open("rb"))
+
+
+def allow_open_files(count: int) -> None:
+    """Lets this process, and those it starts, keep `count` local files open at once beside its others.
+
+    Raises `ConfigError` where the system does not allow as many.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * count  # half of them for all else that a process opens
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"{count} files are to be open at once, but the system allows {hard}; raise its limit (ulimit -Hn {needed})"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,208 @@
+"""What a split holds, in the order of ids: class names, names, labels and, inside containers, where each image lies.
+
+An index of a large set takes long to build, from a walk over a million files or headers, and a moment to read; so it
+is kept in a cache folder, under the digest of what it was built from, and built anew when that has changed. Everything
+in it is an array, the names too: a million of them as Python strings would take as much memory as the images of a step.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from vit_dist.config import ConfigError
+
+_log = logging.getLogger(__name__)
+_KEPT_FROM = 10_000  # examples; a smaller index is built in less time than a person notices
+_TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
+
+
+class Names(Sequence[str]):
+    """Many strings in one array of bytes. Reading one makes it anew."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        """`text` `uint8 [bytes]`; name `i` ends before `ends[i]`, `int64 [N]`."""
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Names":
+        encoded = [name.encode(*_TEXT) for name in names]
+        ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Names": ...
+    def __getitem__(self, index: int | slice) -> "str | Names":
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        number = range(len(self))[index]
+        start = self.ends[number - 1] if number else 0
+        return self.text[start : self.ends[number]].tobytes().decode(*_TEXT)
+
+    def take(self, order: Sequence[int] | np.ndarray) -> "Names":
+        """These names, in this order."""
+        return Names.of(self[int(number)] for number in order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The examples of one split, in the order of ids.
+
+    `labels` `int32 [N]` index `class_names`; `names` say an example to a person. Inside containers, example `i` is the
+    `size` bytes at `offset` of `files[number]`, where `spans[i]` is `(number, offset, size)`, `int64 [N, 3]`.
+    """
+
+    class_names: tuple[str, ...]
+    names: Names
+    labels: np.ndarray
+    files: tuple[str, ...] = ()
+    spans: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def with_classes(self, class_names: tuple[str, ...], where: object) -> "Index":
+        """The same examples, labelled by the training split's classes. Raises `ConfigError` for a class it lacks."""
+        if class_names == self.class_names:
+            return self
+        numbers = {name: number for number, name in enumerate(class_names)}
+        unknown = [name for name in self.class_names if name not in numbers]
+        if unknown:
+            raise ConfigError(f"{where}: class {unknown[0]!r} is not among the {len(class_names)} of the train split")
+        missing = sorted(set(class_names) - set(self.class_names))
+        if missing:
+            _log.warning("%s: no images of %d classes of the train split, such as %r", where, len(missing), missing[0])
+        table = np.array([numbers[name] for name in self.class_names], np.int32)
+        return dataclasses.replace(self, class_names=class_names, labels=table[self.labels])
+
+
+def in_order(
+    class_names: Sequence[str],
+    names: Sequence[str],
+    labels: Sequence[int] | np.ndarray,
+    files: Sequence[str] = (),
+    spans: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+) -> Index:
+    """An index of examples found in any order, in the order of ids: by class, then name, then as found."""
+    found = np.asarray(labels, np.int32)
+    order = np.array(sorted(range(len(names)), key=lambda number: (found[number], names[number])), np.int64)
+    places = None if spans is None else np.asarray(spans, np.int64).reshape(-1, 3)[order]
+    return Index(tuple(class_names), Names.of(names[number] for number in order), found[order], tuple(files), places)
+
+
+def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[], Index]) -> Index:
+    """The index that `build` makes, read from the cache folder where it was kept before.
+
+    `what` says which index this is (path, split, format); `stamp` changes when what it was built from does, and None
+    says that no such stamp can be had. One too small to be worth it is not kept, nor one that cannot be written, which
+    is logged. Of several processes of a host that want the same one, the first builds it while the others wait.
+    """
+    if stamp is None:
+        return build()
+    folder = cache_folder(cache_dir)
+    file = folder / f"index-{hashlib.blake2b(what.encode(*_TEXT), digest_size=12).hexdigest()}.npz"
+    with _only_one(folder):
+        index = _read(file, stamp)
+        if index is None:
+            index = build()
+            if len(index) >= _KEPT_FROM:
+                try:
+                    write(file, index, stamp)
+                    _log.info("kept the index of %s in %s", what, file)
+                except OSError as error:
+                    _log.warning("cannot keep the index of %s in %s (%s)", what, folder, error.strerror)
+    return index
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`data.cache_dir`, or the user's own cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_dist"
+
+
+def write(file: Path, index: Index, stamp: str = "") -> None:
+    """Writes an index whole or not at all; the same index makes the same bytes. Raises `OSError`."""
+    arrays = {
+        "stamp": np.frombuffer(stamp.encode(*_TEXT), np.uint8),
+        "labels": index.labels,
+        **{
+            f"{name}_{part}": getattr(Names.of(values), part)
+            for name, values in (("class_names", index.class_names), ("files", index.files))
+            for part in ("text", "ends")
+        },
+        "names_text": index.names.text,
+        "names_ends": index.names.ends,
+    }
+    if index.spans is not None:
+        arrays["spans"] = index.spans
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
+        try:
+            np.savez(partial, **arrays)
+            partial.flush()
+            os.fsync(partial.fileno())
+            os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
+            os.replace(partial.name, file)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
+
+
+def read(file: Path) -> tuple[Index, str]:
+    """An index that `write` wrote, and its stamp. Raises `OSError`, `ValueError`, `KeyError`, `EOFError` or
+    `zipfile.BadZipFile`."""
+    with file.open("rb") as stream, np.load(stream) as arrays:
+        names = {
+            name: Names(arrays[f"{name}_text"], arrays[f"{name}_ends"]) for name in ("class_names", "files", "names")
+        }
+        index = Index(
+            tuple(names["class_names"]),
+            names["names"],
+            arrays["labels"],
+            tuple(names["files"]),
+            arrays.get("spans"),
+        )
+        return index, arrays["stamp"].tobytes().decode(*_TEXT)
+
+
+def _read(file: Path, stamp: str) -> Index | None:
+    """The index kept in `file`, if there is one of this stamp."""
+    try:
+        index, found = read(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning("%s: cannot be read (%s); building that index again", file, error)
+        return None
+    return index if found == stamp else None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Holds a lock of this host on the cache folder where the system has such locks; else work may be done twice."""
+    try:
+        import fcntl
+
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / "lock", "w")
+    except (ImportError, OSError):
+        yield
+        return
+    with stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

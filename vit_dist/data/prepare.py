@@ -1,0 +1,238 @@
+"""`vit-dist prepare`: any source to shards of records that are quick to read, by one process or by several hosts.
+
+What each shard holds follows from the source and the options alone (`manifest.Plan`), so nobody needs to ask who makes
+which, and the same set comes out however many make it and however often they are interrupted.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.data import index, manifest
+from vit_dist.data.examples import FileSource, Source, fingerprint
+from vit_dist.data.files import location
+from vit_dist.data.formats.array_record import check_size, open_reader
+from vit_dist.data.index import Index, Names
+from vit_dist.data.manifest import File, Manifest, Plan, Split
+from vit_dist.data.progress import counted
+from vit_dist.data.recognise import open_splits
+from vit_dist.data.shards import Shard, Stored, make, measure
+
+_SHARD_RECORDS = 2048  # about 250 MB of ImageNet's files
+_SHARDS = 16, 512  # by default: work for so many threads at least, and not more files than a process may hold open
+
+
+def prepare(
+    source: str | None,
+    dest: str,
+    *,
+    kind: str | None = None,
+    splits: Sequence[str] = (),
+    resize: int | None = None,
+    encode: str | None = None,
+    shards: int | None = None,
+    shard_range: tuple[int, int] | None = None,
+    workers: int | None = None,
+    keep_bad: bool = False,
+    data: config.Data | None = None,
+) -> dict[str, Any]:
+    """Converts the data set at `source` into records in the folder `dest`; returns what the command prints.
+
+    `kind` is a key of `sources.SOURCES` (None: told from the files), `splits` none for all. `shards` is the number for
+    the largest split, of which the others get their part; `shard_range` `(a, b)` makes those alone, of the others the
+    part that corresponds, and leaves the manifest to `merge`. With neither `resize` (of the short side, in pixels) nor
+    `encode` (`jpeg` or `raw`) encoded images are stored untouched. `keep_bad`: see `shards.make`. `data` may say how
+    the source is read.
+
+    Raises `ConfigError` where the source or its images are damaged, `dest` holds anything else, or the disk is full.
+    """
+    place = _folder(dest)
+    opened = open_splits(source, kind, splits, data or config.Data())
+    stored = {name: Stored.of(one, resize, encode) for name, one in opened.items()}
+    plan = _plan(stored, shards)
+    chosen = _chosen(plan, shard_range)
+    if (place / manifest.MANIFEST).exists():
+        whole = manifest.read_manifest(place)
+        _check_same(place, whole.plan, plan)
+        _tidy(place)
+    else:
+        listed = {name: _list(one) for name, one in opened.items()}
+        _begin(place, plan, listed)
+        names = {name: one.names for name, one in listed.items()}
+        make(place, plan, chosen, stored, names, keep_bad, workers or os.cpu_count() or 1)
+        if shard_range is not None:
+            return _result_of_range(plan, chosen, [manifest.read_part(place, plan, one.file) for one in chosen])
+        whole = _merge(place, plan)
+    if shard_range is not None:
+        made = {file.file: file for files in whole.shards.values() for file in files}
+        return _result_of_range(plan, chosen, [made[one.file] for one in chosen])
+    return whole.result()
+
+
+def merge(dest: str) -> dict[str, Any]:
+    """Checks that all shards of a set are there and of one plan, and writes its manifest; returns as `prepare`.
+
+    Raises `ConfigError` naming the first that is not.
+    """
+    place = _folder(dest)
+    plan = manifest.read_plan(place)
+    if plan is None or (place / manifest.MANIFEST).exists():
+        whole = manifest.read_manifest(place)
+        _tidy(place)
+    else:
+        whole = _merge(place, plan)
+    return whole.result()
+
+
+def verify(dest: str, workers: int | None = None) -> dict[str, Any]:
+    """Reads every byte of a finished set and recomputes its digests and counts; returns as `prepare`.
+
+    Raises `ConfigError` naming the first file that is not as the manifest says.
+    """
+    place = _folder(dest)
+    whole = manifest.read_manifest(place)
+    files = [file for name in whole.shards for file in (whole.indexes[name], *whole.shards[name])]
+
+    def check(file: File) -> None:
+        check_size(place, file)
+        path = place / file.file
+        if measure(path)[1] != file.sha256:
+            raise ConfigError(f"{path}: its content is not what the manifest says; prepare or copy it again")
+        records = len(index.read(path)[0]) if path.suffix == ".npz" else open_reader(path).num_records()
+        if records != file.records:
+            raise ConfigError(f"{path}: {records} records, but the manifest says {file.records}; prepare it again")
+
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        try:
+            for _ in counted(pool.map(check, files), f"reading {place}", len(files)):
+                pass
+        except ConfigError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return whole.result()
+
+
+def _folder(dest: str) -> Path:
+    if "://" in dest:
+        raise ConfigError(f"{dest}: records are written to a mounted disk; prepare a folder there, then copy it")
+    place = location(dest)
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{place}: is a file; give a folder for the records")
+    return place
+
+
+def _list(source: Source) -> Index:
+    """What a set lists of a split."""
+    if isinstance(source, FileSource):
+        return Index(source.class_names, source.names, source.labels)
+    names = (f"{source.class_names[label]}/{number:07d}" for number, label in enumerate(source.labels.tolist()))
+    return Index(source.class_names, Names.of(names), source.labels)
+
+
+def _plan(stored: dict[str, Stored], shards: int | None) -> Plan:
+    largest = max(len(one.source) for one in stored.values())
+    if shards is None:
+        least, most = _SHARDS
+        shards = min(largest, most, max(least, -(-largest // _SHARD_RECORDS)))
+    elif shards > largest:
+        raise ConfigError(f"--shards={shards}: the largest split has {largest} examples; ask for {largest} or fewer")
+    first, *others = stored
+    for name in others:
+        if stored[name].source.class_names != stored[first].source.class_names:
+            raise ConfigError(f"the splits {first} and {name} have other classes; prepare each by itself, with --split")
+    splits = {
+        name: Split(
+            records=len(one.source),
+            shards=-(-shards * len(one.source) // largest),
+            fingerprint=fingerprint(one.source),
+            version=one.version,
+        )
+        for name, one in stored.items()
+    }
+    return Plan(stored[first].resize, stored[first].encode, stored[first].source.class_names, splits)
+
+
+def _chosen(plan: Plan, shard_range: tuple[int, int] | None) -> list[Shard]:
+    """The shards to make. A range counts the largest split's; of one with fewer it takes those at the same places."""
+    most = max(split.shards for split in plan.splits.values())
+    first, end = shard_range or (0, most)
+    if not 0 <= first < end <= most:
+        raise ConfigError(f"--shard-range={first}:{end}: expected A:B with 0 <= A < B <= {most}, the number of shards")
+    return [
+        Shard(name, split.ids(shard), file)
+        for name, split in plan.splits.items()
+        for shard, file in enumerate(plan.files(name))
+        if first <= shard * most // split.shards < end
+    ]
+
+
+def _check_same(place: Path, old: Plan, new: Plan) -> None:
+    if old != new:
+        raise ConfigError(
+            f"{place}: holds another set, or part of one ({manifest.differences(old, new)}); "
+            "give another DEST, or remove this one"
+        )
+
+
+def _begin(place: Path, plan: Plan, listed: dict[str, Index]) -> None:
+    """Makes the folder with its plan and indexes, or finds that it is of the same plan."""
+    old = manifest.read_plan(place)
+    if old is not None:
+        _check_same(place, old, plan)
+    else:
+        found = place.iterdir() if place.exists() else ()
+        others = sorted(entry.name for entry in found if entry.name != manifest.PARTS)
+        if others:
+            raise ConfigError(f"{place}: is not empty (it holds {others[0]}); give a new or empty folder")
+        manifest.write_plan(place, plan)
+    for name, one in listed.items():
+        file = place / manifest.index_file(name)
+        if not file.exists():
+            index.write(file, one)
+
+
+def _merge(place: Path, plan: Plan) -> Manifest:
+    """The manifest of a set of which all shards are there, written."""
+    shards: dict[str, tuple[File, ...]] = {}
+    indexes: dict[str, File] = {}
+    for name, split in plan.splits.items():
+        found = [manifest.read_part(place, plan, file) for file in plan.files(name)]
+        if None in found:
+            raise ConfigError(
+                f"{place}: {found.count(None)} of the {len(found)} shards of {name} are not finished, the first is "
+                f"{plan.files(name)[found.index(None)]}; run `vit-dist prepare` for them, or bring them from the host "
+                f"that did, with what it has in {manifest.PARTS}"
+            )
+        shards[name] = tuple(file for file in found if file is not None)
+        file = place / manifest.index_file(name)
+        if not file.exists():
+            raise ConfigError(f"{file}: missing; bring it from another host, or run `vit-dist prepare` again")
+        indexes[name] = File(file.name, split.records, *measure(file))
+    whole = Manifest(plan, indexes, shards)
+    folder = os.open(place, os.O_RDONLY)
+    os.fsync(folder)  # the names that the manifest vouches for are on the disk before it is
+    os.close(folder)
+    manifest.write_manifest(place, whole)
+    _tidy(place)
+    return whole
+
+
+def _tidy(place: Path) -> None:
+    """Removes from a finished set what its making, or a run that was killed, left."""
+    shutil.rmtree(place / manifest.PARTS, ignore_errors=True)
+    for entry in place.glob(".*"):
+        if entry.name.startswith((f".{manifest.MANIFEST}.", *(f".{file.name}." for file in place.glob("*.index.npz")))):
+            entry.unlink(missing_ok=True)
+
+
+def _result_of_range(plan: Plan, chosen: list[Shard], made: Sequence[File | None]) -> dict[str, Any]:
+    shards = [file for file in made if file is not None]
+    assert len(shards) == len(chosen)
+    digest = hashlib.sha256("".join([plan.digest, *(shard.sha256 for shard in shards)]).encode()).hexdigest()
+    return manifest.result(plan, shards, digest)

@@ -1,0 +1,64 @@
+"""Worker processes that call a function of a number, for results in order.
+
+The standard library's pool, and not Grain's worker processes: those hand results over in shared memory, of which some
+is left behind when a run ends at the wrong moment, and containers have little of it. Here results come through pipes.
+"""
+
+import collections
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Workers(Iterator[T], Generic[T]):
+    """`make(0)`, `make(1)` and on, `count` in all, made by `processes`, at most `ahead` under way; to be closed.
+
+    `make` is sent to each process once. Raises what `make` raises, and `RuntimeError` where a process dies.
+    """
+
+    def __init__(self, make: Callable[[int], T], count: int, processes: int, ahead: int) -> None:
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(make,)
+        )
+        self._numbers, self._ahead = iter(range(count)), ahead
+        self._under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+
+    def __next__(self) -> T:
+        while len(self._under_way) < self._ahead and (number := next(self._numbers, None)) is not None:
+            self._under_way.append(self._pool.submit(_one, number))
+        if not self._under_way:
+            raise StopIteration
+        try:
+            return self._under_way.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("data.workers: a worker process died; had it run out of memory?") from error
+
+    def close(self) -> None:
+        """Returns when the processes have ended; what they had under way is lost."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+_make: Callable[[int], Any]
+
+
+def _begin(make: Callable[[int], Any]) -> None:
+    global _make
+    _make = make
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # it was killed: nobody else would tell this process to end
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _one(number: int) -> Any:
+    return _make(number)
