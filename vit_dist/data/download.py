@@ -8,12 +8,11 @@ import dataclasses
 import hashlib
 import http.client
 import logging
-import shutil
-import tempfile
 import urllib.request
 from pathlib import Path
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import replacing
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_S = 60
@@ -58,21 +57,15 @@ def fetch(known: KnownSet, name: str, folder: Path) -> None:
 
     Raises `ConfigError` where the address does not answer or what it sends has another digest.
     """
-    address, partial = known.base + name, None
+    address = known.base + name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as file:
-                partial = Path(file.name)
-                shutil.copyfileobj(answer, file)
-        digest = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
-        if digest != known.md5[name]:
-            raise ConfigError(f"{address}: its md5 is {digest}, expected {known.md5[name]}; nothing was kept")
-        partial.chmod(0o644)  # a temporary file is its owner's alone
-        partial.replace(folder / name)
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer, replacing(folder / name) as file:
+            content = answer.read()
+            digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            if digest != known.md5[name]:
+                raise ConfigError(f"{address}: its md5 is {digest}, expected {known.md5[name]}; nothing was kept")
+            file.write(content)
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(f"data.download: cannot fetch {address} into {folder}: {error}") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
     _log.info("fetched %s", folder / name)

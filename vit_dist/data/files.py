@@ -4,10 +4,12 @@ A location is a `pathlib.Path`, or universal_pathlib's likeness of one over fssp
 and does not ask which. What pathlib has no quick word for is here: listing a large folder, reading a file by position.
 """
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -15,7 +17,7 @@ from upath import UPath
 
 from vit_dist.config import ConfigError
 
-_SETTLED_NS = 2_000_000_000
+_SETTLED_NS = 2_000_000_000  # a clock's tick, and some more for a network
 
 
 def location(text: str, key: str = "data.path") -> Path:
@@ -66,6 +68,24 @@ def folders_stamp(folders: Sequence[Path]) -> str | None:
         return None
     times = [folder.stat().st_mtime_ns for folder in folders]
     return None if max(times) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes the local file `path` at the end of the block: all of it, or none on an error.
+
+    A reader, or a run that takes up after a kill, sees the old file or the new one and never half of either.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(partial, "xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class File(Protocol):

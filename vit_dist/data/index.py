@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import overload
 import numpy as np
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import replacing
 
 _log = logging.getLogger(__name__)
 _KEPT_FROM = 10_000  # examples; a smaller index is built in less time than a person notices
@@ -150,16 +150,8 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
     if index.spans is not None:
         arrays["spans"] = index.spans
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
-        try:
-            np.savez(partial, **arrays)
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
-            os.replace(partial.name, file)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    with replacing(file) as stream:
+        np.savez(stream, **arrays)
 
 
 def read(file: Path) -> tuple[Index, str]:

@@ -8,13 +8,12 @@ last, and a folder without one is no set.
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError, flatten
+from vit_dist.data.files import replacing
 
 MANIFEST = "manifest.json"
 PARTS = "parts"  # the folder of a set's unfinished business
@@ -198,13 +197,5 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON object whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=f".{file.name}.", delete=False) as partial:
-        try:
-            json.dump(values, partial, indent=1)
-            partial.flush()
-            os.fsync(partial.fileno())
-            os.chmod(partial.name, 0o644)  # a temporary file is its owner's alone
-            os.replace(partial.name, file)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    with replacing(file) as stream:
+        stream.write(json.dumps(values, indent=1).encode())

@@ -4,21 +4,17 @@ A reader, or a run that takes up after a kill, then sees the old text or the new
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import replacing
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Puts `text` in `path`: written beside it, forced to the disk, then renamed over it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def read_json(file: Path, kind: type) -> Any:
