@@ -13,7 +13,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup train test test-slow smoke lint bench
+.PHONY: help setup train test test-slow smoke lint bench bench-data
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
+	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
 
 # It speaks on stderr alone, so that stdout is the job's: `make train` ends with the line of its summary.
 setup:
@@ -65,3 +66,6 @@ lint: setup
 
 bench: setup
 	@$(RUN)/python benchmarks/step.py
+
+bench-data: setup
+	@$(RUN)/python benchmarks/data.py

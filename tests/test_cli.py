@@ -177,7 +177,7 @@ def test_help_is_quick_and_needs_no_jax():
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and time.monotonic() - begun < 10
-    for verb in ("train", "eval", "predict", "inspect", "bench", "configs"):
+    for verb in ("train", "eval", "predict", "inspect", "bench", "prepare", "configs"):
         assert f"    {verb} " in done.stdout
 
 

@@ -100,13 +100,16 @@ def test_the_data_room_imports_neither_jax_nor_flax(name):
     assert {one.partition(".")[0] for one in imports(modules()[name])}.isdisjoint({"jax", "flax", "optax", "orbax"})
 
 
+NAMES = "ViT, train, evaluate, predict, inspect, bench, prepare"
+
+
 def test_public_names_are_callables_even_after_their_modules_were_imported():
     code = (
         "import vit_dist.train, vit_dist.evaluate, vit_dist.predict, vit_dist.bench, vit_dist.describe\n"
-        "from vit_dist import ViT, train, evaluate, predict, inspect, bench\n"
+        f"from vit_dist import {NAMES}\n"
         "import vit_dist\n"
         "assert vit_dist.train is train\n"
-        "print(*(f'{one.__module__}.{one.__name__}' for one in (ViT, train, evaluate, predict, inspect, bench)))"
+        f"print(*(f'{{one.__module__}}.{{one.__name__}}' for one in ({NAMES})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     assert done.stdout.split() == [
@@ -116,12 +119,13 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
         "vit_dist.predict.predict",
         "vit_dist.describe.inspect",
         "vit_dist.bench.bench",
+        "vit_dist.data.prepare.prepare",
     ]
 
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "predict", "train"], True
+        ["ViT", "bench", "evaluate", "inspect", "predict", "prepare", "train"], True
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

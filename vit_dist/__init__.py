@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vit_dist.bench import bench as bench
+    from vit_dist.data.prepare import prepare as prepare
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
     from vit_dist.model.vit import ViT as ViT
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     from vit_dist.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["ViT", "bench", "evaluate", "inspect", "predict", "train"]
-_MODULES = {"ViT": "model.vit", "inspect": "describe"}  # of the names that their module does not share
+__all__ = ["ViT", "bench", "evaluate", "inspect", "predict", "prepare", "train"]
+_MODULES = {
+    "ViT": "model.vit",
+    "inspect": "describe",
+    "prepare": "data.prepare",
+}  # of the names that their module does not share
 
 
 class _Package(types.ModuleType):
