@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_dist.config import ConfigError, pair
-from vit_dist.data.images import CHANNELS, BadImage, decode
+from vit_dist.config import ConfigError, Data, pair
+from vit_dist.data.images import CHANNELS, BadImage
 from vit_dist.data.pixels import evaluation_image
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import batch_sharding, place
@@ -39,8 +39,7 @@ def predict(
     model = settings.model
     if model.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
-    shape = pair(model.image_size)
-    images = [evaluation_image(_read(Path(file), model.channels), settings.data, shape) for file in files]
+    images = [_read(Path(file), settings.data, pair(model.image_size), model.channels) for file in files]
     processes.start(settings.fake_devices)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
@@ -66,9 +65,9 @@ def predict(
     return answers
 
 
-def _read(file: Path, channels: int) -> np.ndarray:
+def _read(file: Path, data: Data, size: tuple[int, int], channels: int) -> np.ndarray:
     try:
-        return decode(file.read_bytes(), channels)
+        return evaluation_image(file.read_bytes(), data, size, channels)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; give files that hold an image") from error
     except BadImage as error:

@@ -24,10 +24,12 @@ def comes_whole(source: Source, data: config.Data) -> bool:
     return isinstance(source, ArraySource) and not augment.any_changes(data)
 
 
-def evaluation_image(image: np.ndarray, data: config.Data, size: tuple[int, int]) -> np.ndarray:
-    """`uint8 [H, W, C]` -> `[*size, C]` as evaluation sees it: the whole image, or its centre (`data.eval_crop`)."""
-    top, left, height, width = _evaluation_box(data, size)(*image.shape[:2])
-    return images.resize(image[top : top + height, left : left + width], size, data.interpolation)
+def evaluation_image(encoded: bytes, data: config.Data, size: tuple[int, int], channels: int) -> np.ndarray:
+    """An encoded image as evaluation sees it, whole or its centre (`data.eval_crop`): `uint8 [*size, channels]`.
+
+    Raises `images.BadImage`.
+    """
+    return images.decode_box(encoded, channels, _evaluation_box(data, size), size, data.interpolation, data.crop_decode)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A box of an image -> the size that the model wants, antialiased. Everything is uint8 `[H, W, C]`.
 
 Bilinear is OpenCV's: by linear interpolation to the nearest whole multiple of the new size, then the mean of each
-new pixel's block. That is within one grey level of the mean over the exact area, at two to four times its speed.
+new pixel's block. That is within one grey level of the mean over the exact area, which takes up to three times as long.
 Bicubic is Pillow's, which is what published evaluations were run with, and takes about four times as long as bilinear.
 """
 

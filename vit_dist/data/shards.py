@@ -30,7 +30,7 @@ from vit_dist.data.manifest import PARTS, File, Plan, read_part, write_part
 from vit_dist.data.progress import bar
 
 _log = logging.getLogger(__name__)
-_JPEG_QUALITY = 95
+_JPEG_QUALITY = 90
 _JPEG_SIDE = 65_500  # pixels; the longest that JPEG has room for
 
 
@@ -101,7 +101,7 @@ def raw(image: np.ndarray) -> bytes:
 
 
 def jpeg(image: np.ndarray) -> bytes:
-    """`uint8 [H, W, C]` -> a JPEG file of quality 95, 4:2:0. Raises `BadImage` for one too large."""
+    """`uint8 [H, W, C]` -> a JPEG file of quality 90, 4:2:0. Raises `BadImage` for one too large."""
     if max(image.shape[:2]) > _JPEG_SIDE:
         raise BadImage(f"{image.shape[0]}x{image.shape[1]} pixels, a JPEG has at most {_JPEG_SIDE} on a side")
     kind = ("GRAY", "Gray") if image.shape[2] == 1 else ("RGB", "420")
