@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A minute of vit-dist as a user would run it: trains twenty steps, asks again, evaluates, classifies a picture.
+# A minute of vit-dist as a user would run it: trains twenty steps, asks again, evaluates, classifies a picture, and
+# trains from prepared records.
 # The one argument is the command to try; `make smoke` gives that of its environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ check() {
   echo "smoke: $1"
 }
 
-train() { "$command" train --config=configs/digits.py --workdir="$folder/run" --config.total_steps=20; }
+train() { "$command" train --config=configs/digits.py --workdir="$folder/run" --config.total_steps=20 "$@"; }
 
 "$command" configs | grep digits >/dev/null
 train | tee "$folder/first" | check "train takes 20 steps and evaluates 360 digits" "result['step'] == 20 and result['count'] == 360"
@@ -31,4 +32,8 @@ pixels = load_digits().images[0] * 255 / 16
 Image.fromarray(pixels.astype(np.uint8)).save(sys.argv[1])
 PY
 "$command" predict --workdir="$folder/run" --json "$folder/digit.png" | check "predict classifies a file" "result"
+"$command" prepare --source=digits "$folder/records" | check "prepare makes records of the digits" "result['records'] == 1797"
+"$command" prepare --verify "$folder/records" | check "and finds them whole" "result['splits'] == {'train': 1437, 'test': 360}"
+train --workdir="$folder/other" --config.data.source=array_record --config.data.path="$folder/records" \
+  --config.data.workers=1 --config.data.color_jitter=0.2 | check "train reads them by a worker process" "result['count'] == 360"
 echo "smoke: passed with $("$python" --version)"

@@ -22,7 +22,17 @@ from vit_dist.config import ConfigError
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
 INTERRUPTED = 130  # what a shell makes of Ctrl-C
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
-REFUSALS = {errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS}
+REFUSALS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EROFS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
     arguments, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv))
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     options.overrides = overrides
     try:
         code = options.run(options) or 0
@@ -58,13 +68,24 @@ def _leave() -> None:
         processes.stop()
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb. Its paths may have options between them, which argparse takes for the end of the paths."""
+    options, left = _parser().parse_known_args(arguments)
+    unknown = [word for word in left if word.startswith("-") or not hasattr(options, "paths")]
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if left:
+        options.paths += left
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vit-dist", description="Train, evaluate and use Vision Transformers on any device mesh.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     def verb(name: str, run: Any, *needs: str, **extra: Any) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=extra["help"], description=extra["help"], allow_abbrev=False)
-        one.set_defaults(run=run)
+        one.set_defaults(run=run, parser=one)
         if "config" in needs:
             one.add_argument(
                 "--config", required=True, metavar="FILE", help="a recipe; --config.a.b=value overrides a key"
@@ -83,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     one = verb("eval", _eval, "workdir", "checkpoint", help="evaluate a checkpoint exactly")
     one.add_argument("--split", default="test", help="the split to evaluate (test)")
     one = verb("predict", _predict, "workdir", "checkpoint", "json", help="classify image files")
-    one.add_argument("images", nargs="+", metavar="IMAGE")
+    one.add_argument("paths", nargs="+", metavar="IMAGE")
     one.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
     verb("inspect", _inspect, "config", "json", help="parameters, layout, FLOPs and memory of a config")
     one = verb("bench", _bench, "config", help="measure how fast a config trains here")
@@ -97,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512")
     one.add_argument("--shard-range", type=_range, metavar="A:B", help="make these alone, other hosts make the others")
     one.add_argument("--workers", type=_count, help="threads; else one a core")
-    one.add_argument("--on-bad", choices=("error", "skip"), help="an image that does not decode: stop, or store as is")
+    one.add_argument(
+        "--on-bad", choices=("error", "skip"), help="where one is to be decoded and cannot be: stop, or store as is"
+    )
     which = one.add_mutually_exclusive_group()
     which.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
     which.add_argument("--verify", action="store_true", help="check every byte of DEST")
@@ -178,7 +201,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     found = predict(
         options.workdir,
-        options.images,
+        options.paths,
         top=options.top,
         step=options.step,
         best=options.best,
@@ -235,7 +258,8 @@ def _prepare(options: argparse.Namespace) -> None:
     from vit_dist.data import prepare
 
     if options.merge or options.verify:
-        given = [name for name in _PREPARING if getattr(options, name)]
+        meaningless = [*_PREPARING, "workers"] if options.merge else _PREPARING
+        given = [name for name in meaningless if getattr(options, name)]
         if given or len(options.paths) != 1 or options.overrides:
             which = "--merge" if options.merge else "--verify"
             extra = f"--{given[0].replace('_', '-')}" if given else "more than one path or --config"

@@ -103,8 +103,8 @@ class Data:
     on_bad: Literal["error", "skip"] = "error"  # what to do about a file that does not decode
     max_bad_fraction: float = 0.01  # of a split; when more of it was skipped the run stops
     workers: int = 0  # processes that decode images in files; 0: threads of this one, which is quicker on few cores
-    threads: int = 8  # that decode, where there are no workers
-    read_ahead_mb: float = 512.0  # of decoded pixels that each process keeps ahead
+    threads: int = 8  # of each process of the job that decode, where there are no workers
+    read_ahead_mb: float = 512.0  # of pixels that each process of the job has ready ahead of time
     prefetch: int = 2  # batches placed on the devices ahead of the step
     mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number or one a channel
     std: float | tuple[float, ...] = 0.5

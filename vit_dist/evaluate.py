@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from vit_dist import config
-from vit_dist.data.bad import Bad
+from vit_dist.data.bad import Bad, check_bad
 from vit_dist.data.examples import Source, check_labels
 from vit_dist.data.loader import evaluation_batches
 from vit_dist.data.pixels import comes_whole
@@ -18,34 +19,36 @@ from vit_dist.data.sources import open_source
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
+from vit_dist.run.failures import everyones
 from vit_dist.run.workdir import read_config
 from vit_dist.step.state import Parameters
 from vit_dist.step.update import no_totals
 
+_log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an evaluation found; `skipped` files did not decode (`data.on_bad=skip`) and count nowhere."""
+    """What an evaluation found, over all processes. `bad`: did not decode (`data.on_bad=skip`), and counted nowhere."""
 
     count: int
     loss: float  # mean over the examples, without label smoothing
     top1: float
     top5: float
     class_top1: dict[str, float | None]  # by class name; None for a class of no examples
-    skipped: int
-    bad: tuple[Bad, ...] = ()  # those among this process's rows
+    bad: tuple[Bad, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """What a row of `metrics.jsonl` holds; `class_top1` in the order of the classes."""
         values: dict[str, Any] = {"count": self.count, "loss": self.loss, "top1": self.top1, "top5": self.top5}
         values["class_top1"] = list(self.class_top1.values())
-        return values | ({"skipped": self.skipped} if self.skipped else {})
+        return values | ({"skipped": len(self.bad)} if self.bad else {})
 
 
 def evaluate_source(program: Program, parameters: Parameters, source: Source) -> Result:
     """Runs the whole source through the model. The mesh must be in use.
 
-    Raises `RuntimeError` if the examples counted are not the examples there are.
+    Raises `RuntimeError` if the examples counted and skipped are not the examples there are.
     """
     settings = program.settings
     batch_size = program.evaluation_batch_size()
@@ -64,9 +67,9 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])
-    skipped = len(source) - count  # over all processes
-    if skipped and settings.data.on_bad == "error":
-        raise RuntimeError(f"evaluation counted {count} examples of {len(source)}")
+    bad = everyones(batches.bad()) if settings.data.on_bad == "skip" else []
+    if count + len(bad) != len(source):
+        raise RuntimeError(f"evaluation counted {count} examples of {len(source)}, and skipped {len(bad)}")
     each = zip(source.class_names, sums["class_top1"], sums["class_count"], strict=False)
     return Result(
         count=count,
@@ -74,8 +77,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         top1=int(sums["top1"]) / max(count, 1),
         top5=int(sums["top5"]) / max(count, 1),
         class_top1={name: float(right / of) if of else None for name, right, of in each},
-        skipped=skipped,
-        bad=tuple(batches.bad),
+        bad=tuple(bad),
     )
 
 
@@ -105,6 +107,10 @@ def evaluate(
     whole = comes_whole(source, settings.data)
     with restored(Path(workdir), settings, crop_on_device=whole, step=step, best=best) as (program, found, parameters):
         results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
+        bad = results["parameters"].bad
+        for one in bad:
+            _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
+        check_bad(bad, settings.data.max_bad_fraction, len(source))
     main = results.get("ema") or results["parameters"]
     answer: dict[str, Any] = {"split": split, "step": found, **main.row(), "class_top1": main.class_top1}
     if "ema" in results:

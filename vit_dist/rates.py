@@ -65,7 +65,7 @@ class Window:
         spent = ", ".join(f"{name} {getattr(rates.stages, name) / rates.steps * 1000:.3g}" for name in NAMES)
         _log.warning(
             "step %d: %.0f %% of the time went by waiting for data; the slowest stage is %s (ms a batch: %s; all but "
-            "the copying on %d threads)",
+            "the copying shared by %d)",
             step,
             100 * rates.waited / rates.seconds,
             rates.stages.slowest(self._host.parallel),

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -106,8 +107,8 @@ class Session:
                 )
             )
             self.state, self.seconds_before = self._restore()
-            self.bad_images = BadImages(self.workdir)
-            self.step = int(self.state.step)
+            self.step = self.first_step = int(self.state.step)
+            self.bad_images = BadImages(self.workdir, resume_step=self.step)
             self.log = self.progress = self.profile = None
             if jax.process_index() == 0:  # it alone writes
                 self.log = opened.enter_context(contextlib.closing(MetricLog(self.workdir, resume_step=self.step)))
@@ -191,7 +192,7 @@ class Session:
         """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
         for number, (split, source) in enumerate(self.splits.items()):
             found = evaluate_source(self.program, self.state.parameters, source)
-            self._note_bad(split, list(found.bad), source)
+            self._note_bad(self.step, split, found.bad, source)
             row = found.row()
             self._write(split, row)
             if self.state.ema is not None:
@@ -216,7 +217,9 @@ class Session:
         pending, self.pending = self.pending, None
         row = pending.read(self.program)
         assert self.host is not None
-        row |= {"skipped": skipped} if (skipped := self._note_bad("train", self.host.bad, self.source)) else {}
+        bad = self.host.bad(pending.step - self.first_step)  # not of the batches that were only read ahead
+        skipped = self._note_bad(pending.step, "train", bad, self.source)
+        row |= {"skipped": skipped} if skipped else {}
         if self.log is not None:
             self.log.write(pending.step, "train", row)
         if self.progress is not None:
@@ -224,12 +227,12 @@ class Session:
             self.progress.update(pending.step, {name: row[name] for name in shown if name in row})
         _check_finite(pending.step, row)
 
-    def _note_bad(self, split: str, bad: list[Bad], source: Source) -> int:
+    def _note_bad(self, step: int, split: str, bad: Sequence[Bad], source: Source) -> int:
         """Lists what was skipped, over all processes, and stops the run where it is too much; returns the count."""
         data = self.settings.data
         if data.on_bad == "error":
             return 0
-        skipped = self.bad_images.note(split, bad)
+        skipped = self.bad_images.note(step, split, bad)
         self.bad_images.check(split, data.max_bad_fraction, len(source))
         return skipped
 

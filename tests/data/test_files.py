@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import resource
 import threading
 import uuid
+import weakref
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,55 @@ def test_an_address_that_cannot_be_reached_names_what_is_missing(text: str, said
 
 def test_a_home_folder_is_written_out() -> None:
     assert files.location("~/images") == Path.home() / "images"
+    with pytest.raises(ConfigError, match="data.path: ~no such user/images: no home folder of that user is known"):
+        files.location("~no such user/images")
+
+
+def test_addresses_of_local_files_are_paths() -> None:
+    for scheme in ("file://", "local://"):
+        assert files.location(f"{scheme}/data/a%20b") == Path("/data/a%20b")
+
+
+def test_a_place_that_does_not_answer_is_an_error_of_the_config(tmp_path: Path) -> None:
+    for text in ("ftp://localhost:1/images", f"zip://{tmp_path}/none.zip"):
+        with pytest.raises(ConfigError, match=f"SOURCE: {text} cannot be reached .*check address") as caught:
+            files.location(text, "SOURCE")
+        assert "\n" not in str(caught.value)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "file").write_bytes(b"abc")
+    assert files.read_file(tmp_path / "file") == b"abc"
+    for name in ("pipe", "zeros"):
+        for read in (files.read_file, files.open_stream, lambda path: files.open_file(path).read(0, 1)):
+            with pytest.raises(OSError, match="it is a pipe, device or folder"):
+                read(tmp_path / name)
+
+
+def test_open_files_are_counted_for_all_who_hold_some_while_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holder:
+        pass
+
+    limits = [(300, 1000)]
+    monkeypatch.setattr(files, "_may_open", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    first, second, third = Holder(), Holder(), Holder()
+    files.allow_open_files([first], 40, "here")
+    assert limits == [(300, 1000)]
+    files.allow_open_files([first], 40, "here")  # the same files once more
+    assert limits == [(300, 1000)]
+    files.allow_open_files([second, third], 20, "here")
+    assert limits == [(300, 1000), (80 + 256, 1000)]
+    del first, second, third
+    files.allow_open_files([Holder()], 80, "here")
+    assert len(limits) == 2
+
+    def refuse(_: int, limit: tuple[int, int]) -> None:
+        raise ValueError(limit)
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(ConfigError, match=r"here: .*900 files .* may open 1000 here; .*ulimit -Hn 1156"):
+        files.allow_open_files([Holder()], 900, "here")

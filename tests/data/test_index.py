@@ -1,8 +1,14 @@
 """The index of a split: packed, in order of ids, built once."""
 
+import concurrent.futures
+import dataclasses
+import fcntl
+import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +17,7 @@ import pytest
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data import index
+from vit_dist.data.examples import file_source
 from vit_dist.data.index import Index, Names, in_order, kept
 from vit_dist.data.sources import open_source
 
@@ -33,7 +40,7 @@ def test_a_million_names_take_no_more_than_their_bytes() -> None:
 
 
 def test_ids_follow_class_then_name_and_spans_go_along() -> None:
-    found = in_order(["a", "b"], ["b/2", "a/9", "b/1", "a/1"], [1, 0, 1, 0], ["x", "y"], [(0, i, 1) for i in range(4)])
+    found = in_order(["a", "b"], ["b/2", "a/9", "b/1", "a/1"], [1, 0, 1, 0], [(0, i, 1) for i in range(4)])
     assert list(found.names) == ["a/1", "a/9", "b/1", "b/2"]
     assert found.labels.tolist() == [0, 0, 1, 1] and found.labels.dtype == np.int32
     assert found.spans is not None and found.spans[:, 1].tolist() == [3, 1, 2, 0]
@@ -44,6 +51,13 @@ def test_labels_follow_the_classes_of_the_train_split() -> None:
     assert found.with_classes(("a", "b", "c", "d"), "here").labels.tolist() == [1, 3]
     with pytest.raises(ConfigError, match="here: class 'd' is not among the 2"):
         found.with_classes(("a", "b"), "here")
+
+
+def test_ids_follow_the_train_splits_order_of_classes_and_spans_go_along() -> None:
+    found = in_order(["b", "d"], ["b/1", "b/2", "d/1", "d/2"], [0, 0, 1, 1], [(0, i, 1) for i in range(4)])
+    other = found.with_classes(("d", "b"), "here")
+    assert list(other.names) == ["d/1", "d/2", "b/1", "b/2"] and other.labels.tolist() == [0, 0, 1, 1]
+    assert other.spans is not None and other.spans[:, 1].tolist() == [2, 3, 0, 1]
 
 
 @pytest.fixture
@@ -62,14 +76,73 @@ def test_a_large_index_is_built_once_and_anew_when_its_stamp_changes(large: Inde
         found = kept("set", stamp, str(tmp_path), build)
         assert len(built) == count
         assert list(found.names[:3]) == list(large.names[:3]) and np.array_equal(found.labels, large.labels)
-        assert found.class_names == large.class_names and found.spans is None and found.files == ()
+        assert found.class_names == large.class_names and found.spans is None
     kept("another set", "one", str(tmp_path), build)
     assert len(built) == 4
 
 
+def test_an_index_of_another_format_is_not_read(large: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept("set", "one", str(tmp_path), lambda: large)
+    other = dataclasses.replace(large, class_names=("c", "d"))
+    assert kept("set", "one", str(tmp_path), lambda: other).class_names == ("a", "b")
+    monkeypatch.setattr(index, "_FORMAT", 99)
+    assert kept("set", "one", str(tmp_path), lambda: other).class_names == ("c", "d")
+
+
+def test_an_index_says_what_its_making_had_to_say_whenever_it_is_opened(
+    large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    large = dataclasses.replace(large, split="val", notes=("left out 3 files", "and ä"))
+    for _ in range(2):
+        caplog.clear()
+        found = kept("set", "one", str(tmp_path), lambda: large)
+        assert found.split == "val" and file_source("here", "val", found, Nothing()).split == "val"
+        assert [record.message for record in caplog.records] == ["left out 3 files", "and ä"]
+
+
+class Nothing:
+    def read(self, index: int) -> bytes:
+        raise OSError
+
+
+def test_who_waits_for_an_index_says_so_and_others_do_not_wait(
+    large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    building, go_on = threading.Event(), threading.Event()
+
+    def slowly() -> Index:
+        building.set()
+        assert go_on.wait(30)
+        return large
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each with a lock of its own, as two processes
+        first = pool.submit(kept, "set", "one", str(tmp_path), slowly)
+        assert building.wait(30)
+        kept("another set", "one", str(tmp_path), lambda: large)
+        assert "waiting" not in caplog.text
+        second = pool.submit(kept, "set", "one", str(tmp_path), slowly)
+        while "waiting for another process that indexes set" not in caplog.text:
+            assert not second.done()
+            time.sleep(0.01)
+        building.clear()
+        go_on.set()
+        assert first.result() is large and len(second.result()) == 12_000
+    assert not building.is_set()  # it was built once
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npz"] * 2
+
+
+def test_an_index_that_is_there_is_read_while_another_holds_the_lock(large: Index, tmp_path: Path) -> None:
+    kept("set", "one", str(tmp_path), lambda: large)
+    (file,) = tmp_path.glob("*.npz")
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert len(kept("set", "one", str(tmp_path), lambda: large)) == 12_000
+
+
 def test_a_small_index_is_not_kept(tmp_path: Path) -> None:
     kept("set", "one", str(tmp_path), lambda: in_order(["a"], ["1"], [0]))
-    assert [file.name for file in tmp_path.iterdir() if file.name != "lock"] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_index_is_built_again(large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,6 +159,19 @@ def test_a_damaged_index_is_built_again(large: Index, tmp_path: Path, caplog: py
 def test_a_cache_folder_that_cannot_be_written_costs_only_time(large: Index, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert kept("set", "one", str(tmp_path / "file"), lambda: large) is large
+
+
+def test_a_home_folder_that_nobody_knows_costs_only_time(
+    large: Index, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    assert kept("set", "one", None, lambda: large) is large
+    assert kept("set", "one", "~no such user/x", lambda: large) is large
+    assert caplog.text.count("cannot keep the index of set: data.cache_dir: ") == 2
 
 
 def test_a_folder_is_walked_again_only_when_an_entry_came_or_went(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vit_dist.config import ConfigError
 from vit_dist.data import jpeg
-from vit_dist.data.images import BadImage, decode_box
+from vit_dist.data.images import BadImage, decode, decode_box
 from vit_dist.data.resize import Box
 
 
@@ -31,10 +31,11 @@ def _with_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
     return data[:2] + b"".join(parts) + data[2:]
 
 
-def _exif(order: str, orientation: int, before: int = 0) -> bytes:
-    """EXIF with so many other entries before the orientation."""
+def _exif(order: str, orientation: int, before: int = 0, long: bool = False) -> bytes:
+    """EXIF with so many other entries before the orientation, which is of 16 bits, or of 32."""
     entries = [struct.pack(f"{order}HHII", 0x0100 + number, 4, 1, 7) for number in range(before)]
-    entries.append(struct.pack(f"{order}HHIHH", 0x0112, 3, 1, orientation, 0))
+    value = struct.pack(f"{order}I", orientation) if long else struct.pack(f"{order}HH", orientation, 0)
+    entries.append(struct.pack(f"{order}HHI", 0x0112, 4 if long else 3, 1) + value)
     start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8)
     return b"Exif\0\0" + start + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
 
@@ -50,6 +51,33 @@ def test_the_orientation_is_found_wherever_it_is(order: str) -> None:
         ):
             assert jpeg.read_header(_with_segments(data, *segments)) == (30, 20, 6)
     assert jpeg.read_header(data) == (20, 30, 1)
+
+
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+
+
+@pytest.mark.parametrize(
+    ("name", "segments", "fill"),
+    [
+        ("16 bits", [_exif("<", 6)], b""),
+        ("32 bits, low byte first", [_exif("<", 6, long=True)], b""),
+        ("32 bits, high byte first", [_exif(">", 6, long=True)], b""),
+        ("fill bytes", [_exif("<", 6)], b"\xff\xff\xff"),
+        ("XMP, as an attribute", [_XMP + b'<x tiff:Orientation="6"/>'], b""),
+        ("XMP, as an element", [_XMP + b"<tiff:Orientation>6</tiff:Orientation>"], b"\xff"),
+        ("XMP before EXIF without it", [_XMP + b'<x tiff:Orientation="6"/>', b"Exif\0\0II*\0\x08" + bytes(9)], b""),
+        ("EXIF, whatever XMP says", [_XMP + b'<x tiff:Orientation="3"/>', _exif("<", 6)], b""),
+        ("EXIF in two segments", [_exif("<", 6, 2)[:30], b"Exif\0\0" + _exif("<", 6, 2)[30:]], b""),
+        ("EXIF twice", [_exif("<", 6), _exif("<", 3)], b""),
+    ],
+)
+def test_the_orientation_is_the_one_that_pillow_finds(name: str, segments: list[bytes], fill: bytes) -> None:
+    data = _with_segments(_jpeg(20, 30), *((0xE1, segment) for segment in segments))
+    data = data[:2] + fill + data[2:]
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (20, 30), name
+    assert jpeg.read_header(data) == (30, 20, 6), name
+    for stray in (b"", b"stray"):  # which Pillow decodes
+        assert np.array_equal(decode(data + stray, 3), decode(data, 3))
 
 
 def test_damaged_exif_turns_nothing() -> None:

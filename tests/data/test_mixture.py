@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_names_are_told_below_what_the_parts_have_in_common(image_set: Path, oth
 
 def test_weights_travel_with_the_source_into_the_order(image_set: Path, other_set: Path) -> None:
     source = _files(_data(image_set, other_set, weights=(1.0, 3.0)))
-    assert source.parts == ((13, 1.0), (5, 3.0))
+    assert source.parts == ((13, 1.0), (5, 3.0)) and source.split == "train"
     sizes, weights = tuple(size for size, _ in source.parts), tuple(weight for _, weight in source.parts)
     ids = Order(0, sizes, weights).ids(np.arange(BLOCK))
     assert [(ids < 13).sum(), (ids >= 13).sum()] == list(block_slots((1.0, 3.0))) == [4096, 12288]
@@ -98,7 +99,12 @@ def test_weights_travel_with_the_source_into_the_order(image_set: Path, other_se
 
 def test_weights_are_for_all_parts_or_none_and_above_0(image_set: Path, other_set: Path) -> None:
     _fails(r"data.mixture\[1\].weight: not set, but others", _data(image_set, other_set, weights=(1.0, None)))
-    _fails(r"data.mixture\[0\].weight: must be above 0, found 0", _data(image_set, other_set, weights=(0.0, 1.0)))
+    _fails(
+        r"data.mixture\[0\].weight: must be above 0 and finite, found 0",
+        _data(image_set, other_set, weights=(0.0, 1.0)),
+    )
+    for weight in (math.nan, math.inf):
+        _fails(r"weight: must be above 0 and finite", _data(image_set, other_set, weights=(weight, 1.0)))
 
 
 def test_evaluation_splits_are_labelled_as_training_is(
@@ -108,7 +114,7 @@ def test_evaluation_splits_are_labelled_as_training_is(
         test = _files(_data(image_set, other_set), "test")
     assert test.class_names == ("ant", "cat", "dog") and test.labels.tolist() == [1] * 3 + [2] * 4
     assert "no images to evaluate on of 1 classes of data.mixture, such as 'ant'" in caplog.text
-    assert test.name(0) == f"{image_set}/test/cat/0.png" and test.parts == ()
+    assert test.name(0) == f"{image_set}/test/cat/0.png" and test.parts == () and test.split == "test"
     alone = _data(other_set, path=str(image_set))  # cats are evaluated on, but not trained on
     _fails("data.path: class 'cat' is none of the 2 of data.mixture; .*data.source and data.path", alone, "test")
     assert len(_files(dataclasses.replace(alone, classes=("dog",)), "test")) == 4

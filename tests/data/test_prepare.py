@@ -1,5 +1,6 @@
 """`prepare`: the records are the source's examples, and the set is the same however it was made, or it is no set."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,7 @@ from vit_dist.data.examples import ArraySource, FileSource, fingerprint
 from vit_dist.data.formats.array_record import Writer, pack
 from vit_dist.data.images import decode
 from vit_dist.data.prepare import merge, prepare, verify
+from vit_dist.data.shards import measure
 from vit_dist.data.sources import open_source
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,7 +69,7 @@ def photos(tmp_path: Path, encode: Callable[..., bytes]) -> Path:
 def test_ids_names_labels_and_bytes_are_the_sources(photos: Path, tmp_path: Path) -> None:
     made = prepare(str(photos), str(tmp_path / "records"), shards=7)
     assert made["records"] == 60 and made["splits"] == {"train": 45, "val": 15} and made["classes"] == 3
-    assert made["shards"] == 7 + 3 and made["bad"] == 0
+    assert made["shards"] == 7 + 3 and made["bad"] is None  # nobody looked
     shards = sorted((tmp_path / "records").glob("*.array_record"))
     assert [file.name for file in shards][-1] == "val-00002-of-00003.array_record" and len(shards) == 10
     assert made["bytes"] == sum(file.stat().st_size for file in shards)
@@ -103,7 +105,7 @@ def test_resize_brings_the_short_side_down_and_never_up(photos: Path, tmp_path: 
             )
         assert abs(float(new.mean()) - float(old.mean())) < 2
     assert kept
-    assert records.version == "resize=50 encode=jpeg" and fingerprint(records) != fingerprint(source)
+    assert records.version == "resize=50 encode=jpeg:90:420" and fingerprint(records) != fingerprint(source)
 
 
 def test_raw_records_are_the_pixels_that_are_decoded_and_gray_ones_stay_gray(photos: Path, tmp_path: Path) -> None:
@@ -158,9 +160,100 @@ def test_a_finished_set_is_left_alone_and_other_options_are_refused(photos: Path
 def test_a_folder_that_holds_anything_else_is_not_touched(photos: Path, tmp_path: Path) -> None:
     before = _digests(photos)
     _fails(r"photos: is not empty \(it holds train\)", photos, photos)
-    _fails("000.png: is a file", photos, photos / "val" / "class 0" / "000.png")
+    file = photos / "val" / "class 0" / "000.png"
+    _fails("000.png: is no folder", photos, file)
+    _fails("000.png: is no folder", photos, file / "deep" / "er")
     _fails("gs://somewhere: records are written to a mounted disk", photos, "gs://somewhere")
     assert _digests(photos) == before
+
+
+def test_a_folder_of_parts_that_is_not_ours_is_not_touched(photos: Path, tmp_path: Path) -> None:
+    kept = [tmp_path / "old" / "parts" / "thesis.txt", tmp_path / "alien" / manifest.PARTS / "thesis.tmp"]
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.write_text("years")
+    _fails(r"old: is not empty \(it holds parts\)", photos, tmp_path / "old")
+    _fails("alien: is not empty .it holds .vit_dist_parts/thesis.tmp", photos, tmp_path / "alien")
+    ours = tmp_path / "ours"
+    (ours / manifest.PARTS).mkdir(parents=True)
+    (ours / manifest.PARTS / ".plan.json.0123abc.tmp").touch()  # killed before it had a plan
+    (ours / "lost+found").mkdir()  # a disk of its own
+    prepare(str(photos), str(ours), shards=2, shard_range=(0, 1))
+    kept.append(ours / manifest.PARTS / "thesis.txt")
+    kept[-1].write_text("years")
+    prepare(str(photos), str(ours), shards=2)
+    assert all(file.read_text() == "years" for file in kept)
+    assert list((ours / manifest.PARTS).iterdir()) == [kept[-1]]
+
+
+def test_a_finished_set_that_lost_a_file_is_not_called_finished(photos: Path, tmp_path: Path, caplog: Any) -> None:
+    dest = tmp_path / "records"
+    prepare(str(photos), str(dest), shards=3)
+    with caplog.at_level("INFO"):
+        prepare(str(photos), str(dest), shards=3)
+    assert "records: already finished" in caplog.text
+    (dest / "train-00001-of-00003.array_record").unlink()
+    _fails("train-00001-of-00003.array_record: missing", photos, dest, shards=3)
+    with pytest.raises(ConfigError, match="train-00001-of-00003.array_record: missing"):
+        merge(str(dest))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_images_of_the_same_names_are_another_set(photos: Path, tmp_path: Path, finished: bool) -> None:
+    dest = tmp_path / "records"
+    prepare(str(photos), str(dest), shards=4, shard_range=(0, 4 if finished else 2))
+    if finished:
+        merge(str(dest))
+    for split in ("train", "val"):
+        for file in (photos / split).glob("*/*"):
+            file.write_bytes(file.read_bytes() + b"changed")
+    _fails(r"records: holds another set.*splits.train.sample was \w+, now \w+", photos, dest, shards=4)
+
+
+def test_pixels_that_differ_are_another_set(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 6, 1), np.uint8)
+    for shape in ((40, 4, 6), (40, 6, 4)):
+        np.savez(tmp_path / "set.npz", x_train=images.reshape(shape), y_train=np.arange(40) % 2)
+        if shape == (40, 4, 6):
+            prepare(str(tmp_path / "set.npz"), str(tmp_path / "records"))
+    _fails("splits.train.sample was", tmp_path / "set.npz", tmp_path / "records")
+
+
+def test_another_quality_of_jpeg_is_another_set(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    prepare(str(photos), str(tmp_path / "x"), resize=40, shards=2, shard_range=(0, 1))
+    monkeypatch.setattr("vit_dist.data.shards._JPEG_QUALITY", 75)
+    message = "splits.train.version was resize=40 encode=jpeg:90:420, now resize=40 encode=jpeg:75:420"
+    _fails(message, photos, tmp_path / "x", resize=40, shards=2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "empty"])
+def test_an_index_that_is_not_the_sets_gets_no_manifest(photos: Path, tmp_path: Path, damage: str) -> None:
+    dest = tmp_path / "records"
+    prepare(str(photos), str(dest), shards=4, shard_range=(0, 4))
+    file = dest / "train.index.npz"
+    whole = file.read_bytes()
+    listed, _ = index.read(file)
+    if damage == "other":  # of as many examples, of the same classes
+        index.write(file, index.Index(listed.class_names, listed.names, listed.labels[::-1].copy()))
+    else:
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    with pytest.raises(ConfigError, match=r"train.index.npz: (does not list the examples|cannot be read)"):
+        merge(str(dest))
+    assert not (dest / "manifest.json").exists()
+    made = prepare(str(photos), str(dest), shards=4)
+    assert file.read_bytes() == whole and verify(str(dest)) == made
+
+
+def test_verify_reads_the_index_that_the_manifest_vouches_for(photos: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "records"
+    prepare(str(photos), str(dest), shards=4)
+    whole, file = manifest.read_manifest(dest), dest / "train.index.npz"
+    file.write_bytes(file.read_bytes()[:300])
+    size, digest = measure(file)
+    indexes = {**whole.indexes, "train": manifest.Entry(file.name, 45, size, digest)}
+    manifest.write_manifest(dest, dataclasses.replace(whole, indexes=indexes))
+    with pytest.raises(ConfigError, match="train.index.npz: cannot be read"):
+        verify(str(dest))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "swap", "manifest"])
@@ -195,7 +288,7 @@ def test_hosts_that_never_speak_make_the_set_that_one_would(photos: Path, tmp_pa
         with pytest.raises(ConfigError, match="not finished"):
             _open("array_record", part)
     assert [one["shards"] for one in results] == [5 + 2, 3 + 1] and sum(one["records"] for one in results) == 60
-    with pytest.raises(ConfigError, match="3 of the 8 shards of train are not finished, the first is train-00005-of-"):
+    with pytest.raises(ConfigError, match="3 of 8 shards are not finished, the first is train-00005-of-00008"):
         merge(str(parts[0]))
     for part in parts:
         shutil.copytree(part, together, dirs_exist_ok=True)
@@ -211,6 +304,21 @@ def test_parts_of_another_set_are_not_joined(photos: Path, tmp_path: Path) -> No
     shutil.copytree(theirs, ours, dirs_exist_ok=True)
     with pytest.raises(ConfigError, match=r"train-00002-of-00004.array_record.json: of another set"):
         merge(str(ours))
+
+
+@pytest.mark.parametrize("text", ["{}", "{", '{"plan": 1}'])
+def test_a_part_that_cannot_be_read_is_named(photos: Path, tmp_path: Path, text: str) -> None:
+    prepare(str(photos), str(tmp_path / "x"), shards=2, shard_range=(0, 1))
+    (tmp_path / "x" / manifest.PARTS / "train-00000-of-00002.array_record.json").write_text(text)
+    _fails("train-00000-of-00002.array_record.json: cannot be read", photos, tmp_path / "x", shards=2)
+
+
+def test_a_plan_of_another_format_is_named(photos: Path, tmp_path: Path) -> None:
+    prepare(str(photos), str(tmp_path / "x"), shards=2, shard_range=(0, 1))
+    plan = tmp_path / "x" / manifest.PLAN
+    plan.write_text(plan.read_text().replace("vit_dist records 2", "vit_dist records 1"))
+    message = "plan.json: of the format 'vit_dist records 1', expected 'vit_dist records 2'; prepare the set again"
+    _fails(message, photos, tmp_path / "x", shards=2)
 
 
 @pytest.mark.parametrize("shard_range", [(0, 0), (3, 2), (0, 5), (4, 5)])
@@ -243,7 +351,10 @@ def test_bad_images_stop_the_work_or_are_kept_as_they_are(photos: Path, tmp_path
     source, records = _open("folder", photos), _open("array_record", dest)
     number = list(source.names).index("class 1/001.jpg")
     assert records.read(number) == bad.read_bytes() and np.array_equal(records.labels, source.labels)
-    assert prepare(str(photos), str(tmp_path / "untouched"))["bad"] == 0  # nobody looked
+    assert prepare(str(photos), str(tmp_path / "untouched"), keep_bad=True)["bad"] is None  # nobody looked
+    bad.unlink()
+    bad.symlink_to("nowhere")  # nothing that could be kept
+    _fails("class 1/001.jpg: cannot be read", photos, tmp_path / "unreadable", resize=40, keep_bad=True)
 
 
 def test_a_missing_file_is_named(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -257,7 +368,7 @@ def test_a_missing_file_is_named(photos: Path, tmp_path: Path, monkeypatch: Any)
 def test_what_dead_runs_left_is_removed_and_what_a_live_one_writes_is_not(photos: Path, tmp_path: Path) -> None:
     dest = tmp_path / "records"
     prepare(str(photos), str(dest), shards=2, shard_range=(0, 1))
-    dead, live, other = (dest / "parts" / f"train-0000{n}-of-00002.array_record.abc.tmp" for n in (0, 1, 7))
+    dead, live, other = (dest / manifest.PARTS / f"train-0000{n}-of-00002.array_record.abc.tmp" for n in (0, 1, 7))
     for file in (dead, live, other):
         file.write_bytes(b"unfinished")
     with live.open("rb") as writing:
@@ -291,13 +402,6 @@ def test_a_source_is_told_from_its_files(
         for source in (image_set, tmp_path / "all.tar", tmp_path / "tars")
     ]
     assert found[0] == found[1] == found[2]
-    for name in ("empty", "mixed"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "mixed" / "train.npz").touch()
-    (tmp_path / "mixed" / "train.parquet").touch()
-    _fails("empty: no data set that is known by its files; say which with --source", tmp_path / "empty", "x")
-    _fails("mixed: may be npz or parquet; say which with --source", tmp_path / "mixed", "x")
-    _fails("nowhere: no such file or folder", tmp_path / "nowhere", "x")
 
 
 # The command
@@ -330,6 +434,8 @@ def test_the_command_prints_one_object_and_says_so_again(photos: Path, tmp_path:
     ("words", "line"),
     [
         (["--verify", "A", "--resize=3"], "prepare --verify: takes DEST alone, found --resize"),
+        (["--merge", "A", "--workers=3"], "prepare --merge: takes DEST alone, found --workers"),
+        (["digits", "B", "--source=digits"], "data.path"),
         (["--merge", "A", "B"], "prepare --merge: takes DEST alone, found more than one path"),
         (["A", "B", "C"], "prepare: expected SOURCE and DEST, found 3 paths"),
         (["A"], "no SOURCE is given"),
@@ -347,6 +453,16 @@ def test_what_makes_no_sense_is_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and line in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_options_may_stand_between_source_and_dest(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["prepare", str(photos), "--resize=40", str(tmp_path / "x"), "--shards=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["shards"] == 4
+    assert manifest.read_manifest(tmp_path / "x").plan.resize == 40
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["prepare", str(photos), "--resise=40", str(tmp_path / "x")])
+    line = "error: unrecognized arguments: --resise=40; see vit-dist prepare --help\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("words", ["--resize=0", "--shards=x", "--shard-range=3", "--encode=png"])
@@ -402,14 +518,14 @@ def test_killed_while_shards_are_written_and_run_again_it_makes_the_same_set(
         command = [sys.executable, "-m", "vit_dist", "prepare", str(source), str(dest), *options]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
             deadline = time.monotonic() + 60
-            begun = set(dest.glob("parts/*.tmp"))
-            while process.poll() is None and not set(dest.glob("parts/*.tmp")) - begun:
+            begun = set(dest.glob(f"{manifest.PARTS}/*.tmp"))
+            while process.poll() is None and not set(dest.glob(f"{manifest.PARTS}/*.tmp")) - begun:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
-        landed += not (dest / "manifest.json").exists() and bool(list(dest.glob("parts/*.tmp")))
-        finished = len(list(dest.glob("parts/train*.json")))
+        landed += not (dest / "manifest.json").exists() and bool(list(dest.glob(f"{manifest.PARTS}/*.tmp")))
+        finished = len(list(dest.glob(f"{manifest.PARTS}/train*.json")))
         assert finished >= parts  # what is finished stays
         parts = finished
         if not (dest / "manifest.json").exists():

@@ -5,12 +5,14 @@ import dataclasses
 import gzip
 import io
 import logging
+import os
 import pickle
 import re
 import shutil
 import struct
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +66,12 @@ def test_digits_are_1437_and_360() -> None:
 
 def test_digits_have_no_other_split() -> None:
     _fails("no split 'extra'", "digits", None, "extra")
-    assert len(_open("digits", None, "val")) == 360
+    val = _open("digits", None, "val")
+    assert len(val) == 360 and val.split == "test"
+
+
+def test_digits_have_no_path(tmp_path: Path) -> None:
+    _fails("data.path: .*, but data.source=digits reads no files; leave one out", "digits", tmp_path)
 
 
 # idx
@@ -144,6 +151,12 @@ def test_ids_follow_class_then_name(image_set: Path) -> None:
     assert train.read(5) == (image_set / "train" / "dog" / "0.png").read_bytes()
 
 
+def test_a_pipe_among_the_images_does_not_stop_for_ever(image_set: Path) -> None:
+    os.mkfifo(image_set / "train/cat/5.png")
+    with pytest.raises(OSError, match="it is a pipe"):
+        _files("folder", image_set).read(5)
+
+
 def _same(one: Source, other: Source) -> None:
     assert isinstance(one, FileSource) and isinstance(other, FileSource)
     assert tuple(one.names) == tuple(other.names) and one.class_names == other.class_names
@@ -180,10 +193,14 @@ def test_val_stands_for_test_and_test_for_val(image_set: Path, pack: Callable[..
     test = _files("tar", pack(image_set, tmp_path / "first.tar"), "test")
     _same(_files("folder", image_set, "val"), test)
     (image_set / "test").rename(image_set / "validation")
-    _same(_files("folder", image_set, "test"), test)
-    _same(_files("tar", pack(image_set, tmp_path / "set.tar"), "val"), test)
+    renamed = _files("folder", image_set, "test")
+    _same(renamed, test)
+    whole = _files("tar", pack(image_set, tmp_path / "set.tar"), "val")
+    _same(whole, test)
     pack(image_set / "validation", image_set / "val.tar")
-    _same(_files("tar", image_set, "test"), test)
+    alone = _files("tar", image_set, "test")
+    _same(alone, test)
+    assert [one.split for one in (test, renamed, whole, alone)] == ["test", "validation", "validation", "val"]
 
 
 def test_a_source_survives_the_trip_to_a_worker(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
@@ -290,7 +307,9 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     _fails("'train/cat/0.png' is a link, device", "tar", tmp_path / "a.tar")
 
 
-def test_the_later_of_two_members_of_one_name_counts(tmp_path: Path) -> None:
+def test_the_later_of_two_members_of_one_name_counts_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for content in (b"old", b"newer"):
             member = tarfile.TarInfo("train/cat/0.png")
@@ -298,6 +317,9 @@ def test_the_later_of_two_members_of_one_name_counts(tmp_path: Path) -> None:
             tar.addfile(member, io.BytesIO(content))
     source = _files("tar", tmp_path / "a.tar")
     assert len(source) == 1 and source.read(0) == b"newer"
+    assert (
+        "a.tar: left out 1 images that a later one of the same name takes the place of (train/cat/0.png)" in caplog.text
+    )
 
 
 def test_a_compressed_tar_past_the_memory_limit_says_how_to_unpack_it(
@@ -337,6 +359,20 @@ def test_in_memory_is_the_decoded_files(image_set: Path) -> None:
         assert np.array_equal(pixels.labels, files.labels) and pixels.class_names == files.class_names
         for i in range(13):
             assert np.array_equal(pixels.images[i], decode(files.read(i), channels))
+
+
+def test_in_memory_decodes_runs_of_images_in_order(image_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_dist.data.in_memory._RUN", 5)
+    pixels = _open("folder", image_set, in_memory=True)
+    assert isinstance(pixels, ArraySource) and pixels.split == "train"
+    files = _files("folder", image_set)
+    assert all(np.array_equal(pixels.images[i], decode(files.read(i), 3)) for i in range(13))
+    tasks = []
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *one: tasks.append(one) or Future())
+    with pytest.raises(TimeoutError):
+        monkeypatch.setattr(Future, "result", lambda *_: (_ for _ in ()).throw(TimeoutError()))
+        _open("folder", image_set, in_memory=True)
+    assert len(tasks) == 3
 
 
 def test_in_memory_names_what_it_cannot_take(image_set: Path, encode: Callable[..., bytes]) -> None:

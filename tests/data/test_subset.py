@@ -52,6 +52,8 @@ BOTH = pytest.mark.parametrize("source", [_arrays(), _files()], ids=["arrays", "
 @BOTH
 def test_nothing_asked_for_is_the_source_itself(source: Source) -> None:
     assert subset(source) is source
+    found = dataclasses.replace(source, split="validation")
+    assert subset(found, ("dog",), 0.5).split == "validation"
 
 
 @BOTH

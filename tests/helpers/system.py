@@ -73,11 +73,13 @@ def command(workdir, *overrides):
 class Running:
     """A command under way; what it prints goes to two files, so that no full pipe can hold it up."""
 
-    def __init__(self, arguments, output, **variables):
+    def __init__(self, arguments, output, start_new_session=False, **variables):
         self.stdout, self.stderr = output.with_suffix(".stdout"), output.with_suffix(".stderr")
         with open(self.stdout, "w") as out, open(self.stderr, "w") as err:
             environment = {**os.environ, **variables}
-            self.process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=err)
+            self.process = subprocess.Popen(
+                arguments, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=start_new_session
+            )
 
     def wait(self, seconds=300):
         """The exit code."""

@@ -22,14 +22,12 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import Interval
 from vit_dist.data import color
-from vit_dist.data.images import resize
 from vit_dist.data.randaugment import randaugment
+from vit_dist.data.resize import Box
 
 _BOX_TRIES = 10
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _NOISE_MEAN, _NOISE_STD = 128, 64
-
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
@@ -74,21 +72,13 @@ def any_changes(data: config.Data) -> bool:
     return bool(data.three_augment or data.randaugment_layers or data.color_jitter or data.hue_jitter or data.erase)
 
 
-def random_resized_crop(
-    image: np.ndarray, size: tuple[int, int], area: Interval, aspect: Interval, rng: np.random.Generator
-) -> np.ndarray:
-    """A random box of the image, brought to `size`: `uint8 [H, W, C]` -> `uint8 [*size, C]`.
+def crop_box(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box:
+    """The box of a random resized crop of an image, in pixels.
 
-    `area` is the box's share of the image, drawn evenly; `aspect` its width over height, drawn evenly in the logarithm
+    `area` is its share of the image, drawn evenly; `aspect` its width over height, drawn evenly in the logarithm
     ("Inception crop", Szegedy et al. 2015, arXiv:1409.4842). After ten boxes that do not fit, the largest centred box
     whose aspect lies in the interval.
     """
-    top, left, height, width = crop_box(image.shape[0], image.shape[1], area, aspect, rng)
-    return resize(image[top : top + height, left : left + width], size)
-
-
-def crop_box(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box:
-    """`(top, left, height, width)` of the box that `random_resized_crop` takes, in pixels."""
     box = _random_box(height, width, area, aspect, rng)
     if box is not None:
         return box

@@ -7,14 +7,17 @@ order (for sets that are one array, the order of the array).
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import File
+from vit_dist.data.files import File, printable
 from vit_dist.data.index import Index, Names
+
+_log = logging.getLogger(__name__)
 
 
 class Images(Protocol):
@@ -28,12 +31,14 @@ class ArraySource:
     """Examples as pixels: `images` `uint8 [N, H, W, C]`, `labels` `int32 [N]`.
 
     `parts` are the size and weight of each set in a mixture by weight, in the order of ids; else there are none.
+    `split` is the name under which the split was found, where a set calls `test` what was asked for as `val`.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
     parts: tuple[tuple[int, float], ...] = ()
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +52,7 @@ class FileSource:
     """Examples as encoded images: `labels` `int32 [N]`; `names` lie below `where`, or are whole where it is empty.
 
     `version` tells sets apart whose names and labels are the same and whose pixels are not: of images that `prepare`
-    has made smaller it says how. `parts` is as in `ArraySource`.
+    has made smaller it says how. `parts` and `split` are as in `ArraySource`.
     """
 
     where: str
@@ -57,12 +62,13 @@ class FileSource:
     images: Images
     version: str = ""
     parts: tuple[tuple[int, float], ...] = ()
+    split: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"{self.where}/{self.names[index]}" if self.where else self.names[index]
+        return printable(f"{self.where}/{self.names[index]}" if self.where else self.names[index])
 
     def read(self, index: int) -> bytes:
         """The encoded bytes. Raises `OSError` where the file cannot be read."""
@@ -84,9 +90,11 @@ class SpanImages:
         return self.files[number].read(offset, size)
 
 
-def file_source(where: object, index: Index, images: Images, version: str = "") -> FileSource:
-    """The examples of an index, read by `images`."""
-    return FileSource(str(where), index.names, index.labels, index.class_names, images, version)
+def file_source(where: object, split: str, index: Index, images: Images, version: str = "") -> FileSource:
+    """The examples of an index, read by `images`; what its making had to say is said."""
+    for note in index.notes:
+        _log.warning("%s", note)
+    return FileSource(str(where), index.names, index.labels, index.class_names, images, version, split=split)
 
 
 def check_labels(source: Source, num_classes: int) -> None:

@@ -6,9 +6,12 @@ and does not ask which. What pathlib has no quick word for is here: listing a la
 
 import contextlib
 import os
+import resource
+import stat
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -18,21 +21,29 @@ from upath import UPath
 from vit_dist.config import ConfigError
 
 _SETTLED_NS = 2_000_000_000  # a clock's tick, and some more for a network
+_OTHER_FILES = 256  # that a process has open: libraries, pipes, connections
 
 
 def location(text: str, key: str = "data.path") -> Path:
     """The place that a config or command names: `~/images`, `/data/train.tar`, `gs://bucket/images`.
 
-    Raises `ConfigError` where fsspec knows no such scheme or lacks its plug-in.
+    Raises `ConfigError` where fsspec knows no such scheme or lacks its plug-in, and where the place does not answer.
     """
+    text = text.removeprefix("file://").removeprefix("local://")
     if "://" not in text:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"{key}: {text}: no home folder of that user is known; write the path out") from error
     try:
-        remote = UPath(text)
-        assert remote.fs is not None  # the plug-in is only asked for when the file system is
-        return cast(Path, remote)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{key}: {text} cannot be reached ({error})") from error
+        remote = cast(Path, UPath(text))
+        remote.exists()  # the first contact: without a network or the right credentials it fails here
+        return remote
+    except (ImportError, OSError, ValueError) as error:
+        said = first_line(error)
+        raise ConfigError(
+            f"{key}: {text} cannot be reached ({said}); check address, network and credentials"
+        ) from error
 
 
 def is_remote(path: Path) -> bool:
@@ -88,6 +99,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def printable(name: str) -> str:
+    """A name for people: file names are bytes, and what of them is no UTF-8 is written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of an error, in a few words: some say it in pages."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(";")[0]
+
+
 class File(Protocol):
     """Bytes that are read by position, by any number of threads at once; what is pickled is the way to them."""
 
@@ -106,7 +127,7 @@ class LocalFile:
         if self._descriptor < 0:
             with self._lock:
                 if self._descriptor < 0:
-                    self._descriptor = os.open(self.path, os.O_RDONLY)
+                    self._descriptor = _open_regular(self.path)
         return os.pread(self._descriptor, size, offset)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,24 +155,44 @@ def open_file(path: Path) -> File:
 
 def open_stream(path: Path) -> IO[bytes]:
     """The file at `path`, to be read from its beginning; seeks are cheap on both kinds."""
-    return cast(IO[bytes], path.open("rb"))
+    return cast(IO[bytes], path.open("rb")) if is_remote(path) else open(path, "rb", opener=_open_regular)
 
 
-def allow_open_files(count: int) -> None:
-    """Lets this process, and those it starts, keep `count` local files open at once beside its others.
+def read_file(path: Path) -> bytes:
+    """All of the file at `path`."""
+    if is_remote(path):
+        return path.read_bytes()  # one request, where a stream would make two
+    with open_stream(path) as stream:
+        return stream.read()
 
-    Raises `ConfigError` where the system does not allow as many.
+
+def _open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Opens a file of a disk. Of a pipe or device, which would be waited for or read without end, raises `OSError`."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is a pipe, device or folder and no file")
+    return descriptor
+
+
+_may_open: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+
+
+def allow_open_files(holders: Sequence[object], each: int, where: object) -> None:
+    """Lets this process, and those it starts, keep `each` local files open for each of the holders while they live.
+
+    That is beside the files of all other holders. Raises `ConfigError` where the system does not allow as many.
     """
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
+    _may_open.update(dict.fromkeys(holders, each))
+    count = sum(_may_open.values())
+    needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count  # half of them for all else that a process opens
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return
-    if hard != resource.RLIM_INFINITY and needed > hard:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{count} files are to be open at once, but the system allows {hard}; raise its limit (ulimit -Hn {needed})"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            f"{where}: with it {count} files are kept open at once, but a process may open {hard} here; raise that "
+            f"(ulimit -Hn {needed}), or make the data into fewer shards"
+        ) from error

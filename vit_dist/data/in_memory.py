@@ -4,6 +4,7 @@ From then on a batch is one gather, a hundred times quicker than decoding; what 
 size.
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,8 @@ from vit_dist.config import ConfigError
 from vit_dist.data.examples import ArraySource, FileSource
 from vit_dist.data.images import BadImage, decode
 from vit_dist.data.progress import counted
+
+_RUN = 64  # images that a thread decodes at a time: a task for each would take more memory than small images
 
 
 def decode_all(source: FileSource, channels: int, limit: int, threads: int) -> ArraySource:
@@ -46,12 +49,14 @@ def decode_all(source: FileSource, channels: int, limit: int, threads: int) -> A
             )
         images[index] = image
 
+    def store_run(start: int) -> range:
+        run = range(start, min(start + _RUN, len(source)))
+        for index in run:
+            store(index)
+        return run
+
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            done = pool.map(store, range(len(source)))  # in order: the first odd file is the one that is named
-            for _ in counted(done, f"decoding {source.where}", len(source)):
-                pass
-        except ConfigError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return ArraySource(images, source.labels, source.class_names, source.parts)
+        runs = pool.map(store_run, range(0, len(source), _RUN))  # in order: the first odd file is the one that is named
+        for _ in counted(itertools.chain.from_iterable(runs), f"decoding {source.where}", len(source)):
+            pass
+    return ArraySource(images, source.labels, source.class_names, source.parts, source.split)

@@ -7,6 +7,7 @@ in it is an array, the names too: a million of them as Python strings would take
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import logging
 import os
@@ -21,6 +22,7 @@ from vit_dist.config import ConfigError
 from vit_dist.data.files import replacing
 
 _log = logging.getLogger(__name__)
+_FORMAT = 1  # to be raised when an index of the same files would be another: one kept before is then not read
 _KEPT_FROM = 10_000  # examples; a smaller index is built in less time than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
 
@@ -62,20 +64,25 @@ class Index:
     """The examples of one split, in the order of ids.
 
     `labels` `int32 [N]` index `class_names`; `names` say an example to a person. Inside containers, example `i` is the
-    `size` bytes at `offset` of `files[number]`, where `spans[i]` is `(number, offset, size)`, `int64 [N, 3]`.
+    `size` bytes at `offset` of file `number`, where `spans[i]` is `(number, offset, size)`, `int64 [N, 3]`. `split` is
+    what the split is called there, where that has to be looked for; `notes` are to be said whenever it is opened.
     """
 
     class_names: tuple[str, ...]
     names: Names
     labels: np.ndarray
-    files: tuple[str, ...] = ()
     spans: np.ndarray | None = None
+    split: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def with_classes(self, class_names: tuple[str, ...], where: object) -> "Index":
-        """The same examples, labelled by the training split's classes. Raises `ConfigError` for a class it lacks."""
+        """The same examples, labelled by the training split's classes and in their order.
+
+        Raises `ConfigError` for a class that is not among them.
+        """
         if class_names == self.class_names:
             return self
         numbers = {name: number for number, name in enumerate(class_names)}
@@ -86,21 +93,28 @@ class Index:
         if missing:
             _log.warning("%s: no images of %d classes of the train split, such as %r", where, len(missing), missing[0])
         table = np.array([numbers[name] for name in self.class_names], np.int32)
-        return dataclasses.replace(self, class_names=class_names, labels=table[self.labels])
+        labels = table[self.labels]
+        if np.all(labels[1:] >= labels[:-1]):
+            return dataclasses.replace(self, class_names=class_names, labels=labels)
+        order = np.argsort(labels, kind="stable")  # names stay in order within their class
+        spans = None if self.spans is None else self.spans[order]
+        names = self.names.take(order)
+        return dataclasses.replace(self, class_names=class_names, names=names, labels=labels[order], spans=spans)
 
 
 def in_order(
     class_names: Sequence[str],
     names: Sequence[str],
     labels: Sequence[int] | np.ndarray,
-    files: Sequence[str] = (),
     spans: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    notes: Sequence[str] = (),
 ) -> Index:
     """An index of examples found in any order, in the order of ids: by class, then name, then as found."""
     found = np.asarray(labels, np.int32)
     order = np.array(sorted(range(len(names)), key=lambda number: (found[number], names[number])), np.int64)
     places = None if spans is None else np.asarray(spans, np.int64).reshape(-1, 3)[order]
-    return Index(tuple(class_names), Names.of(names[number] for number in order), found[order], tuple(files), places)
+    ordered = Names.of(names[number] for number in order)
+    return Index(tuple(class_names), ordered, found[order], places, notes=tuple(notes))
 
 
 def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[], Index]) -> Index:
@@ -112,10 +126,17 @@ def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[]
     """
     if stamp is None:
         return build()
-    folder = cache_folder(cache_dir)
-    file = folder / f"index-{hashlib.blake2b(what.encode(*_TEXT), digest_size=12).hexdigest()}.npz"
-    with _only_one(folder):
-        index = _read(file, stamp)
+    try:
+        folder = cache_folder(cache_dir)
+    except ConfigError as error:
+        _log.warning("cannot keep the index of %s: %s", what, error)
+        return build()
+    file = folder / f"index-{hashlib.blake2b(f'{_FORMAT} {what}'.encode(*_TEXT), digest_size=12).hexdigest()}.npz"
+    index = _read(file, stamp)
+    if index is not None:
+        return index
+    with _only_one(file.with_suffix(".lock"), what):
+        index = _read(file, stamp)  # another process may have built it by now
         if index is None:
             index = build()
             if len(index) >= _KEPT_FROM:
@@ -128,10 +149,13 @@ def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[]
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """`data.cache_dir`, or the user's own cache folder."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_dist"
+    """`data.cache_dir`, or the user's own cache folder. Raises `ConfigError` where nobody knows the home folder."""
+    try:
+        if cache_dir is not None:
+            return Path(cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_dist"
+    except RuntimeError as error:  # a user without a home folder, or `~nobody`
+        raise ConfigError(f"data.cache_dir: {cache_dir or 'not set'} ({error}); set it to a folder") from error
 
 
 def write(file: Path, index: Index, stamp: str = "") -> None:
@@ -141,7 +165,7 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
         "labels": index.labels,
         **{
             f"{name}_{part}": getattr(Names.of(values), part)
-            for name, values in (("class_names", index.class_names), ("files", index.files))
+            for name, values in (("class_names", index.class_names), ("split", (index.split,)), ("notes", index.notes))
             for part in ("text", "ends")
         },
         "names_text": index.names.text,
@@ -159,14 +183,16 @@ def read(file: Path) -> tuple[Index, str]:
     `zipfile.BadZipFile`."""
     with file.open("rb") as stream, np.load(stream) as arrays:
         names = {
-            name: Names(arrays[f"{name}_text"], arrays[f"{name}_ends"]) for name in ("class_names", "files", "names")
+            name: Names(arrays[f"{name}_text"], arrays[f"{name}_ends"])
+            for name in ("class_names", "names", "split", "notes")
         }
         index = Index(
             tuple(names["class_names"]),
             names["names"],
             arrays["labels"],
-            tuple(names["files"]),
             arrays.get("spans"),
+            "".join(names["split"]),
+            tuple(names["notes"]),
         )
         return index, arrays["stamp"].tobytes().decode(*_TEXT)
 
@@ -184,17 +210,23 @@ def _read(file: Path, stamp: str) -> Index | None:
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Holds a lock of this host on the cache folder where the system has such locks; else work may be done twice."""
+def _only_one(lock: Path, what: str) -> Iterator[None]:
+    """Holds a lock of this host where the file system has such locks; else work may be done twice."""
     try:
-        import fcntl
-
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / "lock", "w")
-    except (ImportError, OSError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(lock, "w")
+    except OSError:
         yield
         return
     with stream:
         with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.info("waiting for another process that indexes %s", what)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # who waits for it holds the file open, and finds the index
+                lock.unlink(missing_ok=True)

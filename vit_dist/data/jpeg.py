@@ -1,7 +1,7 @@
 """The quick way to read a JPEG: upright, and no more of it than is wanted, by simplejpeg (libjpeg-turbo).
 
-Where a box is to shrink by 2, 4 or 8 anyway, the inverse DCT makes the smaller image at once: in less time, and as near
-to Pillow's antialiased result as resizing the large image is. (It has scales between these, which take longer than the
+Where a box is to shrink by 2, 4 or 8 anyway, the inverse DCT makes the smaller image at once: in less time, and about
+as near to Pillow's antialiased result as resizing the large image is. (Its scales between these take longer than the
 whole image.) With `crop_decode`, nvImageCodec's libjpeg-turbo decodes the rows and columns of the box alone; the pixels
 are the same. Memory kept for each thread to decode into was tried, and gained nothing on one thread or two.
 """
@@ -9,6 +9,7 @@ are the same. Memory kept for each thread to decode into was tried, and gained n
 import functools
 import importlib
 import os
+import re
 import struct
 import threading
 from typing import Any, NamedTuple
@@ -21,9 +22,13 @@ from vit_dist.data.resize import Box, PartBox
 
 _SCALES = (8, 4, 2)
 _CROP_BELOW = 0.75  # of the image's area; for a larger box, all of the image is decoded as quickly
-_START_OF_SCAN, _APP1, _ORIENTATION = 0xDA, 0xE1, 0x0112
+_SEGMENT = re.compile(rb"\xff+([^\0\xff])(..)", re.DOTALL)  # fill bytes, the marker and the length
+_START_OF_SCAN, _APP1 = b"\xda", b"\xe1"
+_EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"  # how an APP1 segment with one of them begins
+_ORIENTATION, _LONG = 0x0112, 4  # TIFF's tag, and its type of 32 bits
+_ORIENTATION_IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
-# EXIF's orientation -> what makes the stored image upright: swap rows and columns, then mirror the rows, the columns.
+# The orientation -> what makes the stored image upright: swap rows and columns, then mirror the rows, the columns.
 _TURNS = {
     1: (False, False, False),
     2: (False, False, True),
@@ -38,7 +43,7 @@ _WAY_BACK = {6: 8, 8: 6}  # each of the others is its own
 
 
 class Header(NamedTuple):
-    """The size of the upright image in pixels, and how it is stored: EXIF's orientation, 1 to 8."""
+    """The size of the upright image in pixels, and how it is stored: the orientation as EXIF numbers it, 1 to 8."""
 
     height: int
     width: int
@@ -158,29 +163,41 @@ def _turn_box(box: PartBox, height: int, width: int, orientation: int) -> PartBo
 
 
 def _orientation(data: bytes) -> int:
-    """What EXIF says of it, 1 where it says nothing that can be understood."""
-    exif = _exif(data)
+    """What EXIF says of it, or else XMP; 1 where neither says anything that can be understood."""
+    exif, xmp = _metadata(data)
+    orientation = _orientation_in_exif(exif)
+    if orientation is None:
+        found = _ORIENTATION_IN_XMP.search(xmp)
+        orientation = 1 if found is None else int(found[1])
+    return orientation if orientation in _TURNS else 1
+
+
+def _orientation_in_exif(exif: bytes) -> int | None:
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
-        return 1
+        return None
     try:
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for number in range(count):
-            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * number)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, place)
             if tag == _ORIENTATION:
-                return value if value in _TURNS else 1
+                # written with 16 bits, and by some with 32
+                (value,) = struct.unpack_from(order + ("I" if kind == _LONG else "H"), exif, place + 8)
+                return int(value)
     except struct.error:  # cut short
         pass
-    return 1
+    return None
 
 
-def _exif(data: bytes) -> bytes:
-    """The content of the EXIF segment; empty where there is none. (To search the whole file takes 20 times as long.)"""
+def _metadata(data: bytes) -> tuple[bytes, bytes]:
+    """EXIF and XMP; empty where there is none. (To search the whole file takes 20 times as long.)"""
+    exif = xmp = b""
     place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != _START_OF_SCAN:
-        end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
-        if data[place + 1] == _APP1 and data[place + 4 : place + 10] == b"Exif\0\0":
-            return data[place + 10 : end]
-        place = end
-    return b""
+    while (segment := _SEGMENT.match(data, place)) and segment[1] != _START_OF_SCAN:
+        start, place = segment.end(), segment.end() - 2 + int.from_bytes(segment[2])
+        if segment[1] == _APP1 and data.startswith(_EXIF, start):
+            exif += data[start + len(_EXIF) : place]  # what is too long for one segment goes on in the next
+        elif segment[1] == _APP1 and data.startswith(_XMP, start):
+            xmp = data[start + len(_XMP) : place]
+    return exif, xmp

@@ -6,7 +6,6 @@ loader has no state to save. What is made ahead is bounded in bytes, for a batch
 """
 
 import dataclasses
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -17,19 +16,18 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.bad import Bad, check_bad
-from vit_dist.data.examples import FileSource, Source
+from vit_dist.data.examples import ArraySource, FileSource, Source
 from vit_dist.data.order import Order
 from vit_dist.data.pixels import Pixels, comes_whole
 from vit_dist.data.stages import Stages
 from vit_dist.data.workers import Workers
-
-_log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 Piece = tuple[Batch, list[Bad], Stages]
 PADDING_ID = -1  # of the rows that fill up the last batch of an evaluation
 _PIECE_ROWS = 32  # images that one thread makes at a time
 _MOST_PIECES = 256  # ahead; of small images the bytes allow more, but who waits for them?
+_MOST_GATHERS = 8  # likewise, of whole batches from memory
 
 
 class Pieces(Protocol):
@@ -40,34 +38,36 @@ class Pieces(Protocol):
 class Batches(Iterator[Batch]):
     """The iterator that `train_batches` and `evaluation_batches` return; to be closed.
 
-    `bad` lists the examples skipped so far, each once; `stages` sums what its `parallel` threads have spent on what.
-    It ends its threads and processes when it is exhausted, raises or is closed.
+    `stages` sums what its `parallel` threads or processes have spent on what. It ends them when it is exhausted,
+    raises or is closed.
     """
 
-    def __init__(
-        self, pieces: Pieces, starts: range, rows: int, data: config.Data, examples: int, parallel: int
-    ) -> None:
+    def __init__(self, pieces: Pieces, starts: range, rows: int, parallel: int) -> None:
         """A batch of `rows` rows is made of pieces that begin at `starts`, so many of them at a time."""
         self._pieces = pieces
         self._close = weakref.finalize(self, pieces.close)  # at the latest when it is dropped, or at the exit
         self._starts, self._rows = starts, rows
-        self.parallel = parallel
-        self._max_bad_fraction, self._examples = data.max_bad_fraction, examples
         self._closed = False
-        self._known: set[int] = set()
-        self.bad: list[Bad] = []
+        self._made = 0
+        self._bad: dict[int, tuple[int, Bad]] = {}
+        self.parallel = parallel
         self.stages = Stages()
 
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
         try:
+            self._made += 1
             if len(self._starts) == 1:
                 return self._next_piece()
             return self._assemble()
         except BaseException:
             self.close()
             raise
+
+    def bad(self, batches: int | None = None) -> list[Bad]:
+        """The examples skipped in the first so many batches, or in all that were made so far; each once."""
+        return [bad for number, bad in self._bad.values() if batches is None or number <= batches]
 
     def close(self) -> None:
         self._closed = True
@@ -88,12 +88,7 @@ class Batches(Iterator[Batch]):
         piece, found, stages = next(self._pieces)
         self.stages.add(stages)
         for bad in found:
-            if bad.id not in self._known:
-                self._known.add(bad.id)
-                self.bad.append(bad)
-                _log.warning("skipped %s: %s", bad.name, bad.reason)
-        if found:
-            check_bad(self.bad, self._max_bad_fraction, self._examples)
+            self._bad.setdefault(bad.id, (self._made, bad))
         return piece
 
 
@@ -149,7 +144,8 @@ class _TrainPiece:
         positions = step * self.batch_size + np.arange(rows.start, rows.stop)
         ids, bad, stages = self.order.ids(positions), list[Bad](), Stages()
         if comes_whole(self.pixels.source, self.pixels.data):
-            images = self.pixels.gather(ids)
+            with stages.timed("read"):
+                images = self.pixels.gather(ids)
         else:
             images = self.pixels.empty(len(ids))
             for row, position in enumerate(positions):
@@ -164,7 +160,7 @@ class _TrainPiece:
         examples, run = len(self.pixels.source), list[Bad]()
         while isinstance(found := self.pixels.augmented(index, self.order.seed, position, stages), Bad):
             run.append(found)
-            check_bad(run, self.pixels.data.max_bad_fraction, examples)
+            check_bad(run, self.pixels.data.max_bad_fraction, examples)  # or it would go round for ever
             index = (index + 1) % examples
         bad += run
         images[row] = found
@@ -217,16 +213,17 @@ def _batches(make: Callable[[int, range], Piece], pixels: Pixels, steps: range, 
     """Makes the batches of `steps` ahead of time and in order, at most `data.read_ahead_mb` of their pixels."""
     source, data, local = pixels.source, pixels.data, range(rows.start, rows.stop)
     if comes_whole(source, data):
-        starts = range(0, len(local), len(local))
-        threads, ahead, workers = 1, data.threads, 0  # a gather is too short to share out
+        assert isinstance(source, ArraySource)
+        piece, row_bytes, most = len(local), source.images[:1].nbytes, _MOST_GATHERS
+        threads = 1  # a gather is too short to share out
     else:
-        starts = range(0, len(local), _PIECE_ROWS)
-        threads, workers = data.threads, data.workers if isinstance(source, FileSource) else 0  # or pixels are copied
-        piece_bytes = min(len(local), _PIECE_ROWS) * pixels.empty(1).nbytes
-        ahead = min(_MOST_PIECES, max(1, int(data.read_ahead_mb * 2**20 / piece_bytes)))
+        piece, row_bytes, most = _PIECE_ROWS, pixels.empty(1).nbytes, _MOST_PIECES
+        threads = data.threads
+    starts = range(0, len(local), piece)
+    ahead = min(most, max(1, int(data.read_ahead_mb * 2**20 / (min(piece, len(local)) * row_bytes))))
     numbered, count = _Numbered(make, steps.start, local, starts), len(steps) * len(starts)
-    if workers:
-        return Batches(Workers(numbered, count, workers, ahead), starts, len(local), data, len(source), workers)
+    if data.workers and isinstance(source, FileSource):
+        return Batches(Workers(numbered, count, data.workers, ahead), starts, len(local), data.workers)
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     pieces = iter(grain.MapDataset.range(count).map(numbered).to_iter_dataset(options))
-    return Batches(pieces, starts, len(local), data, len(source), threads)
+    return Batches(pieces, starts, len(local), threads)

@@ -8,7 +8,8 @@ last, and a folder without one is no set.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from vit_dist.config import ConfigError, flatten
 from vit_dist.data.files import replacing
 
 MANIFEST = "manifest.json"
-PARTS = "parts"  # the folder of a set's unfinished business
+PARTS = ".vit_dist_parts"  # the folder of a set's unfinished business
 PLAN = f"{PARTS}/plan.json"
-_FORMAT = "vit_dist records 1"
+# Raise it whenever the same source and options come to make other records: an encoder or a resizer that rounds
+# otherwise. Half a set of each would pass for one.
+_FORMAT = "vit_dist records 2"
+_PART = re.compile(r"\.?(plan\.json|.+\.array_record(\.json)?)(\.\w+\.tmp)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Split:
 
     records: int
     shards: int
-    fingerprint: str  # of the source's split (`examples.fingerprint`)
+    fingerprint: str  # of the split as it is listed (`array_record.fingerprint_of`)
+    sample: str  # of some of the source's images (`recognise.sample`): names and labels may outlive a change of them
     version: str  # how its images differ from the first source's, for `FileSource.version`
 
     def ids(self, shard: int) -> range:
@@ -55,14 +60,14 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
+class Entry:
     """A shard, or the index of a split (of as many records), as it lies on the disk."""
 
     file: str
     records: int
     bytes: int
     sha256: str
-    bad: int = 0  # images that did not decode and were kept as they were
+    bad: int = 0  # images that were to be decoded, could not be, and were kept as they were
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +75,26 @@ class Manifest:
     """A whole set: its plan, and its files by split, the shards in order."""
 
     plan: Plan
-    indexes: Mapping[str, File]
-    shards: Mapping[str, tuple[File, ...]]
+    indexes: Mapping[str, Entry]
+    shards: Mapping[str, tuple[Entry, ...]]
 
     @property
     def digest(self) -> str:
         """Of the whole set: the same wherever, by how many hosts and however often interrupted it was made."""
         return _digest(dataclasses.asdict(self))
 
+    @property
+    def all_shards(self) -> list[Entry]:
+        """Those of all splits."""
+        return [shard for shards in self.shards.values() for shard in shards]
+
     def result(self) -> dict[str, Any]:
         """What `prepare` prints of a whole set."""
-        return result(self.plan, [shard for shards in self.shards.values() for shard in shards], self.digest)
+        return totals(self.plan, self.all_shards, self.digest)
 
 
-def result(plan: Plan, shards: Iterable[File], digest: str) -> dict[str, Any]:
-    """What `prepare` prints of these shards of a set."""
-    shards = list(shards)
+def totals(plan: Plan, shards: Sequence[Entry], digest: str) -> dict[str, Any]:
+    """What `prepare` prints of these shards of a set. `bad` is None where no image was decoded, so nobody knows."""
     return {
         "records": sum(shard.records for shard in shards),
         "shards": len(shards),
@@ -93,12 +102,17 @@ def result(plan: Plan, shards: Iterable[File], digest: str) -> dict[str, Any]:
         "digest": digest,
         "splits": {name: split.records for name, split in plan.splits.items()},
         "classes": len(plan.classes),
-        "bad": sum(shard.bad for shard in shards),
+        "bad": None if plan.encode is None else sum(shard.bad for shard in shards),
     }
 
 
 def index_file(split: str) -> str:
     return f"{split}.index.npz"
+
+
+def is_part(name: str) -> bool:
+    """Whether a file in the folder of parts is one that the making of a set leaves there."""
+    return _PART.fullmatch(name) is not None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -112,9 +126,9 @@ def read_manifest(folder: Path) -> Manifest:
             raise ConfigError(f"{folder}: a set of tensorflow-datasets; set data.source=tfds")
         raise ConfigError(f"{folder}: no {MANIFEST} in it; expected a folder that `vit-dist prepare` made")
     try:
-        plan = _plan(values["plan"])
-        indexes = {name: File(**one) for name, one in values["indexes"].items()}
-        shards = {name: tuple(File(**one) for one in some) for name, some in values["shards"].items()}
+        plan = _plan(file, values["plan"])
+        indexes = {name: Entry(**one) for name, one in values["indexes"].items()}
+        shards = {name: tuple(Entry(**one) for one in some) for name, some in values["shards"].items()}
         manifest = Manifest(plan, indexes, shards)
         whole = manifest.digest == values["digest"]
     except (KeyError, TypeError, AttributeError) as error:
@@ -132,7 +146,7 @@ def read_plan(folder: Path) -> Plan | None:
     """The plan of a set that is being made here, if there is one."""
     values = _read(folder / PLAN)
     try:
-        return None if values is None else _plan(values)
+        return None if values is None else _plan(folder / PLAN, values)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / PLAN}: cannot be read ({error!r}); remove {folder} and begin again") from error
 
@@ -142,15 +156,18 @@ def write_plan(folder: Path, plan: Plan) -> None:
     _write(folder / PLAN, dataclasses.asdict(plan))
 
 
-def read_part(folder: Path, plan: Plan, file: str) -> File | None:
+def read_part(folder: Path, plan: Plan, file: str) -> Entry | None:
     """What was written down of a shard, if it is finished. Raises `ConfigError` where another plan made it."""
     part = folder / PARTS / f"{file}.json"
     values = _read(part)
     if values is None:
         return None
-    if values.pop("plan") != plan.digest:
+    try:
+        planned, shard = values.pop("plan"), Entry(**values)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{part}: cannot be read ({error!r}); remove it and prepare its shard again") from error
+    if planned != plan.digest:
         raise ConfigError(f"{part}: of another set than {folder / PLAN}; prepare its shards with the same options")
-    shard = File(**values)
     try:
         size = (folder / file).stat().st_size
     except FileNotFoundError:
@@ -158,7 +175,7 @@ def read_part(folder: Path, plan: Plan, file: str) -> File | None:
     return shard if size == shard.bytes else None
 
 
-def write_part(folder: Path, plan: Plan, shard: File) -> None:
+def write_part(folder: Path, plan: Plan, shard: Entry) -> None:
     _write(folder / PARTS / f"{shard.file}.json", {**dataclasses.asdict(shard), "plan": plan.digest})
 
 
@@ -173,9 +190,9 @@ def _short(value: Any) -> str:
     return f"{len(value)} names" if isinstance(value, tuple) else str(value)
 
 
-def _plan(values: Mapping[str, Any]) -> Plan:
+def _plan(file: Path, values: Mapping[str, Any]) -> Plan:
     if values["format"] != _FORMAT:
-        raise ConfigError(f"a set of the format {values['format']!r}, where {_FORMAT!r} is read; prepare it again")
+        raise ConfigError(f"{file}: of the format {values['format']!r}, expected {_FORMAT!r}; prepare the set again")
     splits = {name: Split(**one) for name, one in values["splits"].items()}
     return Plan(values["resize"], values["encode"], tuple(values["classes"]), splits)
 

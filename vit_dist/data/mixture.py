@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -59,8 +60,8 @@ def _weights(mixture: Sequence[config.Part]) -> tuple[float, ...]:
     for number, part in enumerate(mixture):
         if given and part.weight is None:
             raise ConfigError(f"data.mixture[{number}].weight: not set, but others are; give every part one, or none")
-        if part.weight is not None and part.weight <= 0:
-            raise ConfigError(f"data.mixture[{number}].weight: must be above 0, found {part.weight:g}")
+        if part.weight is not None and not 0 < part.weight < math.inf:
+            raise ConfigError(f"data.mixture[{number}].weight: must be above 0 and finite, found {part.weight:g}")
     return tuple(given)
 
 
@@ -126,14 +127,14 @@ def _join(parts: Sequence[Source], weights: tuple[float, ...], limit: int) -> So
             "files of their own with `vit-dist prepare`, and name those"
         )
     if arrays:
-        return ArraySource(_pixels(arrays, limit), labels, parts[0].class_names, shares)
+        return ArraySource(_pixels(arrays, limit), labels, parts[0].class_names, shares, "train")
     where, prefixes = _prefixes([part.where for part in files])
     names = Names.of(prefix + name for prefix, part in zip(prefixes, files) for name in part.names)
     starts = (0, *itertools.accumulate(map(len, files[:-1])))
     images = JoinedImages(tuple(part.images for part in files), starts)
     versions = [part.version for part in files]
     version = "\n".join(versions) if any(versions) else ""
-    return FileSource(where, names, labels, parts[0].class_names, images, version, shares)
+    return FileSource(where, names, labels, parts[0].class_names, images, version, shares, "train")
 
 
 def _pixels(arrays: Sequence[ArraySource], limit: int) -> np.ndarray:

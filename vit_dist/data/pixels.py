@@ -4,6 +4,7 @@ What happens to an example depends on the seed and its place in the stream alone
 """
 
 import dataclasses
+import time
 from functools import partial
 
 import numpy as np
@@ -12,8 +13,12 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data import augment, images, jpeg
 from vit_dist.data.bad import Bad
-from vit_dist.data.examples import ArraySource, Source
+from vit_dist.data.examples import ArraySource, FileSource, Source
 from vit_dist.data.stages import Stages
+
+_PAUSES_S = (0.1, 1.0, 5.0)  # before another try to read
+_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OF_THE_NETWORK = (ConnectionError, TimeoutError)
 
 
 def comes_whole(source: Source, data: config.Data) -> bool:
@@ -87,7 +92,7 @@ class Pixels:
                 )
         try:
             with stages.timed("read"):
-                encoded = source.read(index)
+                encoded = _read(source, index)
             with stages.timed("decode"):
                 return images.decode_box(
                     encoded, self.channels, choose, self.image_size, data.interpolation, data.crop_decode
@@ -97,6 +102,25 @@ class Pixels:
             if data.on_bad == "error":
                 raise ConfigError(f"{bad.name}: {error}; repair or remove it, or set data.on_bad=skip") from error
             return bad
+
+
+def _read(source: FileSource, index: int) -> bytes:
+    """The encoded bytes. Raises `OSError` where the fault is the file's, `ConfigError` where the disk or network fails.
+
+    A file that cannot be read just now is not a bad one: to pass over it would make this run another than it is.
+    """
+    for pause in (*_PAUSES_S, 0.0):
+        try:
+            return source.read(index)
+        except OSError as error:
+            if isinstance(error, _OF_THE_FILE) or (error.errno is None and not isinstance(error, _OF_THE_NETWORK)):
+                raise
+            reason = error
+        time.sleep(pause)
+    raise ConfigError(
+        f"{source.name(index)}: cannot be read ({reason}), {len(_PAUSES_S) + 1} times over; see to the disk or "
+        "network, then start the run again: it goes on from its last checkpoint"
+    ) from reason
 
 
 def _evaluation_box(data: config.Data, size: tuple[int, int]) -> images.Choose:

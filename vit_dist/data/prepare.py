@@ -4,9 +4,10 @@ What each shard holds follows from the source and the options alone (`manifest.P
 which, and the same set comes out however many make it and however often they are interrupted.
 """
 
+import contextlib
 import hashlib
+import logging
 import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import Any
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data import index, manifest
-from vit_dist.data.examples import FileSource, Source, fingerprint
+from vit_dist.data.examples import FileSource, Source
 from vit_dist.data.files import location
-from vit_dist.data.formats.array_record import check_size, open_reader
+from vit_dist.data.formats.array_record import check_size, fingerprint_of, open_reader, read_index
 from vit_dist.data.index import Index, Names
-from vit_dist.data.manifest import File, Manifest, Plan, Split
+from vit_dist.data.manifest import Entry, Manifest, Plan, Split
 from vit_dist.data.progress import counted
-from vit_dist.data.recognise import open_splits
+from vit_dist.data.recognise import open_splits, sample
 from vit_dist.data.shards import Shard, Stored, make, measure
 
+_log = logging.getLogger(__name__)
 _SHARD_RECORDS = 2048  # about 250 MB of ImageNet's files
 _SHARDS = 16, 512  # by default: work for so many threads at least, and not more files than a process may hold open
 
@@ -48,30 +50,30 @@ def prepare(
     the largest split, of which the others get their part; `shard_range` `(a, b)` makes those alone, of the others the
     part that corresponds, and leaves the manifest to `merge`. With neither `resize` (of the short side, in pixels) nor
     `encode` (`jpeg` or `raw`) encoded images are stored untouched. `keep_bad`: see `shards.make`. `data` may say how
-    the source is read.
+    the source is read. In the result `bad` is None where images are stored untouched: nobody looked.
 
     Raises `ConfigError` where the source or its images are damaged, `dest` holds anything else, or the disk is full.
     """
     place = _folder(dest)
     opened = open_splits(source, kind, splits, data or config.Data())
     stored = {name: Stored.of(one, resize, encode) for name, one in opened.items()}
-    plan = _plan(stored, shards)
+    listed = {name: _list(one) for name, one in opened.items()}
+    plan = _plan(stored, listed, shards)
     chosen = _chosen(plan, shard_range)
+    files = [one.file for one in chosen]
     if (place / manifest.MANIFEST).exists():
         whole = manifest.read_manifest(place)
         _check_same(place, whole.plan, plan)
-        _tidy(place)
+        _check_finished(place, whole)
     else:
-        listed = {name: _list(one) for name, one in opened.items()}
         _begin(place, plan, listed)
         names = {name: one.names for name, one in listed.items()}
         make(place, plan, chosen, stored, names, keep_bad, workers or os.cpu_count() or 1)
         if shard_range is not None:
-            return _result_of_range(plan, chosen, [manifest.read_part(place, plan, one.file) for one in chosen])
+            return _result_of_range(plan, _made(place, plan, files))
         whole = _merge(place, plan)
     if shard_range is not None:
-        made = {file.file: file for files in whole.shards.values() for file in files}
-        return _result_of_range(plan, chosen, [made[one.file] for one in chosen])
+        return _result_of_range(plan, [shard for shard in whole.all_shards if shard.file in files])
     return whole.result()
 
 
@@ -84,7 +86,7 @@ def merge(dest: str) -> dict[str, Any]:
     plan = manifest.read_plan(place)
     if plan is None or (place / manifest.MANIFEST).exists():
         whole = manifest.read_manifest(place)
-        _tidy(place)
+        _check_finished(place, whole)
     else:
         whole = _merge(place, plan)
     return whole.result()
@@ -97,24 +99,21 @@ def verify(dest: str, workers: int | None = None) -> dict[str, Any]:
     """
     place = _folder(dest)
     whole = manifest.read_manifest(place)
-    files = [file for name in whole.shards for file in (whole.indexes[name], *whole.shards[name])]
+    files = [*whole.indexes.values(), *whole.all_shards]
 
-    def check(file: File) -> None:
+    def check(file: Entry) -> None:
         check_size(place, file)
         path = place / file.file
         if measure(path)[1] != file.sha256:
             raise ConfigError(f"{path}: its content is not what the manifest says; prepare or copy it again")
-        records = len(index.read(path)[0]) if path.suffix == ".npz" else open_reader(path).num_records()
-        if records != file.records:
+        if path.suffix != ".npz" and (records := open_reader(path).num_records()) != file.records:
             raise ConfigError(f"{path}: {records} records, but the manifest says {file.records}; prepare it again")
 
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        try:
-            for _ in counted(pool.map(check, files), f"reading {place}", len(files)):
-                pass
-        except ConfigError:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for _ in counted(pool.map(check, files), f"reading {place}", len(files)):
+            pass
+    for name in whole.indexes:
+        read_index(place, whole, name)
     return whole.result()
 
 
@@ -122,8 +121,9 @@ def _folder(dest: str) -> Path:
     if "://" in dest:
         raise ConfigError(f"{dest}: records are written to a mounted disk; prepare a folder there, then copy it")
     place = location(dest)
-    if place.exists() and not place.is_dir():
-        raise ConfigError(f"{place}: is a file; give a folder for the records")
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        raise ConfigError(f"{there}: is no folder; give one for the records, or a new name")
     return place
 
 
@@ -135,7 +135,7 @@ def _list(source: Source) -> Index:
     return Index(source.class_names, Names.of(names), source.labels)
 
 
-def _plan(stored: dict[str, Stored], shards: int | None) -> Plan:
+def _plan(stored: dict[str, Stored], listed: dict[str, Index], shards: int | None) -> Plan:
     largest = max(len(one.source) for one in stored.values())
     if shards is None:
         least, most = _SHARDS
@@ -150,7 +150,8 @@ def _plan(stored: dict[str, Stored], shards: int | None) -> Plan:
         name: Split(
             records=len(one.source),
             shards=-(-shards * len(one.source) // largest),
-            fingerprint=fingerprint(one.source),
+            fingerprint=fingerprint_of(listed[name], one.version),
+            sample=sample(one.source),
             version=one.version,
         )
         for name, one in stored.items()
@@ -186,35 +187,34 @@ def _begin(place: Path, plan: Plan, listed: dict[str, Index]) -> None:
     if old is not None:
         _check_same(place, old, plan)
     else:
-        found = place.iterdir() if place.exists() else ()
-        others = sorted(entry.name for entry in found if entry.name != manifest.PARTS)
-        if others:
-            raise ConfigError(f"{place}: is not empty (it holds {others[0]}); give a new or empty folder")
+        _check_empty(place)
         manifest.write_plan(place, plan)
     for name, one in listed.items():
-        file = place / manifest.index_file(name)
-        if not file.exists():
-            index.write(file, one)
+        index.write(place / manifest.index_file(name), one)  # over one that is there: it may be of another set
+
+
+def _check_empty(place: Path) -> None:
+    """Raises `ConfigError` where anything lies in a folder but what a run left that was killed before it had a plan."""
+    parts = place / manifest.PARTS
+    found = [file for file in _within(place) if file.name not in (manifest.PARTS, "lost+found")]
+    found += [file for file in _within(parts) if not (manifest.is_part(file.name) and file.suffix == ".tmp")]
+    if found:
+        other = min(found).relative_to(place)
+        raise ConfigError(f"{place}: is not empty (it holds {other}); give a new or empty folder")
 
 
 def _merge(place: Path, plan: Plan) -> Manifest:
     """The manifest of a set of which all shards are there, written."""
-    shards: dict[str, tuple[File, ...]] = {}
-    indexes: dict[str, File] = {}
+    shards = {name: tuple(_made(place, plan, plan.files(name))) for name in plan.splits}
+    indexes: dict[str, Entry] = {}
     for name, split in plan.splits.items():
-        found = [manifest.read_part(place, plan, file) for file in plan.files(name)]
-        if None in found:
-            raise ConfigError(
-                f"{place}: {found.count(None)} of the {len(found)} shards of {name} are not finished, the first is "
-                f"{plan.files(name)[found.index(None)]}; run `vit-dist prepare` for them, or bring them from the host "
-                f"that did, with what it has in {manifest.PARTS}"
-            )
-        shards[name] = tuple(file for file in found if file is not None)
         file = place / manifest.index_file(name)
         if not file.exists():
             raise ConfigError(f"{file}: missing; bring it from another host, or run `vit-dist prepare` again")
-        indexes[name] = File(file.name, split.records, *measure(file))
+        indexes[name] = Entry(file.name, split.records, *measure(file))
     whole = Manifest(plan, indexes, shards)
+    for name in plan.splits:
+        read_index(place, whole, name)
     folder = os.open(place, os.O_RDONLY)
     os.fsync(folder)  # the names that the manifest vouches for are on the disk before it is
     os.close(folder)
@@ -223,16 +223,42 @@ def _merge(place: Path, plan: Plan) -> Manifest:
     return whole
 
 
+def _made(place: Path, plan: Plan, files: Sequence[str]) -> list[Entry]:
+    """What was written down of these shards. Raises `ConfigError` naming the first that is not finished."""
+    found = {file: manifest.read_part(place, plan, file) for file in files}
+    missing = [file for file, entry in found.items() if entry is None]
+    if missing:
+        raise ConfigError(
+            f"{place}: {len(missing)} of {len(files)} shards are not finished, the first is {missing[0]}; run "
+            f"`vit-dist prepare` for them, or bring them from the host that did, with what it has in {manifest.PARTS}"
+        )
+    return [entry for entry in found.values() if entry is not None]
+
+
+def _check_finished(place: Path, whole: Manifest) -> None:
+    """Raises `ConfigError` where a file of a finished set is missing or cut."""
+    for file in [*whole.indexes.values(), *whole.all_shards]:
+        check_size(place, file)
+    _log.info("%s: already finished", place)
+    _tidy(place)
+
+
 def _tidy(place: Path) -> None:
-    """Removes from a finished set what its making, or a run that was killed, left."""
-    shutil.rmtree(place / manifest.PARTS, ignore_errors=True)
-    for entry in place.glob(".*"):
+    """Removes from a finished set what its making, or a run that was killed, left; and nothing else."""
+    for file in _within(place / manifest.PARTS):
+        if manifest.is_part(file.name):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody's files are in it
+        (place / manifest.PARTS).rmdir()
+    for entry in place.glob(".*.tmp"):
         if entry.name.startswith((f".{manifest.MANIFEST}.", *(f".{file.name}." for file in place.glob("*.index.npz")))):
             entry.unlink(missing_ok=True)
 
 
-def _result_of_range(plan: Plan, chosen: list[Shard], made: Sequence[File | None]) -> dict[str, Any]:
-    shards = [file for file in made if file is not None]
-    assert len(shards) == len(chosen)
+def _within(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _result_of_range(plan: Plan, shards: Sequence[Entry]) -> dict[str, Any]:
     digest = hashlib.sha256("".join([plan.digest, *(shard.sha256 for shard in shards)]).encode()).hexdigest()
-    return manifest.result(plan, shards, digest)
+    return manifest.totals(plan, shards, digest)

@@ -4,6 +4,7 @@ The kind is told from the names of files and, of a tar, from its first members; 
 """
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import tarfile
@@ -21,8 +22,10 @@ from vit_dist.data.sources import SOURCES, open_source
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = {".parquet": "parquet", ".npz": "npz", ".npy": "npz"}
+_OF_MANY_FILES = ("idx", "imagenet_tar", "webdataset")
+_IMAGENET = "ILSVRC2012_img_"
 _FIRST = 8  # members of a tar to look at: a few samples of a WebDataset, with their labels
-_COMPARED = 16  # examples, to find out whether two splits are one
+_SAMPLE = 16  # images that speak for a split
 
 
 def open_splits(source: str | None, kind: str | None, splits: Sequence[str], data: config.Data) -> dict[str, Source]:
@@ -35,6 +38,8 @@ def open_splits(source: str | None, kind: str | None, splits: Sequence[str], dat
             raise ConfigError("no SOURCE is given; give it before DEST, or name a set that needs none, --source=digits")
         kind = recognise(location(source, "SOURCE"))
         _log.info("%s: taken for --source=%s", source, kind)
+    if kind in _OF_MANY_FILES and source is not None and location(source, "SOURCE").is_file():
+        raise ConfigError(f"{source}: is one file of a set (--source={kind}); name the folder that holds it")
     data = dataclasses.replace(data, source=kind, path=source)
     if splits:
         return {split: open_source(data, split) for split in splits}
@@ -45,29 +50,37 @@ def open_splits(source: str | None, kind: str | None, splits: Sequence[str], dat
             found[split] = open_source(data, split)
         except NoSplit as error:
             missing.append(error)
+    if not found and source is not None and location(source, "SOURCE").is_file():
+        raise ConfigError(f"{missing[0]}; if it is one split's file, name the folder that holds it") from missing[0]
     if not found:
         raise missing[0]
     if "test" in found and "val" in found and _are_one(found["test"], found["val"]):  # one stands for the other
-        where = found["val"].where if isinstance(found["val"], FileSource) else ""
-        del found["test" if Path(where).name.startswith("val") else "val"]
+        del found["test" if found["val"].split.startswith("val") else "val"]
     return found
+
+
+def sample(source: Source) -> str:
+    """A digest of the images at places all over a split. Raises `ConfigError` for one that cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number in sorted({place * (len(source) - 1) // (_SAMPLE - 1) for place in range(_SAMPLE)}):
+        image = _content(source, number)
+        digest.update(f"{len(image)} ".encode() + image)
+    return digest.hexdigest()
 
 
 def _are_one(a: Source, b: Source) -> bool:
     """Whether two splits have the same names and labels, and the same images at places all over."""
-    if len(a) != len(b) or fingerprint(a) != fingerprint(b):
-        return False
-    places = {number * (len(a) - 1) // (_COMPARED - 1) for number in range(_COMPARED)}
-    return all(_content(a, place) == _content(b, place) for place in places)
+    return len(a) == len(b) and fingerprint(a) == fingerprint(b) and sample(a) == sample(b)
 
 
 def _content(source: Source, number: int) -> bytes:
     if not isinstance(source, FileSource):
-        return source.images[number].tobytes()
+        image = source.images[number]
+        return str(image.shape).encode() + image.tobytes()
     try:
         return source.read(number)
     except OSError as error:
-        raise ConfigError(f"{source.name(number)}: cannot be read ({error})") from error
+        raise ConfigError(f"{source.name(number)}: cannot be read ({error}); repair or remove it") from error
 
 
 def recognise(path: Path) -> str:
@@ -77,8 +90,12 @@ def recognise(path: Path) -> str:
     found = _in_folder(path) if path.is_dir() else _file(path, path.name)
     if len(found) == 1:
         return found.pop()
-    what = f"may be {' or '.join(sorted(found))}" if found else "no data set that is known by its files"
-    raise ConfigError(f"{path}: {what}; say which with --source, one of {', '.join(SOURCES)}")
+    what = (
+        f"may be {' or '.join(sorted(found))}; say"
+        if found
+        else ("no data set that is known by its files; name the folder that holds its splits, or say")
+    )
+    raise ConfigError(f"{path}: {what} which with --source, one of {', '.join(SOURCES)}")
 
 
 def _in_folder(folder: Path) -> set[str]:
@@ -98,10 +115,11 @@ def _in_folder(folder: Path) -> set[str]:
 
 
 def _files(folder: Path, listed: list[tuple[str, bool]]) -> set[str]:
-    """What the files of a folder are; of several tars the first speaks for all."""
+    """What the files of a folder are; of several tars one speaks for all, ImageNet's own before what lies beside it."""
     names = [name for name, is_folder in listed if not is_folder]
     tars = [name for name in names if name.endswith(TAR_SUFFIXES)]
     others = [name for name in names if name not in tars]
+    tars.sort(key=lambda name: not name.startswith(_IMAGENET))
     return set().union(*(_file(folder / name, name) for name in [*tars[:1], *others]))
 
 
@@ -114,7 +132,7 @@ def _file(path: Path, name: str) -> set[str]:
 
 
 def _tar(path: Path, name: str) -> set[str]:
-    if name.startswith("ILSVRC2012_img_"):
+    if name.startswith(_IMAGENET):
         return {"imagenet_tar"}
     try:
         with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:

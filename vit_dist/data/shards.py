@@ -26,11 +26,11 @@ from vit_dist.data.files import entries
 from vit_dist.data.formats.array_record import Writer, pack
 from vit_dist.data.images import BadImage, decode, resize
 from vit_dist.data.index import Names
-from vit_dist.data.manifest import PARTS, File, Plan, read_part, write_part
+from vit_dist.data.manifest import PARTS, Entry, Plan, read_part, write_part
 from vit_dist.data.progress import bar
 
 _log = logging.getLogger(__name__)
-_JPEG_QUALITY = 90
+_JPEG_QUALITY, _JPEG_SAMPLING = 90, "420"
 _JPEG_SIDE = 65_500  # pixels; the longest that JPEG has room for
 
 
@@ -59,8 +59,12 @@ class Stored:
         """How the pixels differ from those of the source of the source: see `FileSource.version`."""
         before = self.source.version if isinstance(self.source, FileSource) else ""
         resized = f"resize={self.resize}" if self.resize else ""
-        encoded = f"encode={self.encode}" if self.encode == "jpeg" or isinstance(self.source, FileSource) else ""
-        return " ".join(filter(None, (before, resized, encoded if self.encode else "")))
+        encoded = ""
+        if self.encode == "jpeg":
+            encoded = f"encode=jpeg:{_JPEG_QUALITY}:{_JPEG_SAMPLING}"
+        elif self.encode == "raw" and isinstance(self.source, FileSource):  # of pixels, raw ones are the same
+            encoded = "encode=raw"
+        return " ".join(filter(None, (before, resized, encoded)))
 
     def original(self, number: int) -> bytes:
         """What the source has. Raises `OSError`."""
@@ -104,7 +108,7 @@ def jpeg(image: np.ndarray) -> bytes:
     """`uint8 [H, W, C]` -> a JPEG file of quality 90, 4:2:0. Raises `BadImage` for one too large."""
     if max(image.shape[:2]) > _JPEG_SIDE:
         raise BadImage(f"{image.shape[0]}x{image.shape[1]} pixels, a JPEG has at most {_JPEG_SIDE} on a side")
-    kind = ("GRAY", "Gray") if image.shape[2] == 1 else ("RGB", "420")
+    kind = ("GRAY", "Gray") if image.shape[2] == 1 else ("RGB", _JPEG_SAMPLING)
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), _JPEG_QUALITY, *kind)
 
 
@@ -141,8 +145,9 @@ def make(
 ) -> None:
     """Makes those of the shards that are not noted as finished, `workers` at a time.
 
-    `stored` and `names` are by split. With `keep_bad` an image that does not decode is stored as it is, and counted.
-    Raises `ConfigError` for one that does not otherwise, for a source that cannot be read, for a disk that is full.
+    `stored` and `names` are by split. With `keep_bad` an image that does not decode is stored as it is, and counted;
+    without resizing or encoding none is decoded. Raises `ConfigError` for one that does not decode otherwise, for one
+    that cannot be read, and for a disk that is full.
     """
     _remove_leftovers(place, {shard.file for shard in shards})
     todo = [shard for shard in shards if read_part(place, plan, shard.file) is None]
@@ -184,7 +189,7 @@ def _make(work: _Work, shard: Shard, advance: Callable[[], None]) -> None:
         os.fsync(partial.fileno())
         os.chmod(file, 0o644)  # a temporary file is its owner's alone
         os.replace(file, work.place / shard.file)
-    write_part(work.place, work.plan, File(shard.file, len(shard.ids), size, digest, bad))
+    write_part(work.place, work.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
 
 
 def _image(work: _Work, split: str, number: int) -> tuple[bytes, bool]:
@@ -202,7 +207,8 @@ def _image(work: _Work, split: str, number: int) -> tuple[bytes, bool]:
             _log.warning("%s: %s; stored as it is", name, error)
             return stored.original(number), True
     except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error})") from error
+        # Not for `keep_bad`: there is nothing to store, and a network's bad moment must not make another set.
+        raise ConfigError(f"{name}: cannot be read ({error}); repair or remove it, or try again") from error
 
 
 def measure(file: Path) -> tuple[int, str]:

@@ -5,6 +5,7 @@ pixels in memory) is the same for all, and done here.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from vit_dist import config
 from vit_dist.config import ConfigError
@@ -17,7 +18,7 @@ from vit_dist.data.mixture import open_mixture
 from vit_dist.data.subset import subset
 
 # What `data.source` may be, and what opens a split of it: `open_split(path, split, data)`.
-SOURCES: dict[str, Callable[..., Source]] = {
+SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
     "digits": idx.open_digits,
     "idx": idx.open_split,
     "folder": folder.open_split,
@@ -57,7 +58,11 @@ def _open_one(data: config.Data, split: str) -> Source:
     """A split of the set that `data.source` and `data.path` name, whole."""
     open_split = SOURCES[config.one_of("data.source", data.source, SOURCES)]
     if data.source in _NEED_NO_PATH:
-        return open_split(None, split, data)
+        if data.path is not None:
+            raise ConfigError(
+                f"data.path: {data.path}, but data.source={data.source} reads no files; leave one out, or set both"
+            )
+        return open_split(Path(), split, data)
     if data.path is None:
         raise ConfigError(f"data.path: not set; the source {data.source!r} needs a folder or file")
     path = location(data.path)

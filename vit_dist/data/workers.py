@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,9 @@ class Workers(Iterator[T], Generic[T]):
     """`make(0)`, `make(1)` and on, `count` in all, made by `processes`, at most `ahead` under way; to be closed.
 
     `make` is sent to each process once. Raises what `make` raises, and `RuntimeError` where a process dies.
+
+    Signals that ask a job to stop (SIGTERM, Ctrl-C) often go to all its processes. They are this one's to answer, and
+    the workers', whose results the last steps still need, are blocked.
     """
 
     def __init__(self, make: Callable[[int], T], count: int, processes: int, ahead: int) -> None:
@@ -31,17 +35,27 @@ class Workers(Iterator[T], Generic[T]):
 
     def __next__(self) -> T:
         while len(self._under_way) < self._ahead and (number := next(self._numbers, None)) is not None:
-            self._under_way.append(self._pool.submit(_one, number))
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+            self._under_way.append(self._pool.submit(_one, number))  # may start a process, which inherits the mask
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if not self._under_way:
             raise StopIteration
         try:
             return self._under_way.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError("data.workers: a worker process died; had it run out of memory?") from error
+            for process in self._processes():
+                process.kill()  # the pool asks them by SIGTERM, in vain
+            raise RuntimeError(
+                f"data.workers: a worker process died ({error.__cause__ or error}); it was killed, ran out of memory, "
+                "or the script that trains lacks its `if __name__ == '__main__':`"
+            ) from error
 
     def close(self) -> None:
         """Returns when the processes have ended; what they had under way is lost."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _processes(self) -> list[multiprocessing.Process]:
+        return list((self._pool._processes or {}).values())  # `kill_workers()` comes with Python 3.14
 
 
 _make: Callable[[int], Any]

@@ -1,10 +1,13 @@
 """`failures/bad_images.jsonl`: every example of a run that could not be read or decoded, a row each, once.
 
-A row is `{"split", "id", "name", "reason"}`. Each process meets only the bad files among its own rows; they tell each
-other at every row of metrics, so that the list and the count are those of the whole job on any number of hosts.
+A row is `{"step", "split", "id", "name", "reason"}`, the step being that at which it was first noted. Each process
+meets only the bad files among its own rows; they tell each other, so that the list, the count, and the step at which it
+is too many are the same on any number of hosts, and the same after a kill and a resume.
 """
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,38 +17,51 @@ from vit_dist.mesh import processes
 from vit_dist.run.files import write_atomically
 
 FILE = "failures/bad_images.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class BadImages:
     """The bad examples of a run, over all processes; process 0 writes them down."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, *, resume_step: int):
+        """Keeps what earlier sessions noted up to `resume_step`; all processes read it."""
         self._file = workdir / FILE
-        self._found: dict[str, dict[int, Bad]] = {}
-        self._rows: dict[tuple[str, int], str] = {}  # those of earlier sessions too
-        if self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True):
-                row = json.loads(line)
-                self._rows[row["split"], row["id"]] = line
+        self._steps: dict[str, dict[int, int]] = {}  # split -> id -> when it was noted
+        self._bad: dict[str, dict[int, Bad]] = {}
+        lines = self._file.read_text().split("\n") if self._file.exists() else []
+        for row in map(json.loads, filter(None, lines)):
+            if row["step"] <= resume_step:
+                self._add(row["step"], row["split"], Bad(row["id"], row["name"], row["reason"]))
 
-    def note(self, split: str, bad: list[Bad]) -> int:
-        """Adds what this process has skipped of a split; returns how many examples of it this session has skipped.
+    def note(self, step: int, split: str, bad: Sequence[Bad]) -> int:
+        """Adds what this process has skipped of a split; returns how many examples of it all have skipped so far.
 
         To be called by all processes together.
         """
-        known = self._found.setdefault(split, {})
-        for told in processes.gather([one for one in bad if one.id not in known]):
-            known.update({number: Bad(number, name, reason) for number, name, reason in told})
-        before = len(self._rows)
-        for one in known.values():
-            self._rows.setdefault(
-                (split, one.id), json.dumps({"split": split, **one._asdict()}, ensure_ascii=False) + "\n"
-            )
-        if len(self._rows) > before and jax.process_index() == 0:
+        new = [one for one in everyones(bad) if one.id not in self._bad.get(split, {})]
+        for one in new:
+            _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
+            self._add(step, split, one)
+        if new and jax.process_index() == 0:
             self._file.parent.mkdir(exist_ok=True)
-            write_atomically(self._file, "".join(self._rows.values()))
-        return len(known)
+            rows = [
+                {"step": when, "split": split, **self._bad[split][number]._asdict()}
+                for split, steps in self._steps.items()
+                for number, when in steps.items()
+            ]
+            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in rows))
+        return len(self._bad.get(split, {}))
 
     def check(self, split: str, max_bad_fraction: float, examples: int) -> None:
         """Raises `ConfigError`, on all processes alike, where more of a split was skipped than may be."""
-        check_bad(list(self._found.get(split, {}).values()), max_bad_fraction, examples)
+        check_bad(list(self._bad.get(split, {}).values()), max_bad_fraction, examples)
+
+    def _add(self, step: int, split: str, bad: Bad) -> None:
+        self._steps.setdefault(split, {})[bad.id] = step
+        self._bad.setdefault(split, {})[bad.id] = bad
+
+
+def everyones(bad: Sequence[Bad]) -> list[Bad]:
+    """What all processes have skipped, each example once, in the order of ids. To be called by all together."""
+    found = {number: Bad(number, name, reason) for told in processes.gather(list(bad)) for number, name, reason in told}
+    return [found[number] for number in sorted(found)]

@@ -1,7 +1,10 @@
 """Prepared sets as a source: whole and readable by many, or an error that says what to do."""
 
+import dataclasses
 import pickle
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +18,7 @@ from vit_dist.config import ConfigError, Data
 from vit_dist.data.examples import FileSource
 from vit_dist.data.formats.array_record import RecordImages, open_split
 from vit_dist.data.index import Names
+from vit_dist.data.manifest import read_manifest, write_manifest
 from vit_dist.data.prepare import prepare
 from vit_dist.data.sources import open_source
 
@@ -31,6 +35,13 @@ def _fails(message: str, path: object, split: str = "train", **keys: Any) -> Non
     assert "\n" not in str(caught.value)
 
 
+def _vouch(folder: Path, split: str, index: Path) -> None:
+    """Has the manifest list the index as it lies there now."""
+    whole = read_manifest(folder)
+    entry = dataclasses.replace(whole.indexes[split], bytes=index.stat().st_size)
+    write_manifest(folder, dataclasses.replace(whole, indexes={**whole.indexes, split: entry}))
+
+
 @pytest.fixture
 def records(image_set: Path, tmp_path: Path) -> Path:
     prepare(str(image_set), str(tmp_path / "records"), shards=4)
@@ -39,6 +50,7 @@ def records(image_set: Path, tmp_path: Path) -> Path:
 
 def test_a_source_is_read_by_many_threads_and_can_be_pickled(records: Path, image_set: Path) -> None:
     source = _open(records)
+    assert source.split == "train" and _open(records, "val").split == "test"
     files = [(image_set / "train" / name).read_bytes() for name in source.names]
     copy = pickle.loads(pickle.dumps(source))
     order = np.random.default_rng(0).permutation(13 * 40) % 13
@@ -74,6 +86,11 @@ def test_sets_that_are_not_whole_are_refused(records: Path, tmp_path: Path) -> N
     _fails("train.index.npz: cannot be read", records)
     (records / "test.index.npz").rename(index)
     _fails("train.index.npz: .*manifest", records)
+    _vouch(records, "train", index)
+    _fails("train.index.npz: does not list the examples of this set", records)
+    index.write_bytes(b"")
+    _vouch(records, "train", index)
+    _fails("train.index.npz: cannot be read", records)
     (records / "manifest.json").write_text("{")
     _fails("manifest.json: cannot be read", records, "test")
     (records / "manifest.json").write_text("{}")
@@ -100,9 +117,26 @@ def test_a_damaged_record_is_a_bad_file_and_its_neighbours_are_not(records: Path
 
 
 def test_more_shards_than_open_files_is_an_error_of_the_start(records: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (131, 1000))
-    _fails("holds 4 shards, all of which are kept open, but a process may open 131 files", records)
-    assert len(_open(records, "test")) == 7  # three shards
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (131, 131))
+    _fails(r"records: with it \d+ files are kept open at once, but a process may open 131 here", records)
+
+
+def test_a_process_with_too_many_files_open_does_not_call_an_image_bad(records: Path) -> None:
+    code = (
+        "import os, resource, sys\n"
+        "from vit_dist.config import ConfigError, Data\n"
+        "from vit_dist.data.sources import open_source\n"
+        "source = open_source(Data(source='array_record', path=sys.argv[1]), 'train')\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "try:\n"
+        "    while True: os.open('/dev/null', os.O_RDONLY)\n"
+        "except OSError: pass\n"
+        "try: source.read(0)\n"
+        "except ConfigError as error: os.write(1, str(error).encode())\n"
+    )
+    command = [sys.executable, "-c", code, str(records)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    assert "train-00000-of-00004.array_record: Too many open files; raise the limit" in done.stdout
 
 
 def test_a_remote_set_is_copied_into_the_cache_once(records: Path, tmp_path: Path, caplog: Any) -> None:

@@ -106,6 +106,10 @@ def test_class_names_are_those_of_the_text_file_then_of_the_array(tmp_path: Path
     images, labels = sets["train"]
     np.savez(tmp_path / "train.npz", images=images, labels=labels, class_names=np.array(["cat", "dog", "owl", "pig"]))
     assert _open(tmp_path).class_names == ("cat", "dog", "owl", "pig")
+    np.savez(
+        tmp_path / "train.npz", images=images, labels=labels, class_names=[b"cat", b"dog", b"owl", "Käfer".encode()]
+    )
+    assert _open(tmp_path).class_names == ("cat", "dog", "owl", "Käfer")
     (tmp_path / "classes.txt").write_text("Katze\nHund\nEule\nSchwein\nWühlmaus\n", encoding="utf-8")
     assert _open(tmp_path).class_names == ("Katze", "Hund", "Eule", "Schwein", "Wühlmaus")
     (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
@@ -133,6 +137,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for labels, message in (
         ([0, 1, 1], "3 'labels' for 2 'images'"),
         ([0, -1], "holds the label -1, expected 0 or more"),
+        ([0, 2**32], "holds the label 4294967296, which is no number of a class"),
         ([0.0, 1.0], r"float64 \[2\], expected one whole number an image"),
         (np.eye(2, dtype=np.int64), r"int64 \[2, 2\], expected one whole number an image"),
     ):

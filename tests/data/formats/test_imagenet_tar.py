@@ -114,6 +114,21 @@ def test_the_tar_of_tars_is_the_folder(tars: Path, folder: Path) -> None:
     _same(train, _files(folder, source="folder"))
 
 
+def test_a_plain_tar_of_class_folders_needs_no_members_for_them(
+    tars: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in (folder / "train").glob("*/*")}
+    (tars / TARS["train"]).write_bytes(_tar(images))
+    _same(_files(tars), _files(folder, source="folder"))
+    assert not caplog.records
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in [*images.items(), *images.items()]:
+            _add(tar, name, content)
+    (tars / TARS["train"]).write_bytes(stream.getvalue())
+    assert len(_files(tars)) == 12 and "left out 12 images that a later one of the same name" in caplog.text
+
+
 @pytest.mark.parametrize("truth", ["wnids", "devkit", "solution"])
 def test_validation_images_are_the_folder_by_every_ground_truth(tars: Path, folder: Path, truth: str) -> None:
     if truth == "devkit":
@@ -125,6 +140,7 @@ def test_validation_images_are_the_folder_by_every_ground_truth(tars: Path, fold
         (tars / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]) + "\n")
     for split in ("val", "test", "validation"):
         val = _files(tars, split)
+        assert val.split == "val"
         assert [val.labels[i] for i in np.argsort([name[-13:] for name in val.names])] == TRUTH
         _same(val, _files(folder, "val", "folder"))
 

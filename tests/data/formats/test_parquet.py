@@ -100,6 +100,7 @@ def test_ids_labels_and_bytes_are_those_of_the_class_folder(layout: str, image_s
     for split in ("train", "test", "val"):
         folder, parquet = _open("folder", image_set, split), _open("parquet", root, split)
         assert len(parquet) == {"train": 13, "test": 7, "val": 7}[split]
+        assert parquet.split == {"train": "train", "test": "test", "val": "test"}[split]
         assert parquet.class_names == folder.class_names and list(parquet.names) == list(folder.names)
         assert parquet.labels.dtype == np.int32 and np.array_equal(parquet.labels, folder.labels)
         assert [parquet.read(i) for i in range(len(parquet))] == [folder.read(i) for i in range(len(folder))]
@@ -113,6 +114,39 @@ def test_one_file_is_the_split_of_its_name(image_set: Path, tmp_path: Path) -> N
     _fails("is one file of one split, and not of 'train'.*train-", file, "train")
     assert len(_open("parquet", _write(tmp_path / "photos.parquet", rows))) == 7
     _fails("one file of one split, and not of 'test'", tmp_path / "photos.parquet", "test")
+    named = _write(tmp_path / "cifar10-validation.parquet", rows)
+    assert len(_open("parquet", named, "test")) == 7 and _open("parquet", named, "test").split == "validation"
+    _fails("one file of one split, and not of 'train'", named)
+
+
+def test_a_split_is_a_name_and_no_pattern(image_set: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "train.parquet", _rows(image_set / "train"))
+    for split in ("(", "tr..n", "train|test"):
+        _fails("no .*parquet in .*found: .*train.parquet", tmp_path, split)
+
+
+def test_metadata_of_another_kind_names_no_classes(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    for text in ("[1]", "3", '{"info": {"features": []}}', '{"info": {"features": {"label": {"names": null}}}}'):
+        _write(file, [({"bytes": b"a", "path": None}, 1)])
+        table = pyarrow.parquet.read_table(file).replace_schema_metadata({"huggingface": text})
+        pyarrow.parquet.write_table(table, file)
+        assert _open("parquet", file).class_names == ("0", "1")
+    for names in ('"cat"', "[1, 2]", '{"0": "cat"}'):
+        text = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": text}), file)
+        _fails("train.parquet: its metadata 'huggingface' names no classes but .*; expected a list", file)
+
+
+def test_paths_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+    paths = pyarrow.array([b"caf\xe9.png", b"caf\xe8.png"], pyarrow.binary()).view(pyarrow.string())
+    images = pyarrow.StructArray.from_arrays([pyarrow.array([b"a", None], pyarrow.binary()), paths], ["bytes", "path"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": [0, 1]}), tmp_path / "train.parquet")
+    beside = tmp_path / b"caf\xe8.png".decode("utf-8", "surrogateescape")
+    beside.write_bytes(b"beside")
+    source = _open("parquet", tmp_path)
+    assert [name.encode("utf-8", "surrogateescape") for name in source.names] == [b"0/caf\xe9.png", b"1/caf\xe8.png"]
+    assert [source.read(0), source.read(1)] == [b"a", b"beside"]
 
 
 def test_classes_are_numbered_as_the_metadata_has_them(image_set: Path, tmp_path: Path) -> None:
@@ -131,6 +165,14 @@ def test_without_metadata_classes_are_numbers_and_those_of_the_train_split(tmp_p
     assert test.class_names == tuple("0123") and test.labels.tolist() == [0, 1]
     _write(tmp_path / "test.parquet", [({"bytes": b"a", "path": None}, 4)])
     _fails("class '4' is not among the 4 of the train split", tmp_path, "test")
+
+
+def test_ids_follow_the_train_splits_order_of_classes(image_set: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "train.parquet", _rows(image_set / "train"), ("cat", "dog"))
+    _write(tmp_path / "test.parquet", _rows(image_set / "test", ("dog", "cat")), ("dog", "cat"))
+    parquet, folder = _open("parquet", tmp_path, "test"), _open("folder", image_set, "test")
+    assert fingerprint(parquet) == fingerprint(folder)
+    assert [parquet.read(i) for i in range(7)] == [folder.read(i) for i in range(7)]
 
 
 def test_rows_without_a_path_are_named_by_their_number(tmp_path: Path) -> None:
@@ -249,11 +291,13 @@ def test_labels_that_are_hidden_missing_or_of_no_class_are_named(tmp_path: Path)
     _write(tmp_path / "test.parquet", [(image, -1) for image, _ in rows], ("cat", "dog"))
     _fails("test.parquet: row 0 has label -1, expected 0..1; this split's labels are hidden", tmp_path, "test")
     _write(tmp_path / "train.parquet", rows)
-    _fails("train.parquet: row 1 has label -1, expected 0 or more; repair it", tmp_path)
+    _fails("train.parquet: row 1 has label -1, expected 0..999999; repair it", tmp_path)
     _write(tmp_path / "train.parquet", rows[::2], ("cat", "dog"))
     _fails("train.parquet: row 1 has label 2, expected 0..1", tmp_path)
     _write(tmp_path / "train.parquet", [*rows[:1], (rows[0][0], None)])
     _fails("train.parquet: 1 of 2 labels are null", tmp_path)
+    _write(tmp_path / "train.parquet", [(rows[0][0], 2**32 + 1)])
+    _fails("train.parquet: row 0 has label 4294967297, expected 0..999999", tmp_path)
 
 
 def test_damaged_files_are_named(image_set: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_tar_without_a_train_split_has_its_own_classes(
     image_set: Path, pack: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = pack(image_set / "test", tmp_path / "set.tar", "val")
-    assert _files(file, "test").class_names == ("cat", "dog")
+    assert _files(file, "test").class_names == ("cat", "dog") and _files(file, "test").split == "val"
     with pytest.raises(ConfigError, match="no split 'train' in it"):
         _files(file)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import File, open_file, open_stream, stamp
 from vit_dist.data.progress import bar
@@ -32,26 +33,39 @@ _SHOWN_EVERY = 16 << 20  # bytes between two looks of the progress bar
 
 
 class Memory:
-    """What the compressed tars of one source may take once unpacked, all of them together: `limit` bytes."""
+    """What the compressed tars of one source may take once unpacked, all of them together: `limit` bytes a process.
 
-    def __init__(self, limit: int, advice: str) -> None:
+    Every process unpacks them for itself, so that each of `processes` may take its part of what the config allows.
+    """
+
+    def __init__(self, limit: int, advice: str, processes: int = 1) -> None:
         """`advice` says what to do, but for a higher limit, where it is too low."""
-        self.limit, self.advice = limit, advice
+        self.limit, self.advice, self.processes = limit, advice, processes
         self._taken = 0
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, data: config.Data, advice: str) -> "Memory":
+        """`data.memory_limit_gb`, shared by this process and the workers."""
+        processes = 1 + data.workers
+        return cls(int(data.memory_limit_gb * 2**30) // processes, advice, processes)
 
     def take(self, size: int, path: Path) -> None:
         """Counts `size` more bytes. Raises `ConfigError` past the limit."""
         with self._lock:
             self._taken += size
             if self._taken > self.limit:
+                share, fewer = "", ""
+                if self.processes > 1:
+                    share = f" / {self.processes} (this process and each worker unpack it for themselves)"
+                    fewer = "take fewer data.workers, "
                 raise ConfigError(
-                    f"{path}: more than data.memory_limit_gb={self.limit / 2**30:g} once unpacked; raise it, "
-                    f"or {self.advice}"
+                    f"{path}: more than data.memory_limit_gb={self.limit * self.processes / 2**30:g}{share} once "
+                    f"unpacked; raise it, {fewer}or {self.advice}"
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, (self.limit, self.advice)
+        return Memory, (self.limit, self.advice, self.processes)
 
 
 class Tar:
@@ -122,7 +136,7 @@ _open_tars: weakref.WeakValueDictionary[tuple[Any, ...], Tar] = weakref.WeakValu
 def open_tar(path: Path, memory: Memory) -> Tar:
     """The tar at `path`; while a source still holds it, the same one, so that it is unpacked once."""
     stamped = stamp(path)
-    key = (str(path.resolve()), stamped, memory.limit)
+    key = (str(path.resolve()), stamped, memory.limit, memory.processes)
     tar = _open_tars.get(key)
     if tar is None:
         tar = _open_tars[key] = Tar(path, memory, stamped)

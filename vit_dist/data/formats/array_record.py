@@ -5,9 +5,9 @@ the index is what makes opening a large set quick. Which shard holds an id is ar
 """
 
 import bisect
+import errno
 import logging
 import os
-import resource
 import tempfile
 import threading
 import zipfile
@@ -21,15 +21,14 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data import index, manifest
-from vit_dist.data.examples import FileSource, file_source
-from vit_dist.data.files import is_remote
+from vit_dist.data.examples import FileSource, file_source, fingerprint
+from vit_dist.data.files import allow_open_files, first_line, is_remote
 from vit_dist.data.formats.listing import NoSplit, find_split
 from vit_dist.data.index import Index
-from vit_dist.data.manifest import File, Manifest
+from vit_dist.data.manifest import Entry, Manifest
 from vit_dist.data.progress import counted
 
 _log = logging.getLogger(__name__)
-_OPEN_ELSEWHERE = 128  # files that the rest of a process may need
 _NAMES = "surrogateescape"  # file names are bytes, not always UTF-8
 
 
@@ -44,15 +43,15 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     name = find_split(split, whole.shards)
     if name is None:
         raise NoSplit(f"data.path: no split {split!r} in {path}; found {', '.join(whole.shards)}")
-    listed = _read_index(path, whole, name)
+    listed = read_index(path, whole, name)
     shards = whole.shards[name]
     folder = _fetch(path, whole, shards, data.cache_dir) if is_remote(path) else path
     for shard in shards:
         check_size(folder, shard)
-    _check_open_files(path, len(shards))
     plan = whole.plan.splits[name]
     images = RecordImages([folder / shard.file for shard in shards], [plan.ids(i).start for i in range(len(shards))])
-    return file_source(path / name, listed, images, plan.version)
+    allow_open_files([images], len(shards), path)
+    return file_source(path / name, name, listed, images, plan.version)
 
 
 class RecordImages:
@@ -76,7 +75,7 @@ class RecordImages:
         try:
             return unpack(reader.read([index - self.starts[shard]])[0])["image"]
         except (RuntimeError, ValueError, LookupError) as error:  # a damaged record, or what is in it
-            raise OSError(f"{self.files[shard].name} is damaged ({_first_line(error)})") from error
+            raise OSError(f"{self.files[shard].name} is damaged ({first_line(error)})") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RecordImages, (self.files, self.starts)
@@ -93,9 +92,19 @@ def unpack(record: bytes) -> dict[str, Any]:
 
 
 def open_reader(file: Path) -> Any:
-    """An `ArrayRecordReader` for single records in any order. Raises `OSError`."""
+    """An `ArrayRecordReader` for single records in any order.
+
+    Raises `OSError`, and `ConfigError` where the fault is not the file's: the process has too many open.
+    """
     reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
+        try:
+            file.open("rb").close()  # it says why, which the library does not
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise ConfigError(
+                    f"{file}: {error.strerror}; raise the limit (ulimit -n), or open fewer sets"
+                ) from error
         raise OSError(f"{file.name} cannot be opened, or is no ArrayRecord file")
     return reader
 
@@ -118,10 +127,10 @@ class Writer:
         try:
             method(*arguments)
         except RuntimeError as error:
-            raise ConfigError(f"{self.shown_as}: cannot be written ({_first_line(error)})") from error
+            raise ConfigError(f"{self.shown_as}: cannot be written ({first_line(error)})") from error
 
 
-def check_size(folder: Path, file: File) -> None:
+def check_size(folder: Path, file: Entry) -> None:
     """Raises `ConfigError` where a file of a set is missing or not of the size that the manifest says."""
     try:
         size = (folder / file.file).stat().st_size
@@ -131,28 +140,26 @@ def check_size(folder: Path, file: File) -> None:
         raise ConfigError(f"{folder / file.file}: {size} bytes, but the manifest says {file.bytes}; copy or prepare it")
 
 
-def _read_index(path: Path, whole: Manifest, split: str) -> Index:
+def read_index(folder: Path, whole: Manifest, split: str) -> Index:
+    """The index of a split. Raises `ConfigError` where it is damaged, or lists anything but the examples planned."""
     file = whole.indexes[split]
-    check_size(path, file)
+    check_size(folder, file)
     try:
-        listed, _ = index.read(path / file.file)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path / file.file}: cannot be read ({error}); copy or prepare it again") from error
-    if len(listed) != file.records or listed.class_names != whole.plan.classes:
-        raise ConfigError(f"{path / file.file}: lists other examples than the manifest; copy or prepare it again")
+        listed, _ = index.read(folder / file.file)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{folder / file.file}: cannot be read ({error}); copy or prepare it again") from error
+    plan = whole.plan.splits[split]
+    if fingerprint_of(listed, plan.version) != plan.fingerprint:
+        raise ConfigError(f"{folder / file.file}: does not list the examples of this set; copy or prepare it again")
     return listed
 
 
-def _check_open_files(path: Path, shards: int) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and shards + _OPEN_ELSEWHERE > limit:
-        raise ConfigError(
-            f"{path}: holds {shards} shards, all of which are kept open, but a process may open {limit} files here; "
-            f"raise that (ulimit -n {shards + _OPEN_ELSEWHERE}), or prepare it with fewer --shards"
-        )
+def fingerprint_of(listed: Index, version: str) -> str:
+    """`fingerprint` of a prepared split that lists this."""
+    return fingerprint(file_source("", "", listed, RecordImages((), ()), version))
 
 
-def _fetch(path: Path, whole: Manifest, shards: Sequence[File], cache_dir: str | None) -> Path:
+def _fetch(path: Path, whole: Manifest, shards: Sequence[Entry], cache_dir: str | None) -> Path:
     """Copies the shards that are not there yet into the cache folder; returns where they lie."""
     folder = index.cache_folder(cache_dir) / f"records-{whole.digest[:24]}"
     missing = [shard for shard in shards if _size(folder / shard.file) != shard.bytes]
@@ -175,8 +182,3 @@ def _fetch(path: Path, whole: Manifest, shards: Sequence[File], cache_dir: str |
 
 def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else -1
-
-
-def _first_line(error: Exception) -> str:
-    """What the C++ library says is long: its first clause."""
-    return (str(error) or repr(error)).split(";")[0].splitlines()[0]

@@ -17,7 +17,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import ArraySource
 from vit_dist.data.files import entries, is_remote, open_stream
-from vit_dist.data.formats.listing import NoSplit, split_names
+from vit_dist.data.formats.listing import MOST_CLASSES, NoSplit, split_names
 
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 # What images and labels are called in a file of one split, and in one of several.
@@ -96,7 +96,7 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     for what is missing, damaged, contradictory, or no `uint8 [N, H, W]` or `[N, H, W, C]`.
     """
     limit = int(data.memory_limit_gb * 2**30)
-    found = next((one for name in split_names(split) if (one := _find(path, name)) is not None), None)
+    name, found = next(((name, one) for name in split_names(split) if (one := _find(path, name))), ("", None))
     if found is None:
         raise _not_found(path, split)
     arrays, images_name, labels_name = found
@@ -107,9 +107,9 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     train = _find(path, "train")
     given = class_names_beside(path if path.is_dir() else path.parent)
     if given is None and "class_names" in arrays.names:
-        given = tuple(map(str, arrays.read("class_names", limit).tolist()))
+        given = tuple(map(_text, arrays.read("class_names", limit).tolist()))
     others = [] if train is None or train == found else [_labels(train, limit)]
-    return ArraySource(images, labels, class_names_for(arrays.where, given, [labels, *others]))
+    return ArraySource(images, labels, class_names_for(arrays.where, given, [labels, *others]), split=name)
 
 
 def class_names_beside(folder: Path) -> tuple[str, ...] | None:
@@ -185,7 +185,13 @@ def _labels(found: tuple[Arrays, str, str], limit: int) -> np.ndarray:
         raise ConfigError(f"{where} is {labels.dtype} {list(labels.shape)}, expected one whole number an image, [N]")
     if labels.min() < 0:
         raise ConfigError(f"{where} holds the label {labels.min()}, expected 0 or more")
+    if labels.max() >= MOST_CLASSES:
+        raise ConfigError(f"{where} holds the label {labels.max()}, which is no number of a class")
     return labels.astype(np.int32)
+
+
+def _text(name: object) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def _check_size(where: object, size: int, limit: int) -> None:

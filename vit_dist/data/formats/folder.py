@@ -6,16 +6,16 @@ from pathlib import Path
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, file_source
-from vit_dist.data.files import entries, folders_stamp
+from vit_dist.data.files import entries, folders_stamp, read_file
 from vit_dist.data.formats import tar
 from vit_dist.data.formats.listing import (
     NoSplit,
-    check_classes,
+    check_filled,
     class_folders,
     find_split,
     is_hidden,
     is_image,
-    report_ignored,
+    left_out,
     split_names,
 )
 from vit_dist.data.index import Index, Names, in_order, kept
@@ -30,7 +30,7 @@ class FolderImages:
     names: Names
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        return read_file(self.root / self.names[index])
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
@@ -49,7 +49,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     index = _index(path / name, data.cache_dir)
     if name != "train" and "train" in splits:
         index = index.with_classes(class_folders(path / "train"), path / name)
-    return file_source(path / name, index, FolderImages(path / name, index.names))
+    return file_source(path / name, name, index, FolderImages(path / name, index.names))
 
 
 def _index(folder: Path, cache_dir: str | None) -> Index:
@@ -65,7 +65,7 @@ def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
         found = entries(folder / name)
         classes[name] = [image for image, is_folder in found if is_image(image) and not is_folder]
         ignored += [f"{name}/{other}" for other, is_folder in found if is_folder or not is_image(other)]
-    report_ignored(folder, ignored)
-    check_classes(folder, classes)
+    check_filled(folder, classes)
     labels = [label for label, name in enumerate(folders) for _ in classes[name]]
-    return in_order(folders, [f"{name}/{image}" for name in folders for image in classes[name]], labels)
+    names = [f"{name}/{image}" for name in folders for image in classes[name]]
+    return in_order(folders, names, labels, notes=left_out(folder, ignored))

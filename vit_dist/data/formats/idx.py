@@ -26,9 +26,11 @@ _IMAGES, _LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 _DIGITS_TEST_EVERY = 5
 
 
-def open_digits(path: Path | None, split: str, data: config.Data) -> ArraySource:
-    images, labels = read_digits(array_split(split))
-    return ArraySource(images, labels, tuple("0123456789"))
+def open_digits(path: Path, split: str, data: config.Data) -> ArraySource:
+    """A split of scikit-learn's digits, which come with the library: neither `path` nor `data` is looked at."""
+    name = array_split(split)
+    images, labels = read_digits(name)
+    return ArraySource(images, labels, tuple("0123456789"), split=name)
 
 
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
@@ -47,7 +49,7 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     known = known_set(path).class_names
     if given is None and _is_known(path) and all(some.max() < len(known) for some in of_all):
         given = known
-    return ArraySource(images, labels, class_names_for(path, given, of_all))
+    return ArraySource(images, labels, class_names_for(path, given, of_all), split=name)
 
 
 def array_split(split: str) -> str:

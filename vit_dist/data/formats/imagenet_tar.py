@@ -19,8 +19,8 @@ from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, SpanImages, file_source
 from vit_dist.data.files import entries, stamp
 from vit_dist.data.formats.archive import Member, Memory, Tar, followed, members, open_tar
-from vit_dist.data.formats.listing import NoSplit, check_classes, find_split, is_hidden, is_image, report_ignored
-from vit_dist.data.formats.tar import Classes, Span, ordered
+from vit_dist.data.formats.listing import NoSplit, check_filled, find_split, is_hidden, is_image, left_out
+from vit_dist.data.formats.tar import Classes, Span, ordered, taken_over
 from vit_dist.data.index import Index, kept
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
@@ -45,7 +45,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         raise ConfigError(f"data.path: {path} is a file; expected the folder that holds {TARS[name]}")
     if not (path / TARS[name]).is_file():
         raise NoSplit(f"data.path: no {TARS[name]} in {path}")
-    memory = Memory(int(data.memory_limit_gb * 2**30), "decompress it to a plain tar, which is read where it lies")
+    memory = Memory.of(data, "decompress it to a plain tar, which is read where it lies")
     tar = open_tar(path / TARS[name], memory)
     if name == "train":
         index = _train_index(tar, data.cache_dir)
@@ -55,7 +55,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
             train = _train_index(open_tar(path / TARS["train"], memory), data.cache_dir)
             index = index.with_classes(train.class_names, tar.path)
     assert index.spans is not None
-    return file_source(tar.path, index, SpanImages((tar,), index.spans))
+    return file_source(tar.path, name, index, SpanImages((tar,), index.spans))
 
 
 def _train_index(tar: Tar, cache_dir: str | None) -> Index:
@@ -65,17 +65,20 @@ def _train_index(tar: Tar, cache_dir: str | None) -> Index:
 def _scan_train(tar: Tar) -> Index:
     classes: Classes = {}
     ignored: list[str] = []
+    doubled: list[str] = []
     with tar.stream() as stream:
         for member in followed(_members_of_members(stream, tar.path), tar):
             if len(member.parts) == 1 and member.is_folder:
                 classes.setdefault(member.parts[0], {})
             elif len(member.parts) == 2 and is_image(member.parts[1]):
-                classes[member.parts[0]][member.parts[1]] = (member.offset, member.size)
+                images = classes.setdefault(member.parts[0], {})
+                if member.parts[1] in images:
+                    doubled.append(member.name)
+                images[member.parts[1]] = (member.offset, member.size)
             elif not member.is_folder:
                 ignored.append(member.name)
-    report_ignored(tar.path, ignored)
-    check_classes(tar.path, classes)
-    return ordered(classes)
+    check_filled(tar.path, classes)
+    return ordered(classes, [*left_out(tar.path, ignored), *taken_over(tar.path, doubled)])
 
 
 def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
@@ -105,14 +108,13 @@ def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:
                 images[member.name] = (member.offset, member.size)
             elif not member.is_folder:
                 ignored.append(member.name)
-    report_ignored(tar.path, ignored)
     if len(images) != len(wnids):
         raise ConfigError(f"{truth}: the labels of {len(wnids)} images, but {tar.path} holds {len(images)}")
     classes: Classes = {}
     for wnid, image in zip(wnids, sorted(images), strict=True):
         classes.setdefault(wnid, {})[image] = images[image]
-    check_classes(tar.path, classes)
-    return ordered(classes)
+    check_filled(tar.path, classes)
+    return ordered(classes, left_out(tar.path, ignored))
 
 
 def _find_truth(folder: Path) -> Path:

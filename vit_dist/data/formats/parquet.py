@@ -20,8 +20,8 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, file_source
-from vit_dist.data.files import entries, is_remote, open_stream, stamp
-from vit_dist.data.formats.listing import KNOWN_SPLITS, NoSplit, split_names
+from vit_dist.data.files import entries, first_line, is_remote, open_stream, stamp
+from vit_dist.data.formats.listing import KNOWN_SPLITS, MOST_CLASSES, NoSplit, split_names, split_word
 from vit_dist.data.index import Index, in_order, kept
 from vit_dist.data.progress import counted
 
@@ -87,7 +87,7 @@ class RowGroups:
                 self._make_room(key, _image_bytes(parquet.metadata.row_group(group), name))
                 column = parquet.read_row_group(group, columns=[name], use_threads=False).column(name)
         except (OSError, pyarrow.ArrowException, ConfigError) as error:
-            raise OSError(f"row group {group} of {file} cannot be read ({_line(error)})") from error
+            raise OSError(f"row group {group} of {file} cannot be read ({first_line(error)})") from error
         self._make_room(key, column.nbytes)  # repeated images take less in the file than here
         return column
 
@@ -118,16 +118,17 @@ class ParquetImages:
     spans: np.ndarray
 
     def read(self, index: int) -> bytes:
+        import pyarrow
+
         number, group, row = self.spans[index].tolist()
-        image = self.groups.column(number, group)[row].as_py()
-        if isinstance(image, dict):
-            data, path = image["bytes"], image.get("path")
-            if data is None and path is not None:
-                return _beside(self.groups.files[number], path)
-            image = data
-        if image is None:
-            raise OSError(f"row {row} of row group {group} of {self.groups.files[number]} holds no image")
-        return image
+        image, path = self.groups.column(number, group)[row], None
+        if isinstance(image, pyarrow.StructScalar) and image.is_valid:
+            image, path = image["bytes"], image.get("path")
+        if image.is_valid:
+            return image.as_py()
+        if path is not None and path.is_valid:
+            return _beside(self.groups.files[number], _decoded(path.cast(pyarrow.binary()).as_py()))
+        raise OSError(f"row {row} of row group {group} of {self.groups.files[number]} holds no image")
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
@@ -145,17 +146,17 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     limit = int(data.memory_limit_gb * 2**30) // max(1, data.workers)
     _warn_if_slow(path, shards, limit)
     assert index.spans is not None
-    return file_source(shards.where, index, ParquetImages(RowGroups(shards.files, limit), index.spans))
+    return file_source(shards.where, shards.name, index, ParquetImages(RowGroups(shards.files, limit), index.spans))
 
 
 def _find(path: Path, split: str) -> Shards | None:
     """The shards of a split, by the first of its names that any go by."""
     if not path.is_dir():  # its name says which split it is; one without such a name is for training
-        name = next((known for known in KNOWN_SPLITS if re.match(rf"{known}\b|{known}_", path.name)), "train")
+        name = split_word(path.name, KNOWN_SPLITS) or "train"
         return Shards(name, (path,)) if name in split_names(split) else None
     places = [(folder, entries(folder)) for folder in (path, path / "data") if folder.is_dir()]
     for name in split_names(split):
-        pattern = re.compile(rf"{name}([-_]\d.*)?\.parquet")
+        pattern = re.compile(rf"{re.escape(name)}([-_]\d.*)?\.parquet")
         for folder, found in places:
             files = tuple(folder / file for file, _ in found if pattern.fullmatch(file))
             if not files and (name, True) in found:
@@ -214,10 +215,10 @@ def _read_labels(shards: Shards) -> Index:
                 known = classes
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
                 table = parquet.read(columns=[label, f"{image}.path"], use_threads=False)
+                names += _paths(table, image)
         except (OSError, pyarrow.ArrowException) as error:
-            raise ConfigError(f"{file}: cannot be read as Parquet ({_line(error)}); fetch it again") from error
+            raise ConfigError(f"{file}: cannot be read as Parquet ({first_line(error)}); fetch it again") from error
         labels.append(_labels(table.column(label), file, known))
-        names += _paths(table, image)
         for group, rows in enumerate(groups):
             spans.append(np.stack(np.broadcast_arrays(number, group, np.arange(rows)), axis=1))
     if not names:
@@ -226,7 +227,7 @@ def _read_labels(shards: Shards) -> Index:
     if known is None:
         known = tuple(map(str, range(int(found.max()) + 1)))
     full = [f"{known[label]}/{name or format(row, '08')}" for row, (label, name) in enumerate(zip(found, names))]
-    return in_order(known, full, found, tuple(file.name for file in shards.files), np.concatenate(spans))
+    return in_order(known, full, found, np.concatenate(spans))
 
 
 def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
@@ -245,8 +246,14 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
         described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except ValueError as error:
         raise ConfigError(f"{file}: its metadata 'huggingface' is no JSON ({error})") from error
-    names = described.get("info", {}).get("features", {}).get(label, {}).get("names")
-    return image, label, None if names is None else tuple(names)
+    names = described
+    for key in ("info", "features", label, "names"):
+        names = names.get(key) if isinstance(names, dict) else None
+    if names is None:
+        return image, label, None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{file}: its metadata 'huggingface' names no classes but {str(names)[:40]}; expected a list")
+    return image, label, tuple(names)
 
 
 def _column(schema: Any, names: tuple[str, ...], file: Path) -> str:
@@ -260,21 +267,28 @@ def _labels(column: Any, file: Path, classes: tuple[str, ...] | None) -> np.ndar
     if column.null_count:
         raise ConfigError(f"{file}: {column.null_count} of {len(column)} labels are null; take a split with labels")
     labels = column.to_numpy()
-    wrong = np.flatnonzero((labels < 0) | (labels >= (np.inf if classes is None else len(classes))))
+    count = MOST_CLASSES if classes is None else len(classes)
+    wrong = np.flatnonzero((labels < 0) | (labels >= count))
     if len(wrong):
         hidden = "this split's labels are hidden; take another" if (labels == -1).all() else "repair it"
-        raise ConfigError(
-            f"{file}: row {wrong[0]} has label {labels[wrong[0]]}, expected "
-            f"{'0 or more' if classes is None else f'0..{len(classes) - 1}'}; {hidden}"
-        )
+        raise ConfigError(f"{file}: row {wrong[0]} has label {labels[wrong[0]]}, expected 0..{count - 1}; {hidden}")
     return labels.astype(np.int32)
 
 
 def _paths(table: Any, image: str) -> list[str | None]:
     """The base names of the files that the images were, None where that is not told."""
+    import pyarrow
+    import pyarrow.compute
+
     if image not in table.column_names:
         return [None] * len(table)
-    return [row and row["path"] and PurePosixPath(row["path"]).name for row in table.column(image).to_pylist()]
+    paths = pyarrow.compute.struct_field(table.column(image), ["path"]).cast(pyarrow.binary())
+    return [path and PurePosixPath(_decoded(path)).name for path in paths.to_pylist()]
+
+
+def _decoded(path: bytes) -> str:
+    """A path, which is bytes and not always UTF-8."""
+    return path.decode("utf-8", "surrogateescape")
 
 
 def _warn_if_slow(path: Path, shards: Shards, limit: int) -> None:
@@ -319,7 +333,3 @@ def _beside(shard: Path, path: str) -> bytes:
     if not file.is_file():
         raise OSError(f"the row holds no bytes but the path {path}, which is not in {shard.parent}")
     return file.read_bytes()
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

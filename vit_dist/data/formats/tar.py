@@ -4,7 +4,9 @@ The headers of a large tar take minutes to read, so the index of each split is k
 even be unpacked before one of its images is wanted.
 """
 
+import dataclasses
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,12 @@ from vit_dist.data.formats.archive import TAR_SUFFIXES, Memory, Tar, followed, m
 from vit_dist.data.formats.listing import (
     KNOWN_SPLITS,
     NoSplit,
-    check_classes,
+    check_filled,
     class_folders,
     find_split,
     is_hidden,
     is_image,
-    report_ignored,
+    left_out,
     split_names,
 )
 from vit_dist.data.index import Index, in_order, kept
@@ -54,7 +56,8 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
             if not whole:
                 raise
     assert index.spans is not None
-    return file_source(file, index, SpanImages((tar,), index.spans))
+    name = index.split if whole else file.name.partition(".")[0]
+    return file_source(file, name, index, SpanImages((tar,), index.spans))
 
 
 def find_tar(folder: Path, split: str) -> Path | None:
@@ -63,21 +66,26 @@ def find_tar(folder: Path, split: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def ordered(classes: Classes) -> Index:
+def ordered(classes: Classes, notes: Sequence[str] = ()) -> Index:
     """The index of the images of one tar."""
     class_names = sorted(classes)
     return in_order(
         class_names,
         [f"{name}/{image}" for name in class_names for image in classes[name]],
         [label for label, name in enumerate(class_names) for _ in classes[name]],
-        (),
         [(0, *span) for name in class_names for span in classes[name].values()],
+        notes,
     )
+
+
+def taken_over(where: object, images: Sequence[str]) -> list[str]:
+    """What an index is to note of images that a tar holds twice: the later counts, as where the tar is unpacked."""
+    return left_out(where, images, "images that a later one of the same name takes the place of")
 
 
 def _open(file: Path, data: config.Data) -> Tar:
     advice = f"unpack it (mkdir FOLDER && tar -xf {file} -C FOLDER) and set data.source=folder"
-    return open_tar(file, Memory(int(data.memory_limit_gb * 2**30), advice))
+    return open_tar(file, Memory.of(data, advice))
 
 
 def _index(tar: Tar, split: str, whole: bool, cache_dir: str | None) -> Index:
@@ -94,7 +102,7 @@ def _index(tar: Tar, split: str, whole: bool, cache_dir: str | None) -> Index:
             raise NoSplit(f"{tar.path}: no split {split!r} in it; expected {expected}, found splits: {found}")
         index = splits[name]
         counts = np.bincount(index.labels, minlength=len(index.class_names)).tolist()
-        check_classes(
+        check_filled(
             f"{tar.path}{':' if name else ''}{name}",
             {one: range(count) for one, count in zip(index.class_names, counts, strict=True)},
         )
@@ -118,6 +126,7 @@ def _scan(tar: Tar) -> dict[str, Index]:
     found: dict[tuple[str, ...], Classes] = {}  # by the folders above the class folder
     folders: list[tuple[str, ...]] = []
     ignored: list[str] = []
+    doubled: list[str] = []
     with tar.stream() as stream:
         for member in followed(members(stream, tar.path), tar):
             parts = member.parts
@@ -127,17 +136,19 @@ def _scan(tar: Tar) -> dict[str, Index]:
                 ignored.append(member.name)
             else:
                 images = found.setdefault(parts[:-2], {}).setdefault(parts[-2], {})
-                images[parts[-1]] = (member.offset, member.size)  # the later of two of one name, as tar has it
+                if parts[-1] in images:
+                    doubled.append(member.name)
+                images[parts[-1]] = (member.offset, member.size)
     for parts in folders:
         if parts and parts[:-1] in found and not any(map(is_hidden, parts)):
             found[parts[:-1]].setdefault(parts[-1], {})
-    report_ignored(tar.path, ignored)
+    notes = [*left_out(tar.path, ignored), *taken_over(tar.path, doubled)]
     splits: dict[str, Index] = {}
     for above, classes in sorted(found.items()):
         name = above[-1] if above else ""
         if name in splits:
             raise ConfigError(f"{tar.path}: holds two folders {name!r}, one of them {'/'.join(above)}; expected one")
-        splits[name] = ordered(classes)
+        splits[name] = dataclasses.replace(ordered(classes, notes), split=name)
     return splits
 
 

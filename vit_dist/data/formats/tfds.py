@@ -16,7 +16,7 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, file_source
-from vit_dist.data.files import is_remote, stamp
+from vit_dist.data.files import first_line, is_remote, stamp
 from vit_dist.data.formats.listing import NoSplit, find_split
 from vit_dist.data.index import Index, in_order, kept
 from vit_dist.data.progress import counted
@@ -69,7 +69,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     records = _records(info, name)
     index = kept(f"tfds {where}", stamps, data.cache_dir, lambda: _read_labels(records, info, label, where))
     assert index.spans is not None
-    return file_source(where, index, TfdsImages(records, index.spans[:, 1], image))
+    return file_source(where, name, index, TfdsImages(records, index.spans[:, 1], image))
 
 
 def _open(path: Path) -> Any:
@@ -90,13 +90,13 @@ def _open(path: Path) -> Any:
             return tfds.builder_from_directory(str(folder))
         except (OSError, ValueError, ParseError) as error:
             raise ConfigError(
-                f"{folder / _INFO}: cannot be read ({_line(error)}); prepare the data set again"
+                f"{folder / _INFO}: cannot be read ({first_line(error)}); prepare the data set again"
             ) from error
     try:
         return read_only_builder.builder_from_files(str(path))
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ConfigError(
-            f"data.path: no folder {str(path)!r}, and no prepared data set of that name ({_line(error)}); "
+            f"data.path: no folder {str(path)!r}, and no prepared data set of that name ({first_line(error)}); "
             f'tfds.builder({str(path)!r}, file_format="array_record").download_and_prepare() makes one'
         ) from error
 
@@ -160,7 +160,7 @@ def _read_labels(records: Any, info: Any, label: str, where: str) -> Index:
             )
         names.append(f"{classes[found]}/{PurePosixPath(text).name}")
     numbers = np.arange(len(records))
-    return in_order(classes, names, labels, (), np.stack(np.broadcast_arrays(0, numbers, 0), axis=1))
+    return in_order(classes, names, labels, np.stack(np.broadcast_arrays(0, numbers, 0), axis=1))
 
 
 def _parse(record: bytes) -> Any:
@@ -178,8 +178,4 @@ def _damage_as(kind: type[Exception], where: object) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, LookupError, DecodeError) as error:
-        raise kind(f"{where} cannot be read ({_line(error)}); prepare the data set again") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise kind(f"{where} cannot be read ({first_line(error)}); prepare the data set again") from error

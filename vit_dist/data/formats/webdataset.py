@@ -7,7 +7,6 @@ its index is kept; after it any sample is read in place, in any order, which the
 
 import dataclasses
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,15 +21,22 @@ from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, SpanImages, file_source
 from vit_dist.data.files import allow_open_files, entries, is_remote, stamp
 from vit_dist.data.formats.archive import TAR_SUFFIXES, Member, Memory, Tar, members, open_tar
-from vit_dist.data.formats.listing import IMAGE_SUFFIXES, KNOWN_SPLITS, NoSplit, is_hidden, split_names
+from vit_dist.data.formats.listing import (
+    IMAGE_SUFFIXES,
+    KNOWN_SPLITS,
+    MOST_CLASSES,
+    NoSplit,
+    is_hidden,
+    left_out,
+    split_names,
+    split_word,
+)
 from vit_dist.data.index import Index, in_order, kept
 from vit_dist.data.progress import counted
 
-_log = logging.getLogger(__name__)
 _CLASS_FILES = ("classes.txt", "classnames.txt")
 _LABEL_KEYS = ("label", "cls")  # of a sample's JSON: what timm's sets and img2dataset's extra columns call it
 _NAME_KEYS = ("class_name", "classname", "label_name", "class_id", "synset", "wnid")  # likewise, the class's name
-_MOST_CLASSES = 1_000_000  # a larger number is no class
 Label = int | str  # the number of a class, or its name
 
 
@@ -57,7 +63,7 @@ class _Shard:
     labels: list[Label]
     spans: list[tuple[int, int]]
     called: set[tuple[int, str]]
-    left_out: list[str]
+    ignored: list[str]
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
@@ -69,7 +75,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     """
     if not path.is_dir():
         raise ConfigError(f"data.path: {path} is a file; data.source=webdataset needs the folder of its shards")
-    shards = find_shards(path, split)
+    name, shards = find_shards(path, split)
     if not shards:
         names = " or ".join(split_names(split))
         found = [name for name, is_folder in entries(path) if not is_folder and name.endswith(TAR_SUFFIXES)]
@@ -79,37 +85,33 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         )
     class_file = _class_file(path, shards)
     tars, index = _open(shards, class_file, path, split, data)
-    train = find_shards(path, "train")
+    _, train = find_shards(path, "train")
     if split != "train" and train and class_file is None:
         index = _numbered_as(index, _open(train, None, path, "train", data)[1], shards[0].parent)
     assert index.spans is not None
-    return file_source(shards[0].parent, index, SpanImages(tars, index.spans))
+    return file_source(shards[0].parent, name, index, SpanImages(tars, index.spans))
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, sorted; of two words in a shard's name that are splits the last counts."""
+def find_shards(folder: Path, split: str) -> tuple[str, list[Path]]:
+    """What a split is called there, and its shards, sorted: none where it is not found.
+
+    Of two words in a shard's name that are splits the last counts.
+    """
     found = entries(folder)
     tars = [name for name, is_folder in found if not is_folder and _is_shard(name)]
     for name in split_names(split):
         if (name, True) in found:
             inside = [one for one, is_folder in entries(folder / name) if not is_folder and _is_shard(one)]
             if inside:
-                return [folder / name / one for one in inside]
-        shards = [tar for tar in tars if _split_of(tar, name) == name]
+                return name, [folder / name / one for one in inside]
+        shards = [tar for tar in tars if split_word(tar, (*KNOWN_SPLITS, name)) == name]
         if shards:
-            return [folder / tar for tar in shards]
-    return []
+            return name, [folder / tar for tar in shards]
+    return "", []
 
 
 def _is_shard(name: str) -> bool:
     return not is_hidden(name) and name.endswith(TAR_SUFFIXES)
-
-
-def _split_of(shard: str, wanted: str) -> str | None:
-    """The last word of a shard's name that is a split; `train-0001` and `train0001` are both the word `train`."""
-    words = re.findall(r"[a-z0-9]+", shard.lower())
-    known = [split for word in words for split in {*KNOWN_SPLITS, wanted} if split in (word, word.rstrip("0123456789"))]
-    return known[-1] if known else None
 
 
 def _class_file(path: Path, shards: Sequence[Path]) -> Path | None:
@@ -121,11 +123,11 @@ def _class_file(path: Path, shards: Sequence[Path]) -> Path | None:
 def _open(
     shards: Sequence[Path], class_file: Path | None, path: Path, split: str, data: config.Data
 ) -> tuple[tuple[Tar, ...], Index]:
-    if not is_remote(path):
-        allow_open_files(len(shards))
-    memory = Memory(int(data.memory_limit_gb * 2**30), "decompress the shards to plain tars, which are read in place")
+    memory = Memory.of(data, "decompress the shards to plain tars, which are read in place")
     with ThreadPoolExecutor(data.threads) as pool:  # a request each, where they are remote
         tars = tuple(pool.map(lambda shard: open_tar(shard, memory), shards))
+    if not is_remote(path):
+        allow_open_files(tars, 1, path)
     stamps = [f"{tar.path.name} {tar.stamp}" for tar in tars]
     if class_file is not None:
         stamps.append(f"{class_file.name} {stamp(class_file)}")
@@ -141,19 +143,9 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
     """Reads the headers and labels of all shards, several at a time."""
     where = tars[0].path.parent
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            found = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
-        except ConfigError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    left_out = [name for shard in found for name in shard.left_out]
-    if left_out:
-        _log.warning(
-            "%s: left out %d samples or files without an image or a label (%s)",
-            where,
-            len(left_out),
-            ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else ""),
-        )
+        found = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
+    ignored = [name for shard in found for name in shard.ignored]
+    notes = left_out(where, ignored, "samples or files without an image or a label")
     labels = [label for shard in found for label in shard.labels]
     if not labels:
         raise ConfigError(
@@ -161,19 +153,22 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
             "folders in tars, set data.source=tar)"
         )
     called = set().union(*(shard.called for shard in found))
+    if class_names is None and len(dict(called)) < len(called):
+        notes.append(f"{where}: the samples of one label name several classes; classes are called by their numbers")
+        called = set()
     class_names, numbers = _classes(labels, class_names, called, where)
     return in_order(
         class_names,
         [name for shard in found for name in shard.names],
         numbers,
-        [tar.path.name for tar in tars],
         [(number, *span) for number, shard in enumerate(found) for span in shard.spans],
+        notes,
     )
 
 
 def _scan_shard(tar: Tar) -> _Shard:
     samples: dict[str, _Sample] = {}
-    left_out: list[str] = []
+    ignored: list[str] = []
     with tar.stream() as stream:
         for member in members(stream, tar.path):
             name = member.parts[-1] if member.parts else ""
@@ -181,7 +176,7 @@ def _scan_shard(tar: Tar) -> _Shard:
             if member.is_folder:
                 continue
             if not (stem and dot) or any(map(is_hidden, member.parts)):
-                left_out.append(member.name)
+                ignored.append(member.name)
                 continue
             suffix = suffix.lower()
             sample = samples.setdefault("/".join((*member.parts[:-1], stem)), _Sample())
@@ -199,15 +194,15 @@ def _scan_shard(tar: Tar) -> _Shard:
                     sample.cls = _label(content.decode("utf-8", "replace"))
                 else:
                     sample.json, sample.called = _json_label(content)
-    return _sorted_out(samples, left_out)
+    return _sorted_out(samples, ignored)
 
 
-def _sorted_out(samples: dict[str, _Sample], left_out: list[str]) -> _Shard:
-    shard = _Shard([], [], [], set(), left_out)
+def _sorted_out(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
+    shard = _Shard([], [], [], set(), ignored)
     for key, sample in samples.items():
         image, label = sample.image, sample.label
         if image is None or label is None:
-            shard.left_out.append(key)
+            shard.ignored.append(key)
             continue
         shard.names.append(image.name)
         shard.labels.append(label)
@@ -254,9 +249,9 @@ def _classes(
             f"list the names in {_CLASS_FILES[0]}, a line each"
         )
     if listed is None:
-        if numbers and max(numbers) >= _MOST_CLASSES:
+        if numbers and max(numbers) >= MOST_CLASSES:
             raise ConfigError(f"{where}: label {max(numbers)} is no number of a class")
-        listed = sorted(names) if names else _names(called, max(numbers) + 1, where)
+        listed = sorted(names) if names else _names(dict(called), max(numbers) + 1)
     if numbers and max(numbers) >= len(listed):
         raise ConfigError(f"{where}: label {max(numbers)}, but {len(listed)} classes are listed; list them all")
     table = {name: number for number, name in enumerate(listed)}
@@ -266,12 +261,8 @@ def _classes(
     return listed, np.array([label if isinstance(label, int) else table[label] for label in labels], np.int32)
 
 
-def _names(called: set[tuple[int, str]], count: int, where: Path) -> list[str]:
+def _names(names: dict[int, str], count: int) -> list[str]:
     """What the samples call their classes, or the number where none is called anything."""
-    names = dict(called)
-    if len(names) < len(called):
-        _log.warning("%s: the samples of one label name several classes; classes are called by their numbers", where)
-        names = {}
     return _told_apart([names.get(number, str(number)) for number in range(count)])
 
 
