@@ -1,4 +1,4 @@
-"""Batches of a source, prepared ahead of time by threads or worker processes (Grain).
+"""Batches of a source, made ahead of time by threads (Grain's) or by worker processes.
 
 The stream is a Grain dataset of pieces of batches, numbered in order, and a piece is a pure function of `(seed, step,
 rows)`. So it does not matter who makes it, hosts need not talk, and a run is resumed by starting at another step: the
@@ -67,7 +67,8 @@ class Batches(Iterator[Batch]):
 
     def bad(self, batches: int | None = None) -> list[Bad]:
         """The examples skipped in the first so many batches, or in all that were made so far; each once."""
-        return [bad for number, bad in self._bad.values() if batches is None or number <= batches]
+        found = list(self._bad.values())  # at once: another thread may be adding to them
+        return [bad for number, bad in found if batches is None or number <= batches]
 
     def close(self) -> None:
         self._closed = True
