@@ -34,13 +34,11 @@ class Workers(Iterator[T], Generic[T]):
         self._under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
 
     def __next__(self) -> T:
-        while len(self._under_way) < self._ahead and (number := next(self._numbers, None)) is not None:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-            self._under_way.append(self._pool.submit(_one, number))  # may start a process, which inherits the mask
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if not self._under_way:
-            raise StopIteration
         try:
+            while len(self._under_way) < self._ahead and (number := next(self._numbers, None)) is not None:
+                self._under_way.append(self._submit(number))
+            if not self._under_way:
+                raise StopIteration
             return self._under_way.popleft().result()
         except BrokenProcessPool as error:
             for process in self._processes():
@@ -53,6 +51,13 @@ class Workers(Iterator[T], Generic[T]):
     def close(self) -> None:
         """Returns when the processes have ended; what they had under way is lost."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _submit(self, number: int) -> concurrent.futures.Future[T]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            return self._pool.submit(_one, number)  # may start a process, which inherits the mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _processes(self) -> list[multiprocessing.Process]:
         return list((self._pool._processes or {}).values())  # `kill_workers()` comes with Python 3.14
