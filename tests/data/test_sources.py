@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from containers import assert_same
 
 import vit_dist.data
 from vit_dist.config import ConfigError, Data
@@ -157,13 +158,6 @@ def test_a_pipe_among_the_images_does_not_stop_for_ever(image_set: Path) -> None
         _files("folder", image_set).read(5)
 
 
-def _same(one: Source, other: Source) -> None:
-    assert isinstance(one, FileSource) and isinstance(other, FileSource)
-    assert tuple(one.names) == tuple(other.names) and one.class_names == other.class_names
-    assert np.array_equal(one.labels, other.labels) and fingerprint(one) == fingerprint(other)
-    assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
-
-
 @pytest.mark.parametrize("inside", ["", "my-pictures"])
 @pytest.mark.parametrize(
     ("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar.bz2", "w:bz2"), (".txz", "w:xz")]
@@ -173,7 +167,7 @@ def test_a_tar_of_all_splits_is_the_folder(
 ) -> None:
     file = pack(image_set, tmp_path / f"set{suffix}", inside, mode)
     for split in ("train", "test"):
-        _same(_files("tar", file, split), _files("folder", image_set, split))
+        assert_same(_files("tar", file, split), _files("folder", image_set, split))
 
 
 @pytest.mark.parametrize("inside", ["", "{split}", "deep/{split}"])
@@ -186,20 +180,20 @@ def test_a_folder_of_tars_is_the_folder(
     for split in ("train", "test"):
         pack(image_set / split, tars / f"{split}{suffix}", inside.format(split=split), mode)
     for split in ("train", "test"):
-        _same(_files("tar", tars, split), _files("folder", image_set, split))
+        assert_same(_files("tar", tars, split), _files("folder", image_set, split))
 
 
 def test_val_stands_for_test_and_test_for_val(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
     test = _files("tar", pack(image_set, tmp_path / "first.tar"), "test")
-    _same(_files("folder", image_set, "val"), test)
+    assert_same(_files("folder", image_set, "val"), test)
     (image_set / "test").rename(image_set / "validation")
     renamed = _files("folder", image_set, "test")
-    _same(renamed, test)
+    assert_same(renamed, test)
     whole = _files("tar", pack(image_set, tmp_path / "set.tar"), "val")
-    _same(whole, test)
+    assert_same(whole, test)
     pack(image_set / "validation", image_set / "val.tar")
     alone = _files("tar", image_set, "test")
-    _same(alone, test)
+    assert_same(alone, test)
     assert [one.split for one in (test, renamed, whole, alone)] == ["test", "validation", "validation", "val"]
 
 
@@ -208,9 +202,9 @@ def test_a_source_survives_the_trip_to_a_worker(image_set: Path, pack: Callable[
         source = _files("tar", pack(image_set, tmp_path / f"set{suffix}", "", mode))
         data = pickle.dumps(source)
         assert len(data) < 3000  # the path is sent, not the bytes
-        _same(pickle.loads(data), source)
+        assert_same(pickle.loads(data), source)
     source = _files("folder", image_set)
-    _same(pickle.loads(pickle.dumps(source)), source)
+    assert_same(pickle.loads(pickle.dumps(source)), source)
 
 
 def test_image_names_are_known_in_any_case_and_the_rest_is_counted(

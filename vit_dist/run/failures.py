@@ -26,39 +26,36 @@ class BadImages:
     def __init__(self, workdir: Path, *, resume_step: int):
         """Keeps what earlier sessions noted up to `resume_step`; all processes read it."""
         self._file = workdir / FILE
-        self._steps: dict[str, dict[int, int]] = {}  # split -> id -> when it was noted
-        self._bad: dict[str, dict[int, Bad]] = {}
+        self._noted: dict[str, dict[int, tuple[int, Bad]]] = {}  # split -> id -> the step, and what was wrong
         lines = self._file.read_text().split("\n") if self._file.exists() else []
         for row in map(json.loads, filter(None, lines)):
             if row["step"] <= resume_step:
-                self._add(row["step"], row["split"], Bad(row["id"], row["name"], row["reason"]))
+                found = Bad(row["id"], row["name"], row["reason"])
+                self._noted.setdefault(row["split"], {})[found.id] = row["step"], found
 
     def note(self, step: int, split: str, bad: Sequence[Bad]) -> int:
         """Adds what this process has skipped of a split; returns how many examples of it all have skipped so far.
 
         To be called by all processes together.
         """
-        new = [one for one in everyones(bad) if one.id not in self._bad.get(split, {})]
+        known = self._noted.setdefault(split, {})
+        new = [one for one in everyones(bad) if one.id not in known]
         for one in new:
             _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
-            self._add(step, split, one)
+            known[one.id] = step, one
         if new and jax.process_index() == 0:
             self._file.parent.mkdir(exist_ok=True)
             rows = [
-                {"step": when, "split": split, **self._bad[split][number]._asdict()}
-                for split, steps in self._steps.items()
-                for number, when in steps.items()
+                json.dumps({"step": when, "split": name, **one._asdict()})
+                for name, noted in self._noted.items()
+                for when, one in noted.values()
             ]
-            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in rows))
-        return len(self._bad.get(split, {}))
+            write_atomically(self._file, "\n".join(rows) + "\n")
+        return len(known)
 
     def check(self, split: str, max_bad_fraction: float, examples: int) -> None:
         """Raises `ConfigError`, on all processes alike, where more of a split was skipped than may be."""
-        check_bad(list(self._bad.get(split, {}).values()), max_bad_fraction, examples)
-
-    def _add(self, step: int, split: str, bad: Bad) -> None:
-        self._steps.setdefault(split, {})[bad.id] = step
-        self._bad.setdefault(split, {})[bad.id] = bad
+        check_bad([bad for _, bad in self._noted.get(split, {}).values()], max_bad_fraction, examples)
 
 
 def everyones(bad: Sequence[Bad]) -> list[Bad]:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from containers import assert_same
 from scipy.io import savemat
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data import index
-from vit_dist.data.examples import FileSource, fingerprint
+from vit_dist.data.examples import FileSource
 from vit_dist.data.files import location
 from vit_dist.data.formats.imagenet_tar import DEVKIT, TARS
 from vit_dist.data.sources import open_source
@@ -100,18 +101,12 @@ def _devkit(numbers: dict[int, str] = NUMBERS, leave_out: str = "") -> bytes:
     return _tar({name: content for name, content in files.items() if not leave_out or leave_out not in name}, "w:gz")
 
 
-def _same(one: FileSource, other: FileSource) -> None:
-    assert fingerprint(one) == fingerprint(other) and tuple(one.names) == tuple(other.names)
-    assert np.array_equal(one.labels, other.labels) and one.class_names == other.class_names
-    assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
-
-
 def test_the_tar_of_tars_is_the_folder(tars: Path, folder: Path) -> None:
     train = _files(tars)
     assert train.class_names == WNIDS and train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 5
     assert train.names[0] == "n01440764/n01440764_10.JPEG"
     assert train.name(0) == f"{tars}/ILSVRC2012_img_train.tar/n01440764/n01440764_10.JPEG"
-    _same(train, _files(folder, source="folder"))
+    assert_same(train, _files(folder, source="folder"))
 
 
 def test_a_plain_tar_of_class_folders_needs_no_members_for_them(
@@ -119,7 +114,7 @@ def test_a_plain_tar_of_class_folders_needs_no_members_for_them(
 ) -> None:
     images = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in (folder / "train").glob("*/*")}
     (tars / TARS["train"]).write_bytes(_tar(images))
-    _same(_files(tars), _files(folder, source="folder"))
+    assert_same(_files(tars), _files(folder, source="folder"))
     assert not caplog.records
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
@@ -142,7 +137,7 @@ def test_validation_images_are_the_folder_by_every_ground_truth(tars: Path, fold
         val = _files(tars, split)
         assert val.split == "val"
         assert [val.labels[i] for i in np.argsort([name[-13:] for name in val.names])] == TRUTH
-        _same(val, _files(folder, "val", "folder"))
+        assert_same(val, _files(folder, "val", "folder"))
 
 
 def test_the_devkits_numbers_are_not_the_labels(tars: Path) -> None:
@@ -233,7 +228,7 @@ def test_the_index_is_kept_until_the_labels_change(
     with monkeypatch.context() as patched:
         patched.setattr("vit_dist.data.formats.imagenet_tar.members", None)
         for split, source in expected.items():
-            _same(_files(tars, split, cache_dir=cache), source)
+            assert_same(_files(tars, split, cache_dir=cache), source)
     (tars / LABELS).write_text(f"{WNIDS[0]}\n" * 7 + "\n")
     assert set(_files(tars, "val", cache_dir=cache).labels.tolist()) == {0}
 
@@ -247,5 +242,5 @@ def test_the_tars_are_read_behind_fsspec_and_in_workers(tars: Path, folder: Path
         (remote / file.name).write_bytes(file.read_bytes())
     for split in ("train", "val"):
         source, local = _files(remote, split), _files(tars, split)
-        _same(source, _files(folder, split, "folder"))
-        _same(pickle.loads(pickle.dumps(local)), source)
+        assert_same(source, _files(folder, split, "folder"))
+        assert_same(pickle.loads(pickle.dumps(local)), source)

@@ -6,12 +6,12 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from containers import assert_same
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data import index
-from vit_dist.data.examples import FileSource, fingerprint
+from vit_dist.data.examples import FileSource
 from vit_dist.data.files import location
 from vit_dist.data.formats import archive
 from vit_dist.data.formats.archive import Memory, Tar, members, open_tar
@@ -24,12 +24,6 @@ def _files(path: object, split: str = "train", source: str = "tar", **keys: obje
     opened = open_source(Data(source=source, path=str(path), **keys), split)  # type: ignore[arg-type]
     assert isinstance(opened, FileSource)
     return opened
-
-
-def _same(one: FileSource, other: FileSource) -> None:
-    assert fingerprint(one) == fingerprint(other) and tuple(one.names) == tuple(other.names)
-    assert np.array_equal(one.labels, other.labels) and one.class_names == other.class_names
-    assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
 
 
 def _upload(file: Path, folder: str) -> Path:
@@ -73,10 +67,10 @@ def test_a_tar_behind_fsspec_is_the_folder(
     whole = _upload(pack(image_set, tmp_path / f"set{suffix}", "", mode), f"{tmp_path.name}-whole")
     for split in SPLITS:
         remote = _upload(pack(image_set / split, tmp_path / f"{split}{suffix}", "", mode), tmp_path.name)
-        _same(_files(remote.parent, split), _files(image_set, split, "folder"))
-        _same(_files(whole, split), _files(image_set, split, "folder"))
+        assert_same(_files(remote.parent, split), _files(image_set, split, "folder"))
+        assert_same(_files(whole, split), _files(image_set, split, "folder"))
     source = _files(whole)
-    _same(pickle.loads(pickle.dumps(source)), source)
+    assert_same(pickle.loads(pickle.dumps(source)), source)
 
 
 def test_a_tar_is_scanned_once_and_then_its_index_is_read(
@@ -89,7 +83,7 @@ def test_a_tar_is_scanned_once_and_then_its_index_is_read(
     assert scans == ["set.tar"]  # once for both splits
     del sources
     for split in SPLITS:
-        _same(_files(file, split, cache_dir=cache), _files(image_set, split, "folder", cache_dir=cache))
+        assert_same(_files(file, split, cache_dir=cache), _files(image_set, split, "folder", cache_dir=cache))
     assert scans == ["set.tar"]
     pack(image_set / "train", file, "train")  # made anew
     assert len(_files(file, cache_dir=cache)) == 13 and scans == ["set.tar"] * 2

@@ -11,12 +11,12 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from containers import assert_same
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data import index
-from vit_dist.data.examples import FileSource, fingerprint
+from vit_dist.data.examples import FileSource
 from vit_dist.data.files import location
 from vit_dist.data.formats.webdataset import find_shards
 from vit_dist.data.sources import open_source
@@ -83,17 +83,11 @@ def shards(image_set: Path, tmp_path: Path) -> Callable[..., Path]:
     return shards
 
 
-def _same(one: FileSource, other: FileSource) -> None:
-    assert fingerprint(one) == fingerprint(other) and tuple(one.names) == tuple(other.names)
-    assert np.array_equal(one.labels, other.labels) and one.class_names == other.class_names
-    assert [one.read(i) for i in range(len(one))] == [other.read(i) for i in range(len(other))]
-
-
 @pytest.mark.parametrize("label", LABELS)
 def test_shards_are_the_folder_wherever_the_label_is(shards: Callable[..., Path], image_set: Path, label: str) -> None:
     root = shards(label)
     for split in ("train", "test"):
-        _same(_files(root, split), _files(image_set, split, "folder"))
+        assert_same(_files(root, split), _files(image_set, split, "folder"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +105,7 @@ def test_splits_are_folders_or_words_of_the_shards_names(
 ) -> None:
     root = shards("cls", name, mode)
     for split in ("train", "test"):
-        _same(_files(root, split), _files(image_set, split, "folder"))
+        assert_same(_files(root, split), _files(image_set, split, "folder"))
 
 
 def test_validation_shards_stand_for_test(tmp_path: Path) -> None:
@@ -136,7 +130,7 @@ def test_the_order_does_not_depend_on_how_samples_are_dealt_to_shards(image_set:
         for i in range(count):
             _write(tmp_path / f"{count}" / f"train-{i}.tar", samples[i::count])
     one, five = _files(tmp_path / "1"), _files(tmp_path / "5")
-    _same(one, five)
+    assert_same(one, five)
     assert tuple(one.names[:6]) == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "dog/0.png")
     assert one.class_names == ("0", "1")  # nothing calls them anything else
 
@@ -173,7 +167,7 @@ def test_labels_may_be_names_of_classes(image_set: Path, tmp_path: Path) -> None
 
     for split in ("train", "test"):
         _write(tmp_path / f"{split}-0.tar", _samples(image_set, split, named))
-        _same(_files(tmp_path, split), _files(image_set, split, "folder"))
+        assert_same(_files(tmp_path, split), _files(image_set, split, "folder"))
     _write(tmp_path / "test-0.tar", [("a", {"png": b"x", "cls": b" dog\n"})])
     assert _files(tmp_path, "test").labels.tolist() == [1] and _files(tmp_path, "test").class_names == CLASSES
     _write(tmp_path / "test-0.tar", [("a", {"png": b"x", "cls": b"eel"})])
@@ -253,7 +247,7 @@ def test_the_index_is_kept_until_a_shard_changes(
     with monkeypatch.context() as patched:
         patched.setattr("vit_dist.data.formats.webdataset._scan_shard", None)
         for split, source in expected.items():
-            _same(_files(root, split, cache_dir=cache), source)
+            assert_same(_files(root, split, cache_dir=cache), source)
     _write(root / "train" / "3.tar", [("more", {"png": b"x", "cls": b"1"})])
     assert len(_files(root, cache_dir=cache)) == 14
     (root / "classes.txt").write_text("kitten\npuppy\n")
@@ -272,9 +266,9 @@ def test_shards_are_read_behind_fsspec_and_in_workers(
         copy.write_bytes(file.read_bytes())
     for split in ("train", "test"):
         source = _files(remote, split)
-        _same(source, _files(image_set, split, "folder"))
-        _same(pickle.loads(pickle.dumps(source)), source)
-        _same(pickle.loads(pickle.dumps(_files(root, split))), source)
+        assert_same(source, _files(image_set, split, "folder"))
+        assert_same(pickle.loads(pickle.dumps(source)), source)
+        assert_same(pickle.loads(pickle.dumps(_files(root, split))), source)
 
 
 def test_more_shards_than_a_process_may_open_files(tmp_path: Path) -> None:
