@@ -53,8 +53,11 @@ train: setup
 test: setup
 	@$(RUN)/pytest -n 2 --dist loadfile
 
+# Beside it TPUs' compiler, which needs no TPU. In a folder of its own: whatever imports jax would look for one.
 test-slow: setup
-	@$(RUN)/pytest -n 2 --dist loadfile -m slow
+	@[ -d $(VENV)/libtpu ] || $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  -c constraints.txt --target $(VENV)/libtpu libtpu >&2
+	@LIBTPU=$(CURDIR)/$(VENV)/libtpu $(RUN)/pytest -n 2 --dist loadfile -m slow
 
 smoke: setup
 	@tests/smoke.sh $(RUN)/vit-dist

@@ -101,7 +101,7 @@ def ours(source: Source, data: config.Data, batch: int, size: int, channels: int
                 channels=channels,
                 seed=SEED,
                 batch_size=batch,
-                rows=slice(0, batch),
+                rows=range(batch),
                 start_step=steps.start,
                 stop_step=steps.stop,
             )

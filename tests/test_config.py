@@ -178,7 +178,7 @@ def test_every_recipe_loads_and_says_how_to_run_it(recipe):
     settings = recipes.load(recipe)
     assert settings.total_steps or settings.total_epochs
     text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
-    assert f"--config=configs/{recipe.name}" in text and "xpected" in text
+    assert f"configs/{recipe.name}" in text and "xpected" in text
 
 
 def test_there_are_recipes():

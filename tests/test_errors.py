@@ -105,7 +105,7 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("mesh.data=16", "mesh: data=16 needs 16 devices, found 8; .*fake_devices=16"),
         ("mesh.data=-1 mesh.fsdp=3", "mesh: fsdp=3 does not divide the 8 devices here, .*; take 2 or 4"),
         ("mesh.data=-1 mesh.fsdp=-1", "mesh.fsdp: only one axis may be -1, and mesh.data is"),
-        ("mesh.context=2", "mesh.context: must be 1, found 2"),
+        ("mesh.data=-1 mesh.dcn_data=3", "mesh: dcn_data=3 does not divide the 8 devices here, .*; take 2 or 4"),
         ("fake_devices=3", "fake_devices: 3 asked for, but jax already runs with 8 devices"),
         ("optimizer.name=adamm", r"optimizer.name: 'adamm' is none of sgd, adam, .* \(did you mean adam\?\)"),
         ("optimizer.schedule=cosin", r"optimizer.schedule: 'cosin' is none of .* \(did you mean cosine\?\)"),

@@ -27,12 +27,32 @@ ACCUMULATED = {
         *MESHES["data=2 x fsdp=2 x tensor=2"],
         *("accumulate_steps=4", "accumulate_gather=microbatch"),
     ),
+    "context=8": ("mesh.data=1", "mesh.context=8", "accumulate_steps=4"),
+    "data=2 x fsdp=2 x context=2, gathered once a step": (
+        *("mesh.data=2", "mesh.fsdp=2", "mesh.context=2", "accumulate_steps=4", "accumulate_gather=step"),
+    ),
+}
+
+# Five tokens, which divide by no context; attention weights are never made there, and so not dropped either.
+FIVE_TOKENS = ("model.registers=1", "model.attention_dropout=0")
+SPLIT_TOKENS = {
+    "context=8": ("mesh.data=1", "mesh.context=8"),
+    "fsdp=2 x context=4": ("mesh.data=1", "mesh.fsdp=2", "mesh.context=4"),
+    "data=2 x context=2 x tensor=2": ("mesh.data=2", "mesh.context=2", "mesh.tensor=2"),
+    "context=4 x tensor=2, all to all": (
+        *("mesh.data=1", "mesh.context=4", "mesh.tensor=2", "model.context_attention=all_to_all"),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     return train_here(tmp_path_factory.mktemp("one"), *ONE_DEVICE)
+
+
+@pytest.fixture(scope="module")
+def five_tokens(tmp_path_factory):
+    return train_here(tmp_path_factory.mktemp("five_tokens"), *ONE_DEVICE, *FIVE_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +95,11 @@ def test_every_step_sees_other_examples(one_device):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_curve_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *MESHES[mesh]), one_device, record_property)
+
+
+@pytest.mark.parametrize("mesh", SPLIT_TOKENS)
+def test_the_curve_of_split_tokens_is_that_of_one_device(mesh, five_tokens, tmp_path, record_property):
+    assert_same_curve(train_here(tmp_path, *SPLIT_TOKENS[mesh], *FIVE_TOKENS), five_tokens, record_property)
 
 
 @pytest.mark.parametrize("mesh", ACCUMULATED)

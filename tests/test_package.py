@@ -12,7 +12,7 @@ import vit_dist
 ROOT = Path(vit_dist.__file__).parent
 # Ground floor first; a module imports its own floor's room or lower floors only.
 FLOORS = (
-    ("config",),
+    ("config", "exit_codes", "children"),
     ("recipes",),
     ("mesh", "data"),
     ("model",),
@@ -20,7 +20,7 @@ FLOORS = (
     ("run",),
     ("program",),
     ("rates",),
-    ("train", "evaluate", "predict", "describe", "bench"),
+    ("train", "evaluate", "predict", "describe", "bench", "launch"),
     ("cli",),
     ("__main__",),
 )
@@ -75,7 +75,7 @@ def test_a_module_imports_its_own_room_and_lower_floors_only(name):
     [
         ("config", set()),
         ("data", {"config", "data"}),
-        ("mesh", {"config", "mesh"}),
+        ("mesh", {"config", "exit_codes", "mesh"}),
         ("model", {"config", "mesh.layout", "model"}),
     ],
 )

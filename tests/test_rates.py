@@ -40,7 +40,7 @@ def source(seconds):
 @contextlib.contextmanager
 def stream(seconds):
     mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:1])
-    options = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 16, "rows": slice(0, 16)}
+    options = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 16, "rows": range(16)}
     data = Data(threads=2, read_ahead_mb=0.01)
     host = train_batches(source(seconds), data, start_step=0, stop_step=1000, **options)
     placed = feed.Prefetch(host, mesh, 16, 1)

@@ -9,13 +9,13 @@ from subprocess import TimeoutExpired
 import pytest
 from system import (
     RECIPE,
+    assert_same_run,
     checkpoint_steps,
     command,
     largest_difference,
     losses,
     rows,
     run,
-    saved_state,
     started,
     train_here,
     until,
@@ -50,19 +50,6 @@ def interrupted(folder, how):
         return workdir, code, running.said()
 
 
-def assert_same_run(workdir, expected):
-    """Every row, and every bit of the final parameters, their average and the optimizer."""
-    assert rows(workdir) == rows(expected)
-    steps = [(row["step"], row["split"]) for row in rows(workdir)]
-    assert len(set(steps)) == len(steps)
-    assert [step for step, split in steps if split == "train"] == list(range(1, STEPS + 1))
-    (step, found), (_, wanted) = saved_state(workdir, *RUN), saved_state(expected, *RUN)
-    assert step == STEPS
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert found[name].tobytes() == array.tobytes(), name
-
-
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     """The workdir of a whole run, and what its command printed."""
@@ -94,7 +81,7 @@ def test_a_run_killed_in_an_epoch_and_started_again_is_bitwise_the_run_never_kil
     code, again = run(command(workdir, *THERE), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
     assert f"going on from step {saved}\n" in again.said()
-    assert_same_run(workdir, never_stopped[0])
+    assert_same_run(workdir, never_stopped[0], STEPS, *RUN)
     assert {name: again.result()[name] for name in ("step", "count", "loss", "top1")} == {
         name: never_stopped[1][name] for name in ("step", "count", "loss", "top1")
     }
@@ -112,7 +99,7 @@ def test_a_run_stopped_by_sigterm_and_started_again_is_bitwise_the_run_never_sto
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
     code, again = run(command(workdir, *THERE), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
-    assert_same_run(workdir, never_stopped[0])
+    assert_same_run(workdir, never_stopped[0], STEPS, *RUN)
 
 
 def test_a_run_resumed_on_another_mesh_keeps_its_curve(stopped, never_stopped, tmp_path, record_property):
@@ -192,4 +179,4 @@ def test_a_run_killed_many_times_at_any_moment_is_bitwise_the_run_never_killed(s
                 assert running.wait(delay) == 0, running.said()[-3000:]
     code, again = run(command(workdir, *THERE), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
-    assert_same_run(workdir, never_stopped[0])
+    assert_same_run(workdir, never_stopped[0], STEPS, *RUN)

@@ -25,7 +25,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
     """
     if steps < 1:
         raise ConfigError(f"steps: must be above 0, found {steps}")
-    processes.start(settings.fake_devices)
+    processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, "train")
     program = Program(
         settings,

@@ -1,8 +1,7 @@
 """The command line: parses arguments, prints results on stdout, sets exit codes. Nothing else does any of the three.
 
-Exit codes: 0 done; 2 a usage, config or input error, said in one line; 75 preempted after a complete save; 130
-interrupted from the keyboard; 1 the rest. The verbs are imported when they run: they bring jax, which `--help` and a
-mistyped key need not wait for.
+The codes are those of `exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
+they run: they bring jax, which `--help` and a mistyped key need not wait for.
 """
 
 import argparse
@@ -18,9 +17,9 @@ from typing import Any
 
 from vit_dist import config, recipes
 from vit_dist.config import ConfigError
+from vit_dist.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
+from vit_dist.mesh.peers import JobError
 
-PREEMPTED = 75  # EX_TEMPFAIL: launchers start the job again
-INTERRUPTED = 130  # what a shell makes of Ctrl-C
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
 REFUSALS = {
     errno.EACCES,
@@ -36,36 +35,50 @@ REFUSALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code."""
+    """Runs one verb; returns the exit code. Without `argv` this is the command itself, and the process its own."""
+    if argv is None:
+        _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
-    arguments, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv))
+    words, launched = _split_launched(list(sys.argv[1:] if argv is None else argv))
+    arguments, overrides = _split_overrides(words)
     options = _parse(arguments)
-    options.overrides = overrides
+    options.overrides, options.launched = overrides, launched
+    code, said = FAILED, "an error of the program; see what it has said itself"
     try:
-        code = options.run(options) or 0
-        _leave()
-        return code
+        code = options.run(options) or DONE
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, said = MISTAKE, str(error)
+        print(f"error: {said}", file=sys.stderr)
+    except JobError as error:
+        said = str(error)
+        print(f"error: {said}", file=sys.stderr)
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        where = error.filename or getattr(options, "workdir", "the disk")
-        print(f"error: {where}: {error.strerror}", file=sys.stderr)
-        return 2
+        code, said = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
+        print(f"error: {said}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        code, said = INTERRUPTED, "interrupted"
+        print(said, file=sys.stderr)
+    finally:
+        _leave(code, said)
+    return code
 
 
-def _leave() -> None:
+def _keep_stdout_for_results() -> None:
+    """Sends to stderr what C++ libraries, such as gloo, write to the process's stdout behind Python's back."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
+    os.dup2(2, 1)
+
+
+def _leave(code: int, said: str) -> None:
     """Leaves the other processes of a job, if the verb joined any."""
     if "jax" in sys.modules:
         from vit_dist.mesh import processes
 
-        processes.stop()
+        processes.leave(code, said)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -124,6 +137,17 @@ def _parser() -> argparse.ArgumentParser:
     which = one.add_mutually_exclusive_group()
     which.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
     which.add_argument("--verify", action="store_true", help="check every byte of DEST")
+    one = verb("launch", _launch, help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
+    one.add_argument("--processes", type=_count, help="how many on this host; else one a GPU")
+    one.add_argument("--devices-per-process", type=_count, help="fake CPU devices of each; else real ones, a GPU each")
+    one.add_argument(
+        "--restarts", type=_number, default=0, help="how often to start again what crashed or was preempted"
+    )
+    one.add_argument("--nodes", type=_count, help="how many hosts, each with a launch of as many processes (1)")
+    one.add_argument("--node-rank", type=_number, help="which of the hosts this is, from 0")
+    one.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 of all can be reached; of one host, any"
+    )
     one = verb("configs", _configs, "json", help="list the recipes")
     one.add_argument("folder", nargs="?", default="configs", help="where they are (configs)")
     return parser
@@ -148,11 +172,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
+    return int(text)
+
+
 def _range(text: str) -> tuple[int, int]:
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected A:B, such as 0:8, found {text!r}")
     return int(first), int(end)
+
+
+def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
+    """What `launch` is told, and the verb after `--` with its own arguments, which are not looked at here."""
+    if words[:1] != ["launch"] or "--" not in words:
+        return words, []
+    end = words.index("--")
+    return words[:end], words[end + 1 :]
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -182,8 +220,8 @@ def _train(options: argparse.Namespace) -> int:
         return PREEMPTED
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    return DONE
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -294,6 +332,25 @@ _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "o
 _OF_SOURCES = ("data.cache_dir", "data.download", "data.memory_limit_gb")
 
 
+def _launch(options: argparse.Namespace) -> int:
+    if options.overrides:
+        raise ConfigError(f"launch --config.{options.overrides[0]}: the verb's own arguments come after --")
+    if (options.nodes is None) != (options.node_rank is None):
+        raise ConfigError("launch: --nodes and --node-rank are given together or not at all")
+    from vit_dist import launch
+
+    job = launch.Job(
+        launch.verb_command(options.launched),
+        options.processes or launch.count_gpus(),
+        devices_per_process=options.devices_per_process,
+        restarts=options.restarts,
+        nodes=options.nodes or 1,
+        node_rank=options.node_rank or 0,
+        coordinator=options.coordinator,
+    )
+    return launch.launch(job)
+
+
 def _configs(options: argparse.Namespace) -> None:
     if options.overrides:
         raise ConfigError(f"--config.{options.overrides[0]}: configs only lists the recipes and takes no keys")
@@ -333,4 +390,8 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _first_process() -> bool:
-    return os.environ.get("VIT_DIST_PROCESS", "0") == "0"
+    if "jax" not in sys.modules:
+        return True
+    from vit_dist.mesh import processes
+
+    return processes.index() == 0

@@ -29,13 +29,13 @@ Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How many devices each axis of the mesh takes; one axis may be -1: all devices that are left."""
+    """How many devices each axis takes; one of the first four may be -1: all devices that are left."""
 
     data: int = -1  # replicas of the model; each takes its share of the batch
     fsdp: int = 1  # the batch is split as over `data`, and parameters and optimizer state are split too
     tensor: int = 1  # attention heads and MLP columns are split
-    context: int = 1  # tokens are split (not built yet: must be 1)
-    dcn_data: int = 1  # replicas over slices or nodes (not built yet: must be 1)
+    context: int = 1  # the tokens of an image are split (see `model.context_attention`)
+    dcn_data: int = 1  # replicas over TPU slices or over nodes; the axes above are then those within one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Model:
     # the named dense products' results, or everything inside a block
     scan: bool = True  # blocks stacked and run by one compiled loop; False: each by itself, quicker but for compiling
     attention: Literal["auto", "xla", "cudnn"] = "auto"
+    context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values round, or
+    # trade tokens for heads before and after, as DeepSpeed-Ulysses does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +182,15 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Deadlines:
+    """Seconds after which a job of several processes gives up a wait, and names who did not come."""
+
+    start_seconds: int = 300  # for all processes to join
+    peer_seconds: int = 60  # without a sign of life from a process
+    step_seconds: int = 1800  # without a step, an evaluation or a save coming to its end, on any process
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -199,6 +210,7 @@ class Config:
     log_examples: bool = False
     deterministic: bool = False  # bitwise repeatable on GPUs too, at some cost
     fake_devices: int = 0  # CPU devices to pretend to have, in each process; 0: the real ones
+    xla_options: bool = True  # compile with the options of `mesh/xla_options.py`; False: XLA's own defaults
     mesh: Mesh = Mesh()
     model: Model = Model()
     data: Data = Data()
@@ -206,6 +218,7 @@ class Config:
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     profile: Profile = Profile()
+    deadlines: Deadlines = Deadlines()
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -398,7 +411,7 @@ _RANGES: dict[str, _Range] = {
         "model.channels model.num_classes model.image_size model.patch_size model.pre_logits data.threads "
         "data.prefetch data.read_ahead_mb data.repeats data.memory_limit_gb data.std data.crop_aspect "
         "evaluate.batch_size optimizer.clip optimizer.eps optimizer.rsqrt_timescale checkpoint.keep_last "
-        "profile.start_step".split(),
+        "profile.start_step deadlines.start_seconds deadlines.peer_seconds deadlines.step_seconds".split(),
         _POSITIVE,
     ),
     **dict.fromkeys(

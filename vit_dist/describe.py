@@ -26,7 +26,7 @@ def inspect(settings: Config) -> dict[str, Any]:
     Returns parameters (how many), flops_per_image (of a training step), bytes_per_device: {parameters, optimizer, ema},
     mesh, and tensors: a list of {name, shape, dtype, sharding, bytes_per_device}.
     """
-    processes.start(settings.fake_devices)
+    processes.start(settings.fake_devices, settings.deadlines)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
     program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, crop_on_device=True)

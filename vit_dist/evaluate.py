@@ -63,7 +63,10 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
     totals = no_totals(program.shape.classes)
     placed = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
     with contextlib.closing(batches), contextlib.closing(placed):
-        for batch in placed:
+        for number, batch in enumerate(placed):
+            processes.alive()
+            if number == 0:
+                program.meet(program.evaluation_step, parameters, batch, totals)
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])
@@ -102,7 +105,7 @@ def evaluate(
     where the run keeps an average, which is what the first ones then are of. Raises `ConfigError`.
     """
     settings = read_config(Path(workdir), overrides)
-    processes.start(settings.fake_devices)
+    processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, split)
     whole = comes_whole(source, settings.data)
     with restored(Path(workdir), settings, crop_on_device=whole, step=step, best=best) as (program, found, parameters):

@@ -40,7 +40,7 @@ def predict(
     if model.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
     images = [_read(Path(file), settings.data, pair(model.image_size), model.channels) for file in files]
-    processes.start(settings.fake_devices)
+    processes.start(settings.fake_devices, settings.deadlines)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
     with restored(workdir, settings, crop_on_device=False, step=step, best=best) as (program, _, parameters):

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
 from vit_dist.data.examples import Source
 from vit_dist.data.loader import Batches, train_batches
-from vit_dist.mesh import feed, layout, topology
-from vit_dist.model import flops, vit
+from vit_dist.mesh import feed, layout, processes, topology, xla_options
+from vit_dist.model import context, flops, vit
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.devices import peak_flops
 from vit_dist.step import update
@@ -60,8 +61,7 @@ class Program:
         self.network = Network(model)
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)
-        kind = self.mesh.devices.flat[0].platform
-        options = {"xla_gpu_deterministic_ops": True} if settings.deterministic and kind in ("gpu", "cuda") else None
+        options = _compiler_options(settings, self.mesh.devices.flat[0].platform)
         step = update.make_train_step(settings, self.network, self.optimizer, schedule, crop_on_device=crop_on_device)
         self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
         evaluation = update.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
@@ -82,7 +82,18 @@ class Program:
 
     def new_state(self) -> State:
         """The state before the first step; every array is born split."""
-        return jax.jit(self._make_state)()
+        make = jax.jit(self._make_state)
+        self.meet(make)
+        return make()
+
+    def meet(self, compiled: Any, *arguments: Any) -> None:
+        """Compiles a function, and waits until all processes have: to be called before the first call of it.
+
+        Some compile sooner than others, and devices that begin to talk wait no longer than they please: gloo 30 s.
+        """
+        if jax.process_count() > 1:
+            compiled.lower(*arguments).compile()
+            processes.gather(None)
 
     def training_batches(self, source: Source, start_step: int, stop_step: int) -> Batches:
         """This process's rows of the batches of these steps."""
@@ -99,7 +110,7 @@ class Program:
             stop_step=stop_step,
         )
 
-    def local_rows(self, batch_size: int) -> slice:
+    def local_rows(self, batch_size: int) -> np.ndarray:
         """The rows of a global batch that this process reads."""
         return feed.local_rows(self.mesh, batch_size)
 
@@ -151,11 +162,19 @@ def restored(
         checkpoints.close()
 
 
+def _compiler_options(settings: config.Config, platform: str) -> dict[str, int | bool]:
+    options = xla_options.options_for(platform) if settings.xla_options else {}
+    if settings.deterministic and platform in ("gpu", "cuda"):
+        options["xla_gpu_deterministic_ops"] = True
+    return options
+
+
 def _mesh(settings: config.Config, shape: vit.Shape, devices: list[jax.Device]) -> Mesh:
     sizes = topology.axis_sizes(settings.mesh, len(devices))
     layout.check_divides("model.width", shape.width, "width", sizes)
     layout.check_divides("model.heads", shape.heads, "heads", sizes)
     layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
+    context.check(settings.model.context_attention, shape.heads, settings.model.attention_dropout, sizes)
     mesh = topology.make_mesh(sizes, devices)
     if jax.process_count() > 1 and mesh.size < len(devices):
         raise ConfigError(

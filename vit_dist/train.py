@@ -57,7 +57,7 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
     after a SIGTERM and a complete save, `Diverged` for a loss that is not finite; no such state is ever saved.
     """
     workdir = Path(workdir)
-    processes.start(settings.fake_devices)
+    processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
     source = open_split(settings, "train")
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
     steps = config.total_steps(settings, len(source))
@@ -135,6 +135,9 @@ class Session:
         first, before = self.step + 1, None
         with contextlib.closing(host), contextlib.closing(batches):
             for batch in batches:
+                processes.alive(self.step + 1)
+                if self.step == self.first_step:
+                    program.meet(program.train_step, self.state, batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
                 jax.block_until_ready(before)  # two steps under way are enough, and a stop is answered soon
@@ -182,6 +185,7 @@ class Session:
         return State(**{"ema": None, **trees}), seconds
 
     def _save(self) -> None:
+        processes.alive()
         if self.log is not None:
             self.log.flush()
         measured = self.result is not None and self.result["step"] == self.step
@@ -237,6 +241,7 @@ class Session:
         return skipped
 
     def _finish(self) -> dict[str, Any]:
+        processes.alive()
         self.checkpoints.wait()
         result = self.result or _last_result(self.workdir, self.settings.evaluate.splits)
         summary = {

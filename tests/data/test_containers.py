@@ -57,7 +57,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource
 
 def stream(source: FileSource) -> list[dict[str, np.ndarray]]:
     """Two epochs and a bit, of every seventh part of each batch."""
-    rows = slice(0, BATCH // 7)
+    rows = range(BATCH // 7)
     return list(
         train_batches(
             source, AUGMENTED, image_size=(32, 32), channels=3, seed=0, batch_size=BATCH, rows=rows, start_step=0,

@@ -46,7 +46,7 @@ def _train(source: Source, data: Data = AUGMENTED, **changes: Any) -> Batches:
         "channels": 3,
         "seed": 1,
         "batch_size": 8,
-        "rows": slice(0, 8),
+        "rows": range(8),
         "start_step": 0,
         "stop_step": 5,
     }
@@ -54,7 +54,7 @@ def _train(source: Source, data: Data = AUGMENTED, **changes: Any) -> Batches:
 
 
 def _evaluate(source: Source, data: Data = AUGMENTED, **changes: Any) -> Batches:
-    keys: dict[str, Any] = {"image_size": SIZE, "channels": 3, "batch_size": 5, "rows": slice(0, 5)}
+    keys: dict[str, Any] = {"image_size": SIZE, "channels": 3, "batch_size": 5, "rows": range(5)}
     return evaluation_batches(source, data, **{**keys, **changes})
 
 
@@ -88,10 +88,10 @@ def test_a_batch_has_the_ids_of_its_positions(source: Source) -> None:
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_that_share_the_rows_see_one_stream(source: Source, hosts: int) -> None:
     rows = 8 // hosts
-    parts = [list(_train(source, rows=slice(host * rows, (host + 1) * rows))) for host in range(hosts)]
+    parts = [list(_train(source, rows=range(host * rows, (host + 1) * rows))) for host in range(hosts)]
     _assert_same(_join(parts), list(_train(source)))
     array = _array(13)
-    parts = [list(_train(array, channels=1, rows=slice(h * rows, (h + 1) * rows))) for h in range(hosts)]
+    parts = [list(_train(array, channels=1, rows=range(h * rows, (h + 1) * rows))) for h in range(hosts)]
     _assert_same(_join(parts), list(_train(array, channels=1)))
 
 
@@ -119,7 +119,7 @@ def test_a_start_in_the_middle_of_an_epoch_continues_the_stream(source: Source) 
 def test_seeds_differ_in_order_and_in_crops(source: Source) -> None:
     one, other = next(_train(source, seed=1)), next(_train(source, seed=2))
     assert not np.array_equal(one["id"], other["id"])
-    first, second = (list(_train(source, seed=1, batch_size=13, rows=slice(0, 13)))[epoch] for epoch in (0, 1))
+    first, second = (list(_train(source, seed=1, batch_size=13, rows=range(13)))[epoch] for epoch in (0, 1))
     of_first, of_second = (batch["image"][np.argsort(batch["id"])] for batch in (first, second))
     differ = [not np.array_equal(a, b) for a, b in zip(of_first, of_second, strict=True)]
     assert sum(differ) >= 12  # each image is cropped anew in each epoch
@@ -162,7 +162,7 @@ def test_channels_are_converted_or_refused(source: Source) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 7, 13, 64])
 def test_evaluation_counts_every_example_once(source: Source, batch_size: int) -> None:
     for what in (source, _array(13, (4, 4, 3))):
-        batches = list(_evaluate(what, batch_size=batch_size, rows=slice(0, batch_size)))
+        batches = list(_evaluate(what, batch_size=batch_size, rows=range(batch_size)))
         assert len(batches) == -(-13 // batch_size)
         assert all(len(batch["mask"]) == batch_size for batch in batches)
         mask = np.concatenate([batch["mask"] for batch in batches])
@@ -174,8 +174,8 @@ def test_evaluation_counts_every_example_once(source: Source, batch_size: int) -
 
 
 def test_every_host_evaluates_as_many_batches(source: Source) -> None:
-    whole = list(_evaluate(source, batch_size=8, rows=slice(0, 8)))
-    parts = [list(_evaluate(source, batch_size=8, rows=slice(2 * h, 2 * h + 2))) for h in range(4)]
+    whole = list(_evaluate(source, batch_size=8, rows=range(8)))
+    parts = [list(_evaluate(source, batch_size=8, rows=range(2 * h, 2 * h + 2))) for h in range(4)]
     assert [len(part) for part in parts] == [2] * 4
     assert parts[3][1]["mask"].tolist() == [False, False]
     _assert_same(_join(parts), whole)
@@ -193,7 +193,7 @@ def test_evaluation_is_not_augmented_but_cropped_where_asked(source: Source) -> 
 def test_cifar10_is_evaluated_whole(shared: Path) -> None:
     source = open_source(Data(source="tar", path=str(shared / "cifar10")), "test")
     count = 0
-    for batch in _evaluate(source, Data(threads=2), image_size=(32, 32), batch_size=384, rows=slice(0, 384)):
+    for batch in _evaluate(source, Data(threads=2), image_size=(32, 32), batch_size=384, rows=range(384)):
         count += batch["mask"].sum()
         assert np.array_equal(batch["label"][batch["mask"]], batch["id"][batch["mask"]] // 1000)
     assert count == 10_000
@@ -346,7 +346,7 @@ def test_more_than_a_million_mnist_images_a_second() -> None:
         Data(),
         channels=1,
         batch_size=batch_size,
-        rows=slice(0, batch_size),
+        rows=range(batch_size),
         stop_step=steps,
     )
     next(batches)

@@ -21,7 +21,7 @@ from vit_dist.data.sources import open_source
 
 def batches(source, data, size, channels, batch_size, steps):
     return train_batches(source, data, image_size=(size, size), channels=channels, seed=0, batch_size=batch_size,
-                         rows=slice(0, batch_size), start_step=0, stop_step=steps)
+                         rows=range(0, batch_size), start_step=0, stop_step=steps)
 
 def resident():
     return psutil.Process().memory_info().rss

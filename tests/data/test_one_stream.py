@@ -48,7 +48,7 @@ def stream(source: Source, hosts: int, workers: int, start: int = 0, stop: int =
             channels=3,
             seed=3,
             batch_size=BATCH,
-            rows=slice(host * share, (host + 1) * share),
+            rows=range(host * share, (host + 1) * share),
             start_step=start,
             stop_step=stop,
         )

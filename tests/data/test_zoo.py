@@ -69,7 +69,7 @@ def opened(zoo: Path) -> Source:
 def test_good_ones_are_what_a_person_sees_and_bad_ones_are_skipped_and_named(zoo: Path) -> None:
     source, names = opened(zoo), sorted([*BAD, *GOOD])
     data = Data(on_bad="skip", threads=2)
-    batches = evaluation_batches(source, data, image_size=(8, 8), channels=3, batch_size=9, rows=slice(0, 9))
+    batches = evaluation_batches(source, data, image_size=(8, 8), channels=3, batch_size=9, rows=range(9))
     (batch,) = list(batches)
     assert {bad.name for bad in batches.bad()} == {f"{zoo}/train/animals/{name}" for name in BAD}
     for bad in batches.bad():
@@ -83,7 +83,7 @@ def test_good_ones_are_what_a_person_sees_and_bad_ones_are_skipped_and_named(zoo
 def test_training_puts_the_next_good_one_in_the_place_of_a_bad_one(zoo: Path) -> None:
     source, names = opened(zoo), sorted([*BAD, *GOOD])
     data = Data(on_bad="skip", max_bad_fraction=0.5, threads=2, crop_area=(0.2, 1.0), flip=True)
-    keys = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 9, "rows": slice(0, 9)}
+    keys = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 9, "rows": range(9)}
     (batch,) = list(train_batches(source, data, start_step=0, stop_step=1, **keys))  # type: ignore[arg-type]
     stands_in = {name: next(other for other in [*names[i:], *names] if other in GOOD) for i, name in enumerate(names)}
     assert sorted(names[number] for number in batch["id"]) == sorted(stands_in.values())
@@ -93,6 +93,6 @@ def test_training_puts_the_next_good_one_in_the_place_of_a_bad_one(zoo: Path) ->
 def test_without_leave_to_skip_a_bad_one_is_an_error_that_names_it(zoo: Path, name: str, tmp_path: Path) -> None:
     (tmp_path / "train/animals").mkdir(parents=True)
     (tmp_path / "train/animals" / name).symlink_to(zoo / "train/animals" / name)
-    keys = {"image_size": (8, 8), "channels": 3, "batch_size": 1, "rows": slice(0, 1)}
+    keys = {"image_size": (8, 8), "channels": 3, "batch_size": 1, "rows": range(1)}
     with pytest.raises(ConfigError, match=f"train/animals/{name}: .*{BAD[name]}.*set data.on_bad=skip"):
         list(evaluation_batches(opened(tmp_path), Data(), **keys))  # type: ignore[arg-type]

@@ -112,17 +112,21 @@ def run(arguments, output, **variables):
 
 def as_two(folder, *overrides):
     """Two processes of four devices each train into `folder/run` together; returns both, ended."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{one.getsockname()[1]}"
     arguments = command(folder / "run", "fake_devices=4", *overrides)
-    variables = {"VIT_DIST_COORDINATOR": coordinator, "VIT_DIST_PROCESSES": "2"}
+    variables = {"VIT_DIST_COORDINATOR": f"127.0.0.1:{free_port()}", "VIT_DIST_PROCESSES": "2"}
     with (
         started(arguments, folder / "0", VIT_DIST_PROCESS="0", **variables) as first,
         started(arguments, folder / "1", VIT_DIST_PROCESS="1", **variables) as second,
     ):
         first.wait(), second.wait()
     return first, second
+
+
+def free_port():
+    """A port that nobody listens at, a moment ago."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def until(condition, running, seconds=300):
@@ -151,3 +155,15 @@ def saved_state(workdir, *overrides):
         step, found = checkpoints.restore({name: tree for name, tree in trees.items() if tree is not None})
     checkpoints.close()
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
+
+
+def assert_same_run(workdir, expected, steps, *overrides):
+    """Two runs of so many steps agree in every row, each there once, and in every bit of the last checkpoint."""
+    assert rows(workdir) == rows(expected)
+    seen = [(row["step"], row["split"]) for row in rows(workdir)]
+    assert len(set(seen)) == len(seen)
+    assert [step for step, split in seen if split == "train"] == list(range(1, steps + 1))
+    (step, found), (_, wanted) = saved_state(workdir, *overrides), saved_state(expected, *overrides)
+    assert step == steps and found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert found[name].tobytes() == array.tobytes(), name

@@ -4,16 +4,13 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import program_on, step_collectives
 from hlo import KINDS, axes_of, collectives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from system import NO_AUGMENTATION, NO_DROPOUT, settings
-
-from vit_dist.mesh.feed import batch_sharding
-from vit_dist.program import Program
+from system import NO_AUGMENTATION, NO_DROPOUT
 
 MESHES = {
     "data=8": {"data": 8},
@@ -23,22 +20,10 @@ MESHES = {
 CUBE = MESHES["data=2 x fsdp=2 x tensor=2"]
 
 
-def program_on(sizes, *overrides):
-    asked = {"data": 1, **sizes}
-    axes = (f"mesh.{axis}={size}" for axis, size in asked.items())
-    return Program(settings(*axes, *overrides), classes=10, steps=20, crop_on_device=True)
-
-
 @functools.cache
-def step_collectives(mesh, *overrides):
+def collectives_on(mesh, *overrides):
     """Of the train step compiled for one of `MESHES`."""
-    program = program_on(MESHES[mesh], *overrides, *NO_DROPOUT, *NO_AUGMENTATION)
-    with program.in_use():
-        rows, sharding = program.settings.batch_size, batch_sharding(program.mesh)
-        shapes = {"image": ((rows, 8, 8, 1), jnp.uint8), "label": ((rows,), jnp.int32), "id": ((rows,), jnp.int32)}
-        batch = {name: jax.ShapeDtypeStruct(*one, sharding=sharding) for name, one in shapes.items()}
-        text = program.train_step.lower(program.abstract_state(), batch).compile().as_text()
-    return collectives(text, MESHES[mesh])
+    return step_collectives(program_on(MESHES[mesh], *overrides, *NO_DROPOUT, *NO_AUGMENTATION))
 
 
 def reductions_over_data(found):
@@ -101,7 +86,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_four_micro_batches_are_reduced_over_data_as_often_as_one(mesh):
-    one, four = (reductions_over_data(step_collectives(mesh, f"accumulate_steps={count}")) for count in (1, 4))
+    one, four = (reductions_over_data(collectives_on(mesh, f"accumulate_steps={count}")) for count in (1, 4))
     exactly = [sum(each.axes == ("data",) for each in found) for found in (one, four)]
     assert exactly[0] == exactly[1] > 0
     assert len(one) == len(four)
@@ -111,7 +96,7 @@ def test_four_micro_batches_are_reduced_over_data_as_often_as_one(mesh):
 @pytest.mark.parametrize("gather", ["step", "microbatch"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_nothing_crosses_data_inside_the_loop_over_micro_batches(mesh, gather):
-    found = step_collectives(mesh, "accumulate_steps=4", *(["accumulate_gather=step"] if gather == "step" else []))
+    found = collectives_on(mesh, "accumulate_steps=4", *(["accumulate_gather=step"] if gather == "step" else []))
     assert reductions_over_data(found)
     assert {one.loops for one in found if "data" in one.axes} == {0}
 
@@ -120,7 +105,7 @@ def test_nothing_crosses_data_inside_the_loop_over_micro_batches(mesh, gather):
 def test_parameters_are_gathered_once_a_step_or_in_each_micro_batch_as_asked(mesh):
     for gather, inside in (("step", False), ("microbatch", True)):
         overrides = ("accumulate_steps=4", *(["accumulate_gather=step"] if gather == "step" else []))
-        over_fsdp = [one for one in step_collectives(mesh, *overrides) if one.axes == ("fsdp",)]
+        over_fsdp = [one for one in collectives_on(mesh, *overrides) if one.axes == ("fsdp",)]
         assert any(one.loops for one in over_fsdp) is inside
 
 

@@ -33,7 +33,8 @@ def test_without_a_mesh_a_layout_has_no_opinion():
     assert layout.spec("batch", None) is None
     assert layout.batch_axes() == ()
     x = jnp.arange(3.0)
-    assert layout.gathered(x) is x and layout.replicated(x) is x and layout.postponed(x, "step") is x
+    assert layout.of(x) is None and layout.parts("batch") == 1 and layout.placed(x, "batch") is x
+    assert layout.gathered(x, None) is x and layout.replicated(x) is x and layout.postponed(x, "step") is x
 
 
 def test_a_name_that_the_table_lacks_is_a_programming_error():
@@ -44,7 +45,7 @@ def test_a_name_that_the_table_lacks_is_a_programming_error():
 def test_a_gathered_parameter_is_whole_over_fsdp_and_stays_split_over_tensor():
     with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
         parameter = jax.device_put(jnp.arange(32.0).reshape(4, 8), P("fsdp", "tensor"))
-        whole = layout.gathered(parameter)
+        whole = layout.gathered(parameter, layout.spec("batch"))
         assert jax.typeof(whole).sharding.spec.partitions == (None, "tensor")
         assert jax.typeof(whole).sharding.spec.reduced == {"data", "fsdp"}
 
@@ -52,13 +53,14 @@ def test_a_gathered_parameter_is_whole_over_fsdp_and_stays_split_over_tensor():
 def test_the_gradient_of_a_gathered_parameter_is_summed_over_the_batch_and_split_as_it_lives():
     with jax.set_mesh(mesh_of(data=2, fsdp=4)):
         parameter = jax.device_put(jnp.ones(8), P("fsdp"))
+        split = layout.spec("batch", None)
         rows = jax.device_put(jnp.arange(128.0).reshape(16, 8), P(("data", "fsdp"), None))
 
         @jax.jit
         def gradient(parameter: jax.Array) -> jax.Array:
-            return jax.grad(
-                lambda p: jnp.sum(rows * layout.broadcast(layout.gathered(p), ("batch", None), rows.shape))
-            )(parameter)
+            return jax.grad(lambda p: jnp.sum(rows * layout.broadcast(layout.gathered(p, split), rows.shape, split)))(
+                parameter
+            )
 
         found = gradient(parameter)
         assert jax.typeof(found).sharding.spec.partitions == ("fsdp",)

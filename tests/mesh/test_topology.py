@@ -1,5 +1,7 @@
 """Axis sizes from what was asked and what there is, and the mesh made of them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from vit_dist.mesh import topology
 @pytest.mark.parametrize(
     ("asked", "devices", "sizes"),
     [
-        ({}, 8, (8, 1, 1)),
-        ({}, 1, (1, 1, 1)),
-        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"data": 1, "tensor": -1}, 6, (1, 1, 6)),
-        ({"data": 1, "fsdp": 2}, 8, (1, 2, 1)),
-        ({"data": -1, "fsdp": 8}, 8, (1, 8, 1)),
+        ({}, 8, (1, 8, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({"data": 2, "fsdp": -1}, 8, (1, 2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
+        ({"data": 1, "tensor": -1}, 6, (1, 1, 1, 1, 6)),
+        ({"data": 1, "fsdp": 2}, 8, (1, 1, 2, 1, 1)),
+        ({"data": -1, "fsdp": 8}, 8, (1, 1, 8, 1, 1)),
+        ({"data": 1, "context": -1}, 8, (1, 1, 1, 8, 1)),
+        ({"dcn_data": 2}, 8, (2, 4, 1, 1, 1)),
+        ({"dcn_data": 2, "data": 1, "fsdp": -1, "tensor": 2}, 8, (2, 1, 2, 1, 2)),
     ],
 )
 def test_axis_sizes_fill_in_the_rest(asked, devices, sizes):
@@ -37,14 +42,75 @@ def test_axis_sizes_fill_in_the_rest(asked, devices, sizes):
         ({"fsdp": -1}, "mesh.fsdp: only one axis may be -1, and mesh.data is"),
         ({"tensor": 0}, "mesh.tensor: must be above 0, or -1 .*, found 0"),
         ({"data": -2}, "mesh.data: must be above 0, or -1 .*, found -2"),
-        ({"context": 2}, "mesh.context: must be 1, found 2"),
-        ({"context": -1}, "mesh.context: must be 1, found -1"),
-        ({"dcn_data": 2}, "mesh.dcn_data: must be 1, found 2"),
+        ({"context": -1}, "mesh.context: only one axis may be -1, and mesh.data is"),
+        ({"dcn_data": -1}, "mesh.dcn_data: must be above 0, the number of slices or nodes, found -1"),
+        ({"dcn_data": 3}, "mesh: dcn_data=3 does not divide the 8 devices here, .*mesh.data.*; take 2 or 4"),
     ],
 )
 def test_axis_sizes_that_cannot_be_had_are_refused_with_the_numbers(asked, message):
     with pytest.raises(ConfigError, match=message):
         topology.axis_sizes(config.Mesh(**asked), 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a device says of where it is."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+
+
+def nodes(count, each=4, platform="gpu", slices=False):
+    return [Device(i, i // each, i // each if slices else 0, platform) for i in range(count * each)]
+
+
+def ids(mesh):
+    return np.vectorize(lambda device: device.id)(mesh.devices).tolist()
+
+
+@pytest.mark.parametrize("slices", [False, True])
+def test_what_is_not_dcn_data_stays_within_a_node_or_slice(slices):
+    mesh = topology.make_mesh({"dcn_data": 2, "fsdp": 2, "tensor": 2}, nodes(2, slices=slices))
+    assert dict(mesh.shape) == {"dcn_data": 2, "fsdp": 2, "tensor": 2}
+    assert ids(mesh) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_slices_are_told_apart_whatever_the_order_of_the_devices():
+    shuffled = [nodes(2, slices=True)[i] for i in (5, 0, 4, 1, 2, 7, 3, 6)]
+    assert ids(topology.make_mesh({"dcn_data": 2, "data": 4}, shuffled)) == [[0, 1, 2, 3], [5, 4, 7, 6]]
+
+
+def test_several_nodes_may_count_as_one():
+    mesh = topology.make_mesh({"dcn_data": 2, "data": 2, "tensor": 4}, nodes(4))
+    assert ids(mesh)[1] == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_a_mesh_smaller_than_the_slices_takes_part_of_each():
+    assert ids(topology.make_mesh({"dcn_data": 2, "data": 2}, nodes(2))) == [[0, 1], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ({"dcn_data": 3, "data": 2}, nodes(2), "dcn_data=3 x data=2 asks for 3 slices .* found 2 processes of 4 dev"),
+        ({"dcn_data": 2, "data": 4}, nodes(1, 8), "2 slices or nodes of 4 devices each, found a single"),
+        ({"dcn_data": 2, "data": 4}, nodes(2, 3), "slices or nodes of 4 devices each, found 2 processes of 3 dev"),
+        ({"dcn_data": 2, "data": 3}, nodes(2)[:7], "found 2 processes of 3 or 4 devices; set it to a divisor"),
+        ({"fsdp": 8}, nodes(2, platform="tpu", slices=True), "fsdp=8 spans 2 TPU slices of 4 chips; set it to 2 and"),
+    ],
+)  # fmt: skip
+def test_slices_that_are_not_there_are_refused_with_what_is(sizes, devices, message):
+    with pytest.raises(ConfigError, match=f"mesh.dcn_data: .*{message}"):
+        topology.make_mesh(sizes, devices)
+
+
+def test_fake_devices_of_one_process_pretend_to_be_slices_too():
+    mesh = topology.make_mesh({"dcn_data": 2, "context": 2, "tensor": 2}, jax.devices())
+    numbers = np.vectorize(jax.devices().index)(mesh.devices)
+    assert mesh.axis_names == ("dcn_data", "context", "tensor")
+    assert numbers.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
 
 
 def test_axes_of_one_are_left_out_and_all_are_explicit():

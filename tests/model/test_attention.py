@@ -12,7 +12,9 @@ from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import attention
-from vit_dist.model.attention import HEADS, attend
+from vit_dist.model.attention import attend, attend_across
+
+HEADS = ("batch", None, "heads", None)  # of queries, keys and values: [B, N, H, d]
 
 
 def random(*shape: int, seed: int = 0) -> Any:
@@ -82,14 +84,29 @@ def test_cudnn_on_its_own_examples_and_heads_gives_what_xla_gives(
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(attention, "_on_gpu", lambda: True)
     if sizes is None:
-        found = summed(attention._cudnn)(*arrays)
+        found = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(*arrays)
     else:
         with jax.set_mesh(make_mesh(sizes, jax.devices())):
-            found = summed(attention._cudnn)(*(jax.device_put(array, layout.spec(*HEADS)) for array in arrays))
+            found = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(
+                *(jax.device_put(array, layout.spec(*HEADS)) for array in arrays)
+            )
             assert jax.typeof(found[0][1]).sharding.spec == layout.spec(*HEADS)
     assert found[0][1].shape == (8, tokens, 2, 4)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
+def test_cudnn_between_two_trades_of_tokens_for_heads_leaves_padding_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = qkv(13)
+    expected = attend(*arrays, "xla")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(attention, "_takes_cudnn", lambda *arguments, **keywords: True)
+    with jax.set_mesh(make_mesh({"data": 4, "context": 2}, jax.devices())):
+        split = layout.spec("batch", "tokens", "heads", None)
+        padded = [np.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=3) for array in arrays]
+        across = jax.jit(lambda q, k, v: attend_across(q, k, v, 13, "all_to_all", "auto", 0.0))
+        found = across(*(jax.device_put(array, split) for array in padded))
+    np.testing.assert_allclose(np.asarray(found)[:, :13], expected, rtol=2e-5, atol=2e-6)
 
 
 class Taken(Exception):
@@ -97,7 +114,7 @@ class Taken(Exception):
 
 
 def takes_cudnn(monkeypatch: pytest.MonkeyPatch, platform: str, dtype: Any, rate: float = 0.0, **choice: str) -> bool:
-    def stop(*arrays: jax.Array) -> jax.Array:
+    def stop(*arguments: Any) -> jax.Array:
         raise Taken
 
     monkeypatch.setattr(attention, "_cudnn", stop)

@@ -42,12 +42,12 @@ def test_layer_norm_has_mean_zero_variance_one_then_scale_and_bias() -> None:
     x = 3 + 2 * random(2, 5, 16)
     standard = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     expected = standard * random(16, seed=1) + random(16, seed=2)
-    np.testing.assert_allclose(norm(x, (None, None, None)), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layer_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
     x = jnp.asarray(300 + random(1, 1, 256), jnp.bfloat16)  # whose sum of squares bfloat16 could not hold
-    y = Norm(256, None, rngs=nnx.Rngs(0))(x, (None, None, None))
+    y = Norm(256, None, rngs=nnx.Rngs(0))(x)
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-6)
     assert y.dtype == jnp.bfloat16
@@ -94,15 +94,15 @@ def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations(
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate: float) -> None:
-    y = np.asarray(dropout(jnp.ones((64, 32, 32)), rate, jax.random.key(0), NAMES))
+    y = np.asarray(dropout(jnp.ones((64, 32, 32)), rate, jax.random.key(0)))
     assert set(np.unique(y)) == {np.float32(0), np.float32(1) / np.float32(1 - rate)}
     assert (y == 0).mean() == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / y.size))
 
 
 def test_dropout_without_a_key_or_a_rate_is_the_identity() -> None:
     x = jnp.ones((2, 3, 4))
-    assert dropout(x, 0.5, None, NAMES) is x
-    assert dropout(x, 0.0, jax.random.key(0), NAMES) is x
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
     assert drop_path(x, 0.5, None) is x
     assert drop_path(x, None, jax.random.key(0)) is x
 
@@ -117,7 +117,7 @@ def test_drop_path_drops_whole_examples_at_its_rate_and_scales_the_rest_up() -> 
 def test_masks_are_the_same_on_every_mesh() -> None:
     def masks(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jnp.ones((16, 4, 8), out_sharding=layout.spec(*NAMES))
-        return dropout(x, 0.5, key, NAMES), drop_path(x, 0.5, key)
+        return dropout(x, 0.5, key), drop_path(x, 0.5, key)
 
     alone = jax.jit(masks)(jax.random.key(3))
     for sizes in MESHES:

@@ -7,7 +7,7 @@ loader has no state to save. What is made ahead is bounded in bytes, for a batch
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -101,7 +101,7 @@ def train_batches(
     channels: int,
     seed: int,
     batch_size: int,
-    rows: slice,
+    rows: Sequence[int] | np.ndarray,
     start_step: int,
     stop_step: int,
 ) -> Batches:
@@ -122,7 +122,13 @@ def train_batches(
 
 
 def evaluation_batches(
-    source: Source, data: config.Data, *, image_size: tuple[int, int], channels: int, batch_size: int, rows: slice
+    source: Source,
+    data: config.Data,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    rows: Sequence[int] | np.ndarray,
 ) -> Batches:
     """Rows `rows` of the batches that hold every example of the source once, in the order of ids.
 
@@ -141,8 +147,8 @@ class _TrainPiece:
     order: Order
     batch_size: int
 
-    def __call__(self, step: int, rows: range) -> Piece:
-        positions = step * self.batch_size + np.arange(rows.start, rows.stop)
+    def __call__(self, step: int, rows: np.ndarray) -> Piece:
+        positions = step * self.batch_size + rows
         ids, bad, stages = self.order.ids(positions), list[Bad](), Stages()
         if comes_whole(self.pixels.source, self.pixels.data):
             with stages.timed("read"):
@@ -173,9 +179,9 @@ class _EvaluationPiece:
     pixels: Pixels
     batch_size: int
 
-    def __call__(self, step: int, rows: range) -> Piece:
+    def __call__(self, step: int, rows: np.ndarray) -> Piece:
         source, bad, stages = self.pixels.source, list[Bad](), Stages()
-        ids = step * self.batch_size + np.arange(rows.start, rows.stop)
+        ids = step * self.batch_size + rows
         mask = ids < len(source)
         known = np.where(mask, ids, 0)
         if comes_whole(source, self.pixels.data):
@@ -199,9 +205,9 @@ class _EvaluationPiece:
 class _Numbered:
     """Piece `number` of the stream: of which step it is, and which rows."""
 
-    make: Callable[[int, range], Piece]
+    make: Callable[[int, np.ndarray], Piece]
     first_step: int
-    rows: range
+    rows: np.ndarray
     starts: range
 
     def __call__(self, number: int) -> Piece:
@@ -210,9 +216,11 @@ class _Numbered:
         return self.make(self.first_step + step, self.rows[start : start + self.starts.step])
 
 
-def _batches(make: Callable[[int, range], Piece], pixels: Pixels, steps: range, rows: slice) -> Batches:
+def _batches(
+    make: Callable[[int, np.ndarray], Piece], pixels: Pixels, steps: range, rows: Sequence[int] | np.ndarray
+) -> Batches:
     """Makes the batches of `steps` ahead of time and in order, at most `data.read_ahead_mb` of their pixels."""
-    source, data, local = pixels.source, pixels.data, range(rows.start, rows.stop)
+    source, data, local = pixels.source, pixels.data, np.asarray(rows)
     if comes_whole(source, data):
         assert isinstance(source, ArraySource)
         piece, row_bytes, most = len(local), source.images[:1].nbytes, _MOST_GATHERS

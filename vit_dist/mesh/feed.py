@@ -24,26 +24,40 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(layout.batch_axes() or None))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of the global batch that this process's devices hold; one block, by the mesh's device order."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    spans = sorted({place[0].indices(batch_size)[:2] for place in places if place is not None})
-    for (_, stop), (start, _) in zip(spans, spans[1:], strict=False):
-        if stop != start:
-            raise ValueError(
-                f"the rows of this process are not one block: {spans}; order the mesh's devices by process"
-            )
-    return slice(spans[0][0], spans[-1][1])
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of the global batch that this process's devices hold, in order, int64 [b].
+
+    Several blocks of them where neighbours in the mesh are not of one process, as on a TPU slice, whose devices are
+    ordered by the wires between them.
+    """
+    return _held(batch_sharding(mesh), batch_size)
+
+
+def _held(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    held = np.zeros(batch_size, bool)
+    for place in places:
+        assert place is not None
+        held[place[0]] = True
+    return np.flatnonzero(held)
 
 
 def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> Batch:
     """Local rows [b, ...] of each array -> global arrays [batch_size, ...] split as `sharding` says."""
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)  # the same, and several times quicker
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
-        for name, rows in batch.items()
-    }
+    rows = _held(sharding, batch_size)
+
+    def put(local: np.ndarray) -> jax.Array:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, block)
+
+    return {name: put(local) for name, local in batch.items()}
 
 
 class Prefetch:

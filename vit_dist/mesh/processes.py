@@ -1,79 +1,121 @@
-"""How a process joins the others of its job, and how it leaves.
+"""How a process joins the others of its job, tells them what they need to agree on, and leaves.
 
-One process alone needs nothing. Several find each other by three variables, `VIT_DIST_COORDINATOR` (host:port of the
-first), `VIT_DIST_PROCESSES` (how many) and `VIT_DIST_PROCESS` (which one this is).
+One process alone needs nothing. Several find each other as `mesh.place` says, meet by `mesh.peers`, and from then on
+`mesh.watch` ends those that are left when one of them is lost: no wait for another process is without an end.
 """
 
 import hashlib
-import json
 import os
+import re
+import sys
+import traceback
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from vit_dist import config
 from vit_dist.config import ConfigError
+from vit_dist.exit_codes import CLEAN
+from vit_dist.mesh import place as places
+from vit_dist.mesh.peers import roll_call
+from vit_dist.mesh.watch import Watch, end_now
 
-VARIABLES = ("VIT_DIST_COORDINATOR", "VIT_DIST_PROCESSES", "VIT_DIST_PROCESS")
 # XLA ends a process whose CPU collective waits longer than 40 s, which eight fake devices on two busy cores can.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 THREADS_A_DEVICE = 2  # see `_pretend`
-START_SECONDS = 120  # how long to wait for the others at the start
+
+_watch: Watch | None = None
 
 
-def start(fake_devices: int = 0) -> None:
+def start(
+    fake_devices: int = 0, deadlines: config.Deadlines | None = None, *, saves_when_asked_to_stop: bool = False
+) -> None:
     """Makes `fake_devices` CPU devices (0: the real ones) and joins the other processes, if there are any.
 
-    Must come before anything else asks jax for devices. Raises `ConfigError` for variables that make no sense.
+    Must come before anything else asks jax for devices; a later call does nothing. saves_when_asked_to_stop: SIGTERM
+    is answered by `run.signals.StopRequest`; else it ends the process. Raises `ConfigError` for variables that make no
+    sense, and `JobError` naming the processes that did not come in time.
     """
-    if fake_devices:
-        _pretend(fake_devices)
-    values = [os.environ.get(name) for name in VARIABLES]
-    if not any(values):
+    global _watch
+    fake = places.fake_devices(fake_devices)
+    if fake:
+        _pretend(fake)
+    if _watch is not None:
         return
-    found = ", ".join(f"{name}={value or '(unset)'}" for name, value in zip(VARIABLES, values, strict=True))
-    coordinator, count, index = values
-    if not coordinator or not count or not index or not count.isdecimal() or not index.isdecimal():
-        raise ConfigError(f"{found}: all three must be set, the last two to whole numbers")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"{found}: {VARIABLES[0]} must be host:port, such as localhost:12345")
-    if int(index) >= int(count):
-        raise ConfigError(
-            f"{found}: processes are numbered from 0, so the last one's number is below how many there are"
-        )
-    if not jax.distributed.is_initialized():
-        jax.distributed.initialize(coordinator, int(count), int(index), initialization_timeout=START_SECONDS)
+    deadlines = deadlines or config.Deadlines()
+    place = places.find_place(deadlines.start_seconds)
+    if place is None:
+        return
+    _watch = Watch(place.index, roll_call(place, deadlines.start_seconds), deadlines)
+    jax.config.update("jax_enable_preemption_service", saves_when_asked_to_stop)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.count,
+        place.index,
+        list(place.devices),  # not None, or JAX would look for a cluster again
+        initialization_timeout=deadlines.start_seconds,
+        # Our own watch comes first, and says who was lost; JAX's ends the process with a list of C++ functions.
+        heartbeat_timeout_seconds=3 * deadlines.peer_seconds + 60,
+        shutdown_timeout_seconds=deadlines.step_seconds,
+    )
+    jax.devices()  # here they learn of each other's, and wait; not after one has read a large set and another not
+    _watch.alive()
+
+
+def alive(step: int | None = None) -> None:
+    """Tells the watch of a job that this process has begun `step`, or (None) another part of the one it is at."""
+    if _watch is not None:
+        _watch.alive(step)
+
+
+def index() -> int:
+    """Which process of its job this is; unlike `jax.process_index`, it starts no backend."""
+    return 0 if _watch is None else _watch.index
 
 
 def check_same(what: str, text: str) -> None:
     """Raises `ConfigError` on every process where `text` is not the same on all of them; `what` it describes."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    everyone = multihost_utils.process_allgather(digest)
-    others = [index for index, other in enumerate(everyone) if not np.array_equal(other, everyone[0])]
+    everyone = gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [index for index, other in enumerate(everyone) if other != everyone[0]]
     if others:
         raise ConfigError(f"{what}: not the same on process 0 and {', '.join(map(str, others))}; start them all alike")
 
 
 def gather(value: Any) -> list[Any]:
-    """What JSON can hold -> the value of each process, in their order. All must call it, at the same place."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(text)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(one[:size].tobytes()) for one, size in zip(texts, sizes, strict=True)]
+    """What JSON can hold -> the value of each process, in their order. All must call it, at the same place.
+
+    It goes over the processes' own line, for devices give up waiting: gloo after 30 s, when one host reads a large
+    index and another has it at hand.
+    """
+    return [value] if _watch is None else _watch.gather(value)
 
 
-def stop() -> None:
-    """Leaves the job; only after a clean end, since the others wait here for this process."""
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
+def leave(code: int, text: str) -> None:
+    """Leaves the job, if there is one: with the others after a clean end, at once and telling them why after an error.
+
+    code, text: what the process ends with and has said; called with the exception under way, if there is one.
+    """
+    global _watch
+    if _watch is None:
+        return
+    if code in CLEAN:
+        _watch.rest()
+        jax.distributed.shutdown()  # waits until all have come here
+        _watch.stop()
+        _watch = None
+        return
+    error = sys.exception()
+    if error is not None and _is_of_xla(error):
+        _watch.wait_for_verdict()  # a collective has failed, most likely because a peer is gone: that is what to say
+    if error is not None:
+        traceback.print_exception(error)
+    _watch.say_failed(text, code)
+    end_now(code)
+
+
+def _is_of_xla(error: BaseException) -> bool:
+    """Whether compiled code has failed. Not all that it raises has a type of its own, but all begins with a status."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(re.match(r"[A-Z_]{5,}: ", str(error)))
 
 
 def _pretend(fake_devices: int) -> None:

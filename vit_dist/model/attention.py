@@ -3,9 +3,11 @@
 `attend` is the one function that meets hardware: plain einsums that XLA fuses (CPU, TPU, and wherever attention
 weights are dropped), or cuDNN's fused kernel on NVIDIA GPUs, which never writes the [N, N] weights to memory. cuDNN
 knows nothing of Explicit meshes and its backward refuses odd sequence lengths, so it runs inside `jax.shard_map`
-over batch and heads, on tokens padded to an even number whose padding is masked out.
+over batch and heads, on tokens padded to an even number whose padding is masked out. Where the mesh splits tokens,
+`attend_across` stands in its place, over what `model.context` offers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +18,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
+from vit_dist.model import context
 from vit_dist.model.layers import Dense, Norm, dropout, split_key
-
-HEADS = ("batch", None, "heads", None)  # of queries, keys and values: [B, N, H, d]
 
 
 class Attention(nnx.Module):
-    """softmax(QK^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017): [B, N, D] -> [B, N, D]."""
+    """softmax(QK^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017): [B, N, D] -> [B, N, D].
+
+    tokens: how many of the N are real where the mesh splits them; otherwise all are. across: how devices that hold
+    parts of them attend, "ring" or "all_to_all".
+    """
 
     def __init__(
         self,
@@ -37,11 +42,14 @@ class Attention(nnx.Module):
         attention_dropout: float,
         projection_dropout: float,
         implementation: str,
+        tokens: int,
+        across: str,
     ):
         size = width // heads
         self.attention_dropout = attention_dropout
         self.projection_dropout = projection_dropout
         self.implementation = implementation
+        self.tokens, self.across = tokens, across
         dense: dict[str, Any] = {"rngs": rngs, "initializer": initializer}
         self.qkv = Dense(
             (width,), (3, heads, size), ("width", None, "heads", None), bias=0.0 if qkv_bias else None, **dense
@@ -56,53 +64,86 @@ class Attention(nnx.Module):
         qkv = checkpoint_name(self.qkv(x), "qkv")
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q, HEADS), self.key_norm(k, HEADS)
-        mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0])
-        y = self.projection(checkpoint_name(mixed, "attention"))
-        return dropout(y, self.projection_dropout, keys[1], ("batch", None, None))
+            q, k = self.query_norm(q), self.key_norm(k)
+        if layout.parts("tokens") == 1:
+            mixed = checkpoint_name(attend(q, k, v, self.implementation, self.attention_dropout, keys[0]), "attention")
+        else:
+            mixed = attend_across(q, k, v, self.tokens, self.across, self.implementation, self.attention_dropout)
+        return dropout(self.projection(mixed), self.projection_dropout, keys[1])
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, rate: float = 0.0, key: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str,
+    rate: float = 0.0,
+    key: jax.Array | None = None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of queries [B, Nq, H, d] over keys and values [B, Nk, H, d] -> [B, Nq, H, d].
+    """Attention of queries [B, Nq, H, d] over keys and values [B, Nk, H, d] -> [B, Nq, H, d], laid out as the queries.
 
     implementation: "xla", "cudnn", or "auto": cuDNN on a GPU in bfloat16 when no weights are dropped, else XLA. "cudnn"
-    is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA.
+    is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA. seen: bool [Nk], for "xla":
+    the keys that count.
     """
-    drops = bool(rate) and key is not None
+    if _takes_cudnn(q, implementation, drops=bool(rate) and key is not None):
+        return _cudnn(q, k, v, q.shape[1])
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    if seen is not None:
+        scores = jnp.where(seen, scores, context.HIDDEN)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.of(q))
+
+
+def attend_across(
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, across: str, implementation: str, rate: float
+) -> jax.Array:
+    """Self-attention of [B, N, H, d] split by tokens, of which the first `tokens` are real -> [B, N, H, d].
+
+    across: "ring" or "all_to_all", where the whole sequences in between may be cuDNN's. Raises `ConfigError` for what
+    cannot be had so, such as a `rate` of dropped weights.
+    """
+    context.check(across, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
+    if across == "ring":
+        if implementation == "cudnn":
+            raise ConfigError(
+                "model.attention: cudnn knows no ring; take auto or xla, or model.context_attention=all_to_all"
+            )
+        return context.ring(q, k, v, tokens)
+    whole = _cudnn if _takes_cudnn(q, implementation, drops=False) else context.chunked
+    mixed = context.all_to_all(q, k, v, lambda q, k, v: whole(q, k, v, tokens))
+    return checkpoint_name(mixed, "attention")
+
+
+def _takes_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
     fits = _on_gpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and not drops
     if implementation == "cudnn" and not fits:
         raise ConfigError(
             "model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16 and "
             "model.attention_dropout=0; take auto"
         )
-    if implementation == "cudnn" or (implementation == "auto" and fits):
-        return _cudnn(q, k, v)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(v.dtype)
-    weights = dropout(weights, rate, key, ("batch", "heads", None, None))
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return implementation != "xla" and fits
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    part = layout.spec(*HEADS)
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
+    part, local = layout.of(q), functools.partial(_cudnn_local, tokens)
     if part is None:
-        return _cudnn_local(q, k, v)
-    return jax.shard_map(_cudnn_local, in_specs=(part, part, part), out_specs=part, check_vma=False)(q, k, v)
+        return local(q, k, v)
+    return jax.shard_map(local, in_specs=(part, part, part), out_specs=part, check_vma=False)(q, k, v)
 
 
-def _cudnn_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One device's examples and heads: [b, N, h, d] three times -> [b, N, h, d]."""
-    examples, tokens = q.shape[:2]
-    if tokens % 2 == 0:
+def _cudnn_local(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One device's examples and heads: [b, N, h, d] three times, the first `tokens` of them real -> [b, N, h, d]."""
+    examples, length = q.shape[:2]
+    if length == tokens and tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(t, ((0, 0), (0, 1), (0, 0), (0, 0))) for t in (q, k, v))
+    q, k, v = (jnp.pad(t, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for t in (q, k, v))
     lengths = jnp.full((examples,), tokens, jnp.int32)
     padded = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    return padded[:, :tokens]
+    return padded[:, :length]
 
 
 def _on_gpu() -> bool:

@@ -11,8 +11,7 @@ from vit_dist.model.vit import shape_of
 def forward_flops(model: config.Model) -> int:
     """Of the forward pass of one image."""
     shape = shape_of(model)
-    patches = shape.grid[0] * shape.grid[1]
-    tokens = patches + (model.pool == "cls") + model.registers
+    patches, tokens = shape.patches, shape.tokens
     width, hidden = shape.width, shape.mlp * (3 if shape.activation == "swiglu" else 2)
     embed = patches * shape.patch[0] * shape.patch[1] * shape.channels * width
     block = tokens * width * (4 * width + hidden) + 2 * tokens * tokens * width

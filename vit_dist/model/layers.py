@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 
 from vit_dist.mesh import layout
 
@@ -25,9 +26,12 @@ def make_parameter(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...]
     return nnx.Param(initializer(rngs.params(), shape, jnp.float32, out_sharding=layout.spec(*names)))
 
 
-def ready(parameter: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """The parameter's value, gathered, in `dtype`; cast first, so that half the bytes travel in bfloat16."""
-    return layout.gathered(parameter[...].astype(dtype))
+def ready(parameter: nnx.Param, dtype: jnp.dtype, activations: PartitionSpec | None) -> jax.Array:
+    """The parameter's value in `dtype`, gathered to meet activations of this layout.
+
+    It is cast first, so that half the bytes travel in bfloat16.
+    """
+    return layout.gathered(parameter[...].astype(dtype), activations)
 
 
 class Dense(nnx.Module):
@@ -55,34 +59,37 @@ class Dense(nnx.Module):
         self.bias = None if bias is None else make_parameter(rngs, initializers.constant(bias), outputs, own)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        names = ("batch", *(None,) * (x.ndim - self.input_count - 1), *self.output_names)
-        y = _product(x, ready(self.kernel, x.dtype), self.input_count, names)
+        split = layout.of(x, x.ndim - self.input_count, *self.output_names)
+        y = _product(x, ready(self.kernel, x.dtype, split), self.input_count, split)
         if self.bias is None:
             return y
-        return y + layout.broadcast(ready(self.bias, x.dtype), names, y.shape)
+        return y + layout.broadcast(ready(self.bias, x.dtype, split), y.shape, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, kernel: jax.Array, inputs: int, names: Names) -> jax.Array:
-    """[..., *inputs] by [*inputs, *outputs], a gathered kernel, -> [..., *outputs], laid out as `names`.
+def _product(x: jax.Array, kernel: jax.Array, inputs: int, split: PartitionSpec | None) -> jax.Array:
+    """[..., *inputs] by [*inputs, *outputs], a gathered kernel, -> [..., *outputs], laid out as `split`.
 
     Its gradients are JAX's own but for one choice: of the kernel's, a product over examples and tokens, the narrower
     operand comes first. XLA's CPU products transpose the first one, and JAX would have it always be `g`.
     """
     contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    return jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=layout.spec(*names))
+    return jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=split)
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array, inputs: int, names: Names) -> tuple[jax.Array, tuple]:
-    return _product(x, kernel, inputs, names), (x, kernel)
+def _product_forward(
+    x: jax.Array, kernel: jax.Array, inputs: int, split: PartitionSpec | None
+) -> tuple[jax.Array, tuple]:
+    return _product(x, kernel, inputs, split), (x, kernel)
 
 
-def _product_backward(inputs: int, names: Names, saved: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    inputs: int, split: PartitionSpec | None, saved: tuple, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     lead = tuple(range(x.ndim - inputs))
     contract = (tuple(range(len(lead), g.ndim)), tuple(range(inputs, kernel.ndim)))
-    split = None if layout.spec() is None else jax.typeof(x).sharding.spec
-    x_gradient = jax.lax.dot_general(g, kernel, (contract, ((), ())), out_sharding=split)
+    x_gradient = jax.lax.dot_general(g, kernel, (contract, ((), ())), out_sharding=layout.of(x))
     if math.prod(kernel.shape[:inputs]) <= math.prod(kernel.shape[inputs:]):
         return x_gradient, jax.lax.dot_general(
             x, g, ((lead, lead), ((), ())), out_sharding=layout.gradient_spec(kernel, range(kernel.ndim))
@@ -105,15 +112,15 @@ class Norm(nnx.Module):
         self.scale = make_parameter(rngs, initializers.ones, (size,), (name,))
         self.bias = make_parameter(rngs, initializers.zeros, (size,), (name,)) if bias else None
 
-    def __call__(self, x: jax.Array, names: Names) -> jax.Array:
-        """x: [..., size], laid out as `names`."""
-        wide = x.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size]."""
+        wide, split = x.astype(jnp.float32), layout.of(x)
         mean = jnp.mean(wide, -1, keepdims=True)
         variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
         y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * layout.broadcast(ready(self.scale, wide.dtype), names, x.shape)
+        y = y * layout.broadcast(ready(self.scale, wide.dtype, split), x.shape, split)
         if self.bias is not None:
-            y = y + layout.broadcast(ready(self.bias, wide.dtype), names, x.shape)
+            y = y + layout.broadcast(ready(self.bias, wide.dtype, split), x.shape, split)
         return y.astype(x.dtype)
 
 
@@ -125,7 +132,8 @@ class Scale(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = checkpoint_name(x, "scaled")  # the factor's gradient needs it, and a dense product made it
-        return x * layout.broadcast(ready(self.scale, x.dtype), ("batch", None, None), x.shape)
+        split = layout.of(x)
+        return x * layout.broadcast(ready(self.scale, x.dtype, split), x.shape, split)
 
 
 class Mlp(nnx.Module):
@@ -151,8 +159,8 @@ class Mlp(nnx.Module):
             hidden = jax.nn.silu(checkpoint_name(self.gate(x), "mlp")) * hidden
         else:
             hidden = jax.nn.gelu(hidden, approximate=self.activation == "gelu_tanh")
-        hidden = dropout(hidden, self.dropout, keys[0], ("batch", None, "mlp"))
-        return dropout(self.down(hidden), self.dropout, keys[1], ("batch", None, None))
+        hidden = dropout(hidden, self.dropout, keys[0])
+        return dropout(self.down(hidden), self.dropout, keys[1])
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -160,15 +168,20 @@ def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None, names: Names) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the rest up (Srivastava et al. 2014).
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements of [B, N, ...] with probability `rate` and scales the rest up (Srivastava et al. 2014).
 
     The mask is one draw over the global array, of which every device makes its own part, so that it is the same on
-    every mesh.
+    every mesh. Tokens lead in the draw: an element's number then follows from its place in the order of the array
+    alone, and tokens that pad the end for the sake of a mesh change nothing for those before them.
     """
     if not rate or key is None:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=layout.spec(*names))
+    split = layout.of(x)
+    if split is not None:
+        split = PartitionSpec(split[1], split[0], *split[2:])
+    shape = (x.shape[1], x.shape[0], *x.shape[2:])
+    keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=split).swapaxes(0, 1)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
@@ -179,8 +192,8 @@ def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | Non
     """
     if rate is None or key is None:
         return x
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    draws = jax.random.uniform(key, shape, out_sharding=layout.spec("batch", *(None,) * (x.ndim - 1)))
+    shape, rest = (x.shape[0],) + (1,) * (x.ndim - 1), (None,) * (x.ndim - 1)
+    draws = jax.random.uniform(key, shape, out_sharding=layout.of(x, 1, *rest))
     return x * ((draws >= rate) / (1 - rate)).astype(x.dtype)
 
 

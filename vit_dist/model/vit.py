@@ -4,6 +4,10 @@
 by `jax.lax.scan`: the compiled program, the number of arrays and the time to compile stay small whatever the depth.
 With `scan=False` each block has arrays of its own and the loop is Python's. The numbers are the same; compiling takes
 longer, and a step is quicker by the copies in and out of the stack.
+
+Between the embedding and the pooling a mesh may split the tokens of an image (`context`). They are then padded to a
+number that divides: padding is no key in attention and no part of what is pooled, and no device embeds a token that
+is not its own.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from jax.nn import initializers
 from vit_dist import config
 from vit_dist.config import ConfigError, nearest_multiples, pair
 from vit_dist.mesh import layout
-from vit_dist.model import variants
+from vit_dist.model import context, variants
 from vit_dist.model.attention import Attention, attend
 from vit_dist.model.layers import (
     Dense,
@@ -37,7 +41,6 @@ from vit_dist.model.layers import (
 )
 from vit_dist.model.position import sincos2d
 
-TOKENS = ("batch", None, None)  # the layout of activations [B, N, D]
 SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # what `remat="names"` keeps: every dense product's result
 KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal}
 
@@ -57,11 +60,22 @@ class Shape:
     patch: tuple[int, int]
     channels: int
     classes: int
+    special: int  # tokens that are no patches, the first ones: the class token, then registers
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.special + self.patches
 
 
 def shape_of(model: config.Model) -> Shape:
@@ -88,7 +102,9 @@ def shape_of(model: config.Model) -> Shape:
         raise ConfigError(f"model.width: {numbers['width']} does not divide by {numbers['heads']} heads; take {near}")
     if model.position == "sincos2d" and numbers["width"] % 4:
         raise ConfigError(f"model.width: {numbers['width']} must divide by 4 for model.position=sincos2d")
-    return Shape(**numbers, image=image, patch=patches, channels=model.channels, classes=model.num_classes)
+    numbers |= {"channels": model.channels, "classes": model.num_classes}
+    special = (model.pool == "cls") + model.registers
+    return Shape(**numbers, image=image, patch=patches, special=special)
 
 
 class Block(nnx.Module):
@@ -108,6 +124,8 @@ class Block(nnx.Module):
             attention_dropout=model.attention_dropout,
             projection_dropout=model.dropout if model.projection_dropout is None else model.projection_dropout,
             implementation=model.attention,
+            tokens=shape.tokens,
+            across=model.context_attention,
         )
         self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
@@ -118,12 +136,12 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, path_rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
         """x: [B, N, D]; path_rate: the probability that an example leaves out a branch of this block; None: never."""
         keys = split_key(key, 4)
-        h = self.norm1(x, TOKENS)
+        h = self.norm1(x)
         attended = self.attention(h, keys[0])
         attended = drop_path(self.scale1(attended) if self.scale1 is not None else attended, path_rate, keys[1])
         if self.norm2 is not None:
             x = checkpoint_name(x + attended, "residual")
-            h = self.norm2(x, TOKENS)
+            h = self.norm2(x)
         else:
             x = x + attended
         y = self.mlp(h, keys[2])
@@ -131,7 +149,10 @@ class Block(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """One learned query over all tokens, then an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560)."""
+    """One learned query over the tokens `seen`, then an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560).
+
+    seen: bool [N]; None: all.
+    """
 
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
         common: dict[str, Any] = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
@@ -143,12 +164,13 @@ class AttentionPool(nnx.Module):
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        probe = layout.broadcast(ready(self.probe, x.dtype), TOKENS, (x.shape[0], 1, x.shape[2]))
+    def __call__(self, x: jax.Array, seen: jax.Array | None) -> jax.Array:
+        split = layout.of(x, 1, None, None)  # by examples alone
+        probe = layout.broadcast(ready(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
         key_value = self.key_value(x)
         # One query: its weights [B, H, 1, N] are small, and nothing is to be had from a fused kernel.
-        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla"))
-        return (x + self.mlp(self.norm(x, TOKENS), None))[:, 0]
+        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla", seen=seen))
+        return (x + self.mlp(self.norm(x), None))[:, 0]
 
 
 class ViT(nnx.Module):
@@ -165,7 +187,6 @@ class ViT(nnx.Module):
         self.model, self.shape = model, shape
         kernel = KERNELS[model.kernel_init]
         pixels = shape.patch[0] * shape.patch[1] * shape.channels
-        patches = shape.grid[0] * shape.grid[1]
         # A convolution whose stride is its window is a linear map of each patch's pixels (row, column, channel).
         self.patch = Dense((pixels,), (shape.width,), (None, "width"), rngs=rngs, initializer=lecun_normal)
 
@@ -175,7 +196,7 @@ class ViT(nnx.Module):
         has_class = model.pool == "cls"
         self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), ("width",)) if has_class else None
         # The class token has a position of its own when positions are learned, as in the paper; sines have none.
-        self.position = tokens(patches + has_class, model.position_std) if model.position == "learned" else None
+        self.position = tokens(shape.patches + has_class, model.position_std) if model.position == "learned" else None
         self.registers = tokens(model.registers, 0.02) if model.registers else None
         keys = jax.random.split(rngs.params(), shape.depth)
         blocks = jax.vmap(lambda key: Block(model, shape, nnx.Rngs(key)))  # the same draws as one block at a time
@@ -207,36 +228,60 @@ class ViT(nnx.Module):
             )
         keys = split_key(key, 2)
         x = self.embed(images.astype(self.model.dtype))
-        x = dropout(x, self.model.embedding_dropout, keys[0], TOKENS)
-        x = self.norm(self.encode(x, keys[1]), TOKENS)
-        if self.cls is not None:
-            x = x[:, 0]
-        else:
-            x = x[:, self.model.registers :]  # registers have done their work (Darcet et al. 2024)
-            x = self.pool(x) if self.pool is not None else jnp.mean(x, axis=1)
+        x = dropout(x, self.model.embedding_dropout, keys[0])
+        x = self.pooled(self.norm(self.encode(x, keys[1])))
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
         return self.head(x.astype(jnp.float32))
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> tokens [B, N, D]: the class token where there is one, registers, then patches row by row."""
-        batch = images.shape[0]
-        rows, columns = self.shape.grid
-        x = self.patch(patchify(images, self.shape.patch))
-        if self.position is not None:
-            position = ready(self.position, x.dtype)
+        """[B, H, W, C] -> tokens [B, N, D]: the class token where there is one, registers, then patches row by row.
+
+        Where the mesh splits tokens, padding follows them, whose embeddings are zeros.
+        """
+        x = patchify(images, self.shape.patch)
+        table = self._table(x)
+        special, parts = self.shape.special, layout.parts("tokens")
+        if parts == 1:
+            x = jnp.pad(self.patch(x), ((0, 0), (special, 0), (0, 0)))
         else:
-            position = jnp.asarray(sincos2d(rows, columns, self.shape.width), x.dtype)
-        own = position.shape[0] - rows * columns  # 1 when the class token has a learned position
-        x = x + layout.broadcast(position[own:], TOKENS, x.shape)
+            # Pixels take the tokens' places before they are embedded: to split them is then to leave some out.
+            padding = context.padded_length(self.shape.tokens, parts) - self.shape.tokens
+            x = layout.placed(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
+            x = jnp.where(_between(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
+            table = layout.placed(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
+        return x + layout.broadcast(table, x.shape, layout.of(x))
+
+    def _table(self, x: jax.Array) -> jax.Array:
+        """What tokens have beside their pixels: [N, D]. x: any array that is split by examples, in the right dtype."""
+        split, dtype = layout.of(x), x.dtype
+        if self.position is not None:
+            position = ready(self.position, dtype, split)
+        else:
+            position = layout.gathered(jnp.asarray(sincos2d(*self.shape.grid, self.shape.width), dtype), split)
+        own = position.shape[0] - self.shape.patches  # 1 when the class token has a learned position
         lead = []
         if self.cls is not None:
-            cls = ready(self.cls, x.dtype)
-            lead.append(cls[None] + position[:1] if own else cls[None])
+            cls = ready(self.cls, dtype, split)[None]
+            lead.append(cls + position[:1] if own else cls)
         if self.registers is not None:
-            lead.append(ready(self.registers, x.dtype))
-        lead = [layout.broadcast(token, TOKENS, (batch, *token.shape)) for token in lead]
-        return jnp.concatenate([*lead, x], axis=1) if lead else x
+            lead.append(ready(self.registers, dtype, split))
+        return jnp.concatenate([*lead, position[own:]])
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """Tokens [B, N, D] -> what the head sees of them [B, D]."""
+        # Registers have done their work when the patches are pooled (Darcet et al. 2024).
+        start, stop = (0, 1) if self.cls is not None else (self.shape.special, self.shape.tokens)
+        seen = None
+        if layout.parts("tokens") == 1:
+            x = x[:, start:stop]
+        else:
+            seen = _between(start, stop, x)
+        if self.pool is not None:
+            return self.pool(x, seen)
+        if seen is not None:
+            x = jnp.where(seen[:, None], x, 0)
+        return (jnp.sum(x, axis=1, dtype=jnp.float32) / (stop - start)).astype(x.dtype)
 
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """All blocks: [B, N, D] -> [B, N, D]."""
@@ -265,6 +310,12 @@ class ViT(nnx.Module):
         return any((model.dropout, model.projection_dropout, model.attention_dropout, model.drop_path))
 
 
+def _between(start: int, stop: int, x: jax.Array) -> jax.Array:
+    """Which tokens of x [B, N, D] are those from `start` to `stop`: bool [N], split as they are."""
+    number = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1],), 0, out_sharding=layout.spec("tokens"))
+    return (start <= number) & (number < stop)
+
+
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
     """[B, H, W, C] -> [B, patches, pixels]: patches row by row, and within one (row, column, channel)."""
     batch, rows, columns = images.shape[0], images.shape[1] // patch[0], images.shape[2] // patch[1]
@@ -272,7 +323,7 @@ def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
     x = jax.lax.reshape(images, cut, out_sharding=layout.spec("batch", *(None,) * 5))
     x = x.transpose(0, 1, 3, 2, 4, 5)
     pixels = patch[0] * patch[1] * images.shape[3]
-    return jax.lax.reshape(x, (batch, rows * columns, pixels), out_sharding=layout.spec(*TOKENS))
+    return jax.lax.reshape(x, (batch, rows * columns, pixels), out_sharding=layout.spec("batch", None, None))
 
 
 def parameter_count(model: nnx.Module) -> int:

@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Trains a recipe on a Cloud TPU slice: creates it, installs vit_dist on its workers, runs all of them, shows worker 0's
+# output, and deletes it, whatever comes of the run. Every command is printed; --dry-run prints them and runs none.
+#
+#   launch/tpu_pod.sh --zone=us-west4-a --type=v5litepod-256 --before='sudo mount 10.0.0.2:/runs /mnt' \
+#     configs/vit_l16_i21k_v5e256.py /mnt/l16 [--config.KEY=VALUE ...]
+#
+#   --zone=Z --type=T   where, and which slice: v5litepod-256, v5p-2048 (counted in cores), v6e-64, ...
+#   --name=N            what the slice is called (vit-dist-USER)
+#   --version=V         the software on its workers; else what Google names for jax on that type
+#   --project=P         else gcloud's own setting
+#   --spot              a slice that may be taken back at any time, for less
+#   --queued            wait in Google's queue until the slice is to be had, asking every POLL_SECONDS (30)
+#   --before=COMMAND    on each worker, ahead of the rest: mounts, credentials
+#   --retries=N         new slices to go on with when one is taken back (3)
+#   --keep              do not delete the slice, and use one of that name that is there already
+#
+# CONFIG lies in this checkout. WORKDIR must be the same folder on all workers, such as a mounted Filestore: it holds the
+# checkpoints from which the next slice goes on. The slice lives as long as this script, so start it where nothing goes
+# to sleep. Ctrl-C deletes the slice at once.
+set -euo pipefail
+
+usage() {
+  echo "error: $1; usage: $0 --zone=Z --type=T [OPTION ...] CONFIG WORKDIR [--config.KEY=VALUE ...]" >&2
+  exit 2
+}
+
+zone='' accelerator='' name=vit-dist-${USER:-tpu} version='' before='' retries=3
+common=() kind=() queued=false keep=false dry_run=false
+while [ $# -gt 0 ]; do
+  case $1 in
+    --zone=*) zone=${1#*=} ;;
+    --type=*) accelerator=${1#*=} ;;
+    --name=*) name=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --project=*) common=("--project=${1#*=}") ;;
+    --before=*) before=${1#*=} ;;
+    --retries=*) retries=${1#*=} ;;
+    --spot) kind=(--spot) ;;
+    --queued) queued=true ;;
+    --keep) keep=true ;;
+    --dry-run) dry_run=true ;;
+    -*) usage "$1 is no option" ;;
+    *) break ;;
+  esac
+  shift
+done
+[ -n "$zone" ] || usage "--zone is missing"
+[ -n "$accelerator" ] || usage "--type is missing"
+[[ $retries =~ ^[0-9]+$ ]] || usage "--retries=$retries is no whole number"
+[ $# -ge 2 ] || usage "CONFIG and WORKDIR are missing"
+config=$1
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+[[ $config != /* && -f $root/$config ]] || usage "there is no $config in $root"
+common+=("--zone=$zone" --quiet)
+if [ -z "$version" ]; then # cloud.google.com/tpu/docs/runtimes
+  case $accelerator in
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
+fi
+
+# Commands run beside this shell, which only waits, so that a signal is answered at once. They are printed on stderr;
+# those of a dry run, which are its result, on stdout.
+if $dry_run; then exec 3>&1; else exec 3>&2; fi
+child=''
+run() {
+  { printf '%q' "$1" && printf ' %q' "${@:2}" && echo; } >&3
+  if $dry_run; then return; fi
+  "$@" &
+  child=$!
+  local code=0
+  wait "$child" || code=$?
+  child=''
+  return "$code"
+}
+
+tpu() { run gcloud compute tpus tpu-vm "$@" "${common[@]}"; }
+queue() { run gcloud compute tpus queued-resources "$@" "${common[@]}"; }
+ssh_to() {
+  # A worker that is taken away closes no connection: ssh itself must notice.
+  tpu ssh "$name" "--worker=$1" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$2"
+}
+slice_state() { tpu describe "$name" '--format=value(state)' 2>/dev/null || true; }
+queue_state() { queue describe "$name" '--format=value(state.state)' 2>/dev/null || true; }
+
+package=${TMPDIR:-/tmp}/$name.tar.gz
+exists=false
+delete() {
+  $exists || return 0
+  exists=false
+  if $keep; then
+    echo "kept: $name in $zone, which costs money until it is deleted" >&2
+  elif $queued; then
+    queue delete "$name" --force || echo "error: could not delete $name in $zone; it costs money" >&2
+  else
+    tpu delete "$name" || echo "error: could not delete $name in $zone; it costs money" >&2
+  fi
+}
+leave() {
+  trap '' INT TERM
+  [ -z "$child" ] || kill "$child" 2>/dev/null || true
+  delete
+  rm -f "$package"
+}
+trap leave EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+create() {
+  local found
+  if $queued; then found=$(queue_state); else found=$(slice_state); fi
+  if $keep && [[ $found == READY || $found == ACTIVE ]]; then
+    exists=true
+    return
+  elif [ -n "$found" ]; then # somebody else's, for all that is known here, so it is not deleted either
+    echo "error: there is a $name in $zone already, $found; delete it, choose another --name, or use it by --keep" >&2
+    return 1
+  fi
+  exists=true # from here on, for what is half created must go too
+  if ! $queued; then
+    tpu create "$name" "--accelerator-type=$accelerator" "--version=$version" ${kind[@]+"${kind[@]}"}
+    return
+  fi
+  queue create "$name" "--node-id=$name" "--accelerator-type=$accelerator" "--runtime-version=$version" \
+    ${kind[@]+"${kind[@]}"}
+  while true; do
+    found=$(queue_state)
+    case $found in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING)
+        echo "error: the request for $name has come to $found" >&2
+        return 1
+        ;;
+    esac
+    if $dry_run; then return; fi
+    sleep "${POLL_SECONDS:-30}"
+  done
+}
+
+# What the workers do. uv brings a Python that is new enough, which theirs may not be.
+install="mkdir -p vit_dist && tar -xzf vit_dist.tar.gz -C vit_dist && cd vit_dist \
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv \
+&& ~/.local/bin/uv venv --quiet --clear --python=3.12 .venv \
+&& ~/.local/bin/uv pip install --quiet --constraint=constraints.txt --editable='.[tpu]'"
+metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
+arguments=$(printf ' %q' "--config=$config" "--workdir=$1" "${@:2}")
+train="cd vit_dist && rm -f exit_code && worker=\$(curl -sf -H Metadata-Flavor:Google $metadata) || exit 1
+[ \"\$worker\" = 0 ] || exec >train.log 2>&1
+code=0; .venv/bin/vit-dist train$arguments || code=\$?
+echo \$code >exit_code; exit \$code"
+
+for ((attempt = 0; ; attempt++)); do
+  create
+  run tar -czf "$package" -C "$root" pyproject.toml constraints.txt README.md vit_dist configs "$config"
+  tpu scp "$package" "$name:vit_dist.tar.gz" --worker=all
+  [ -z "$before" ] || ssh_to all "$before"
+  ssh_to all "$install"
+  if ssh_to all "$train"; then exit 0; fi
+
+  # gcloud's exit code may stand for any of the workers; worker 0's own says whether all was saved.
+  code=1 found=$(slice_state)
+  if [ "$found" = READY ]; then
+    code=$(ssh_to 0 'cat vit_dist/exit_code') || code=1
+    if [ "$code" != 75 ]; then
+      ssh_to all 'hostname; tail -n 30 vit_dist/train.log 2>/dev/null' >&2 || true
+      echo "error: worker 0 ended with $code; above is what the others said last" >&2
+      exit "$code"
+    fi
+  fi
+  if [ "$attempt" -ge "$retries" ]; then
+    echo "error: the slice is gone (${found:-deleted}, exit code $code), and no retry is left" >&2
+    exit 75
+  fi
+  echo "the slice is gone (${found:-deleted}, exit code $code): retry $((attempt + 1)) of $retries on a new one" >&2
+  keep=false delete
+done

@@ -1,0 +1,32 @@
+"""One process of a job that compiles the training step for all devices of the job, and says what a device sends.
+
+    python scaling.py, with the variables of the job
+
+Prints one JSON object: `processes`, `devices`, and `collectives`, each with its kind, axes, bytes and loops. Weak
+scaling: every device has as many rows of the batch, whatever the number of devices.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+import jax  # noqa: E402
+from compiled import program_on, step_collectives  # noqa: E402
+from system import NO_AUGMENTATION, NO_DROPOUT  # noqa: E402
+
+from vit_dist.mesh import processes  # noqa: E402
+
+ROWS = 16  # of the batch, on each device
+
+if __name__ == "__main__":
+    processes.start(fake_devices=2)
+    devices = jax.device_count()
+    program = program_on(
+        {"data": devices}, f"batch_size={ROWS * devices}", "log_examples=false", *NO_DROPOUT, *NO_AUGMENTATION
+    )
+    found = [dataclasses.asdict(one) for one in step_collectives(program)]
+    print(json.dumps({"processes": jax.process_count(), "devices": devices, "collectives": found}), flush=True)
+    processes.leave(0, "")

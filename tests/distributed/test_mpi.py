@@ -1,0 +1,63 @@
+"""`launch/mpi.sh` with two real ranks under Open MPI: stopped, gone on with, and the curve of one device."""
+
+import os
+import shutil
+
+import pytest
+from system import (
+    RECIPE,
+    ROOT,
+    checkpoint_steps,
+    examples,
+    largest_difference,
+    losses,
+    rows,
+    run,
+    started,
+    train_here,
+    until,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("mpirun") is None, reason="NO MPI WAS RUN: mpirun not found: apt-get install openmpi-bin"
+    ),
+]
+
+STEPS = 60
+
+
+def _command(workdir, *overrides):
+    overrides = ("fake_devices=4", *overrides)
+    return [ROOT / "launch" / "mpi.sh", RECIPE, workdir, *(f"--config.{one}" for one in overrides)]
+
+
+def _variables():
+    """Two ranks on this machine, where tests may be run by root, without a cache of compiled programs.
+
+    On CPUs a program in the cache is of use to process 0 alone. Where that is ready more than 30 s before the others,
+    as on a busy machine when a job starts again, gloo gives them up.
+    """
+    as_root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
+    return {"HOSTS": "localhost:2", "JAX_COMPILATION_CACHE_DIR": "", **dict.fromkeys(as_root, "1")}
+
+
+def test_ranks_told_to_stop_save_and_end_with_75_and_go_on_along_the_curve_of_one_device(tmp_path):
+    command = _command(tmp_path / "run", f"total_steps={STEPS}", "checkpoint.every_steps=10")
+    with started(command, tmp_path / "first", **_variables()) as job:
+        until(lambda: checkpoint_steps(tmp_path / "run"), job)
+        job.process.terminate()
+        assert job.wait() == 75, job.said()[-3000:]
+    saved = checkpoint_steps(tmp_path / "run")[-1]
+    assert 0 < saved < STEPS
+    code, again = run(command, tmp_path / "again", **_variables())
+    assert code == 0, again.said()[-3000:]
+    assert f"going on from step {saved}" in again.said() and again.result()["step"] == STEPS
+
+    found, expected = rows(tmp_path / "run"), train_here(tmp_path / "one", "mesh.data=1")
+    assert [row["step"] for row in found if row["split"] == "train"] == list(range(1, STEPS + 1))
+    assert examples(found)[:20] == examples(expected)
+    difference = largest_difference(losses(found)[:20], losses(expected))
+    print(f"largest relative difference of a loss: {difference:.1e}")
+    assert difference < 1e-4

@@ -1,0 +1,92 @@
+"""`launch/slurm.sbatch` under a real SLURM, of two nodes on this machine: stopped, queued again, and gone on with."""
+
+import json
+import time
+
+import pytest
+import slurm
+from system import RECIPE, ROOT, as_two, checkpoint_steps, rows
+
+pytestmark = pytest.mark.slow
+
+STEPS = 120
+RUN = (f"total_steps={STEPS}", "checkpoint.every_steps=10")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if why := slurm.missing():
+        pytest.skip(f"NO SLURM WAS RUN: {why}")
+    with slurm.Cluster() as cluster:
+        yield cluster
+
+
+def _submit(cluster, folder, *overrides):
+    """The number of a job of one task on each node, four fake devices each, that trains into `folder/run`."""
+    command = ["sbatch", "--parsable", f"--chdir={ROOT}", f"--output={folder}/job.out"]
+    command += ["--nodes=2", "--ntasks-per-node=1", "--gres=none", "launch/slurm.sbatch", RECIPE, folder / "run"]
+    overrides = ("fake_devices=4", *RUN, *overrides)
+    return cluster.run(*map(str, command), *(f"--config.{one}" for one in overrides))
+
+
+def _until(condition, cluster, job, folder, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, (
+            cluster.run("scontrol", "show", "job", job),
+            _said(folder)[-4000:],
+            cluster.logs(),
+        )
+        time.sleep(0.1)
+
+
+def _said(folder):
+    output = folder / "job.out"
+    return output.read_text() if output.exists() else ""
+
+
+def test_a_job_told_to_stop_saves_is_queued_again_and_ends_as_if_undisturbed(cluster, tmp_path):
+    job = _submit(cluster, tmp_path)
+    _until(lambda: checkpoint_steps(tmp_path / "run"), cluster, job, tmp_path)
+    cluster.run("scancel", "--signal=TERM", job)
+    asked = time.monotonic()
+    _until(lambda: cluster.restarts(job) == 1, cluster, job, tmp_path)
+    print(f"saved, ended and queued again within {time.monotonic() - asked:.1f} s")
+    saved = checkpoint_steps(tmp_path / "run")[-1]
+    assert 0 < saved < STEPS
+    assert f"job {job} ended with 75 and is queued again" in _said(tmp_path)
+
+    # SLURM lets two minutes go by, and hears of less only once the nodes are clean; it also revokes what the job was
+    # allowed until now, so that a second would be too short.
+    hurry = "scontrol", "update", f"JobId={job}", "StartTime=now+5seconds"
+    _until(lambda: cluster.succeeds(*hurry), cluster, job, tmp_path)
+    _until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), cluster, job, tmp_path)
+    assert cluster.state(job) == "COMPLETED", _said(tmp_path)[-4000:]
+    said = _said(tmp_path)
+    assert f"going on from step {saved}" in said
+    assert json.loads(said.splitlines()[-1])["step"] == STEPS
+    sessions = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [one["devices"]["processes"] for one in sessions] == [2, 2]
+    assert [one["devices"]["count"] for one in sessions] == [8, 8]
+
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed, _ = as_two(tmp_path / "undisturbed", *RUN)
+    assert undisturbed.wait() == 0, undisturbed.said()[-3000:]
+    found, expected = rows(tmp_path / "run"), rows(tmp_path / "undisturbed" / "run")
+    assert [row["step"] for row in found if row["split"] == "train"] == list(range(1, STEPS + 1))
+    assert found == expected
+
+
+def test_a_job_that_is_cancelled_or_mistaken_is_not_queued_again(cluster, tmp_path):
+    (tmp_path / "wrong").mkdir()
+    job = _submit(cluster, tmp_path / "wrong", "mesh.fsdp=3")
+    _until(lambda: cluster.state(job) == "FAILED", cluster, job, tmp_path / "wrong")
+    assert cluster.exit_code(job) == 2 and cluster.restarts(job) == 0
+    assert "error: mesh:" in _said(tmp_path / "wrong")
+
+    job = _submit(cluster, tmp_path)
+    _until(lambda: checkpoint_steps(tmp_path / "run"), cluster, job, tmp_path)
+    cluster.run("scancel", job)
+    _until(lambda: cluster.state(job) == "CANCELLED", cluster, job, tmp_path)
+    _until(cluster.idle, cluster, job, tmp_path)
+    assert cluster.restarts(job) == 0 and cluster.state(job) == "CANCELLED"

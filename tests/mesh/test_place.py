@@ -1,0 +1,119 @@
+"""Where a process finds its job: by variables of our own, by a scheduler's, or nowhere."""
+
+import pytest
+
+from vit_dist.config import ConfigError
+from vit_dist.mesh.place import Place, fake_devices, find_place
+
+OURS = {"VIT_DIST_COORDINATOR": "node0:1234", "VIT_DIST_PROCESSES": "4", "VIT_DIST_PROCESS": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://10.1.2.3,10.1.2.4:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What `find_place` finds in an environment of these variables."""
+    for name in (*OURS, *SLURM, *OPEN_MPI, "VIT_DIST_LOCAL_PROCESS", "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+
+    def find(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return find_place(1)
+
+    return find
+
+
+def test_a_process_of_no_job_is_alone(found):
+    assert found({}) is None
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        OURS | {"VIT_DIST_PROCESSES": "1", "VIT_DIST_PROCESS": "0"},
+        SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"},  # a batch script, not srun
+        OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod, such as a notebook's
+    ],
+)
+def test_a_job_of_one_is_none(found, alone):
+    assert found(alone) is None
+
+
+def test_variables_of_our_own_win_over_a_schedulers(found):
+    assert found(SLURM | OURS) == Place("node0:1234", 4, 3)
+
+
+def test_the_process_of_a_host_takes_its_own_gpu(found):
+    assert found(OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
+
+
+def test_a_task_of_slurm_meets_the_others_on_the_first_node(found):
+    place = found(SLURM)
+    assert place.address[0] == "gpu07" and place.address[1] > 2**15
+    assert (place.count, place.index, place.devices) == (4, 3, (1,))
+
+
+@pytest.mark.parametrize(
+    "dealt",
+    [
+        {"CUDA_VISIBLE_DEVICES": "5"},  # --gpus-per-task=1: each sees its own alone
+        {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_LOCALID": "0"},  # one task has all GPUs of its node
+    ],
+)
+def test_gpus_that_slurm_has_dealt_out_are_not_dealt_again(found, dealt):
+    assert found(SLURM | dealt).devices == ()
+
+
+def test_a_rank_of_open_mpi_meets_the_others_where_mpirun_runs(found):
+    place = found(OPEN_MPI)
+    assert place.address[0] == "10.1.2.3"
+    assert (place.count, place.index, place.devices) == (2, 1, (1,))
+
+
+def test_an_indexed_job_of_kubernetes_is_left_alone_where_its_package_is_missing(found):
+    assert found({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}) is None
+
+
+@pytest.mark.parametrize("address", ["[::1]:80", "::1:80"])
+def test_the_coordinator_may_be_an_address_of_ipv6(found, address):
+    assert found(OURS | {"VIT_DIST_COORDINATOR": address}).address == ("::1", 80)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"VIT_DIST_PROCESS": ""}, r"VIT_DIST_PROCESS=\(unset\): all three must be set"),
+        ({"VIT_DIST_COORDINATOR": "node0"}, "VIT_DIST_COORDINATOR must be host:port"),
+        ({"VIT_DIST_COORDINATOR": "node0:99999"}, "VIT_DIST_COORDINATOR must be host:port"),
+        ({"VIT_DIST_PROCESS": "4"}, "processes are numbered from 0"),
+        ({"VIT_DIST_LOCAL_PROCESS": "first"}, "VIT_DIST_LOCAL_PROCESS: expected a whole number, found 'first'"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(found, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        found(OURS | wrong)
+
+
+def test_the_launchers_number_of_fake_devices_wins(monkeypatch):
+    assert fake_devices(8) == 8
+    monkeypatch.setenv("VIT_DIST_FAKE_DEVICES", "2")
+    assert fake_devices(8) == fake_devices(0) == 2
+    monkeypatch.setenv("VIT_DIST_FAKE_DEVICES", "two")
+    with pytest.raises(ConfigError, match="VIT_DIST_FAKE_DEVICES: expected a whole number, found 'two'"):
+        fake_devices(8)

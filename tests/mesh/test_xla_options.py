@@ -1,0 +1,108 @@
+"""The compiler's options: who gets them, who does not, and that the compilers take them."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from system import ROOT, settings
+
+from vit_dist.mesh.feed import batch_sharding
+from vit_dist.mesh.xla_options import OPTIONS, options_for
+from vit_dist.program import Program, _compiler_options
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_an_accelerator_gets_its_row_of_the_table(platform):
+    assert OPTIONS[platform]
+    assert _compiler_options(settings(), platform) == OPTIONS[platform]
+
+
+def test_cuda_is_another_name_for_gpu():
+    assert options_for("cuda") == OPTIONS["gpu"]
+
+
+def test_a_cpu_gets_none():
+    assert _compiler_options(settings(), "cpu") == {}
+    assert _compiler_options(settings("deterministic=true"), "cpu") == {}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_config_turns_them_off(platform):
+    assert _compiler_options(settings("xla_options=false"), platform) == {}
+
+
+def test_determinism_on_a_gpu_is_kept_with_and_without_the_table():
+    one = {"xla_gpu_deterministic_ops": True}
+    assert _compiler_options(settings("deterministic=true", "xla_options=false"), "gpu") == one
+    assert _compiler_options(settings("deterministic=true"), "gpu") == OPTIONS["gpu"] | one
+
+
+def test_what_a_caller_changes_stays_out_of_the_table():
+    options_for("gpu")["mine"] = True
+    assert "mine" not in OPTIONS["gpu"]
+
+
+def test_the_steps_are_compiled_with_the_options_of_their_devices(monkeypatch):
+    monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
+    program = Program(settings("mesh.data=1"), classes=10, steps=1, crop_on_device=True)
+    with program.in_use():
+        state = program.abstract_state()
+        sharding, shapes = batch_sharding(program.mesh), {"image": (64, 8, 8, 1), "label": (64,), "id": (64,)}
+        kinds = {"image": jnp.uint8, "label": jnp.int32, "id": jnp.int32}
+        batch = {name: jax.ShapeDtypeStruct(shapes[name], kinds[name], sharding=sharding) for name in shapes}
+        step = program.train_step.lower(state, batch)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            step.compile()
+
+
+def test_an_unknown_option_is_an_error_and_the_process_goes_on():
+    compiled = jax.jit(jnp.sin, compiler_options={"xla_no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+        compiled(1.0)
+    assert jax.jit(jnp.sin)(0.0) == 0.0
+
+
+TPU_STEP = """
+import sys
+import jax
+from jax.experimental import topologies
+sys.path.insert(0, "tests/helpers")
+from compiled import compiled_step, program_on
+from vit_dist.mesh.xla_options import OPTIONS
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+step = compiled_step(program_on(sizes, "model.dtype=bfloat16", devices=devices))
+assert step.memory_analysis().temp_size_in_bytes > 0
+OPTIONS["tpu"]["xla_tpu_no_such_option"] = True
+try:
+    compiled_step(program_on(sizes, "model.dtype=bfloat16", devices=devices))
+except jax.errors.JaxRuntimeError as error:
+    assert "xla_tpu_no_such_option" in str(error), error
+    print("compiled, and refused what it does not know")
+"""
+LIBTPU = os.environ.get("LIBTPU")  # the folder that holds it, which `make test-slow` fills
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_every_option_of_the_table():
+    if not LIBTPU:
+        pytest.skip("NOT RUN: LIBTPU names no folder that holds libtpu, the TPU's compiler; run make test-slow")
+    # A process of its own: libtpu reads its variables once, and this one's jax has eight pretended devices. Without the
+    # first of them two processes that compile at the same time are refused, without the second it asks the network.
+    alone = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = {
+        **os.environ,
+        **alone,
+        "PYTHONPATH": LIBTPU,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", TPU_STEP], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "compiled, and refused what it does not know" in ended.stdout

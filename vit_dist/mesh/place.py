@@ -1,0 +1,100 @@
+"""Where a process stands in its job: how many there are, which one this is, and where to meet the first.
+
+Said by variables of our own, which `vit-dist launch` sets, or found by JAX, which knows SLURM, Open MPI, GKE and GCE
+TPUs, and Kubernetes. A process that none of them speaks of is alone.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping
+
+from vit_dist.config import ConfigError
+
+VARIABLES = ("VIT_DIST_COORDINATOR", "VIT_DIST_PROCESSES", "VIT_DIST_PROCESS")
+LOCAL = "VIT_DIST_LOCAL_PROCESS"  # which process of its host it is, and so which GPU it takes; unset: all of them
+FAKE_DEVICES = "VIT_DIST_FAKE_DEVICES"  # wins over the config's `fake_devices`
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One process of a job of several."""
+
+    coordinator: str  # host:port on which process 0 listens
+    count: int
+    index: int
+    devices: tuple[int, ...] = ()  # those of this host's that it takes; none: all
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def find_place(start_seconds: int) -> Place | None:
+    """This process's place, or None where it is alone. Raises `ConfigError` for variables that make no sense.
+
+    start_seconds: how long a cluster's own service may take to answer where process 0 is.
+    """
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    place = _from_variables(values) if any(values.values()) else _from_cluster(start_seconds)
+    # A job of one is no job, but for the GPU that the launcher has given it.
+    return place if place is not None and (place.count > 1 or place.devices) else None
+
+
+def fake_devices(wanted: int) -> int:
+    """How many CPU devices to pretend to have: the launcher's word, where there is one, or else `wanted`."""
+    asked = os.environ.get(FAKE_DEVICES, "")
+    if asked and not asked.isdecimal():
+        raise ConfigError(f"{FAKE_DEVICES}: expected a whole number, found {asked!r}")
+    return int(asked) if asked else wanted
+
+
+def _from_variables(values: Mapping[str, str]) -> Place:
+    found = ", ".join(f"{name}={value or '(unset)'}" for name, value in values.items())
+    coordinator, count, index = values.values()
+    if not coordinator or not count.isdecimal() or not index.isdecimal():
+        raise ConfigError(f"{found}: all three must be set, the last two to whole numbers")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"{found}: {VARIABLES[0]} must be host:port, such as localhost:12345")
+    if int(index) >= int(count):
+        raise ConfigError(
+            f"{found}: processes are numbered from 0, so the last one's number is below how many there are"
+        )
+    local = os.environ.get(LOCAL, "")
+    if local and not local.isdecimal():
+        raise ConfigError(f"{LOCAL}: expected a whole number, found {local!r}")
+    return Place(coordinator, int(count), int(index), _own_device(local))
+
+
+def _from_cluster(start_seconds: int) -> Place | None:
+    """What JAX finds. It is only asked where several processes were started, for some of its ways need a network."""
+    from jax._src import clusters  # behind `jax.distributed.initialize`, which tells nobody what it found
+
+    in_tpu_pod = any(one.is_env_present() for one in clusters.ClusterEnv._cluster_types if "tpu" in one.name)
+    if not in_tpu_pod and not _one_of_several():
+        return None
+    # A timeout makes its Kubernetes way wait until process 0 has a name; the others take no notice.
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, start_seconds)
+    coordinator, count, index, local = found
+    if coordinator is None or count is None or index is None:
+        return None
+    return Place(coordinator, count, index, _own_device(str(local[0]) if local else ""))
+
+
+def _one_of_several() -> bool:
+    """Whether srun, mpirun or a Kubernetes indexed job started this process among others, as far as it can tell."""
+    counted = ("SLURM_STEP_NODELIST", "SLURM_NTASKS"), ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
+    if any(mark in os.environ and os.environ.get(count, "1") != "1" for mark, count in counted):
+        return True
+    # JAX asks Kubernetes through its package; without it the variables of our own must do.
+    return "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes") is not None
+
+
+def _own_device(local: str) -> tuple[int, ...]:
+    """The GPU of the host that its process `local` takes: none in particular where a scheduler has dealt them out."""
+    dealt = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # it sees a single one
+    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"  # one task has the whole node
+    return (int(local),) if local and not dealt and not alone else ()
