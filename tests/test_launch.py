@@ -172,7 +172,7 @@ FAILS = "watch.say_failed('no space', 1); print('error: no space', file=sys.stde
         (0, FAILS, "failed with code 1"),
         (2, FAILS, "failed with code 1"),
         (0, "os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
-        (2, STOPS, "was ended by SIGKILL"),
+        (2, STOPS, "had to be killed"),
         (2, "watch.alive(1); time.sleep(60)", "failed with code 1"),
     ],
     ids=["process 0 fails", "process 2 fails", "process 0 is killed", "process 2 is cut off", "process 2 is stuck"],

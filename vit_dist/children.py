@@ -29,6 +29,7 @@ class Child:
     ) -> None:
         self.index = index
         self.code: int | None = None  # with which it has ended; -n: by the signal n
+        self.killed = False  # by its launcher, whatever it may have done before
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
         self.process = subprocess.Popen(
             command,
@@ -46,6 +47,7 @@ class Child:
     def signal(self, number: int) -> None:
         """Sends it to the process or, to kill, to those too that it has started. Nothing where it has ended."""
         if self.code is None:
+            self.killed = self.killed or number == signal.SIGKILL
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
@@ -71,6 +73,8 @@ class Child:
     def how(self) -> str:
         """How it ended, in words."""
         assert self.code is not None
+        if self.killed and self.code == -signal.SIGKILL:
+            return "had to be killed"
         if self.code >= 0:
             return f"failed with code {self.code}"
         name = next((one.name for one in signal.Signals if one == -self.code), f"signal {-self.code}")

@@ -29,6 +29,7 @@ VERBS = ("train", "eval", "predict", "bench")  # those that run as several proce
 # fault, waits until its peers have gone); then come SIGTERM and SIGKILL, and within ten seconds none is left.
 LAST_WORDS_SECONDS = 1.0
 GRACE_SECONDS = 6.0
+STRAGGLER_SECONDS = 120.0  # for the last to end where others have ended well
 LONGEST_PAUSE = 60.0  # seconds before the job is started again; the first time 1, then twice as long each time
 _POLL_SECONDS = 0.05
 # How `mesh.watch` and `mesh.peers` say that another process is at fault.
@@ -143,13 +144,13 @@ class _Attempt:
         self.job, self.asked = job, asked
         self.children: list[Child] = []
         self.first: Child | None = None  # that has failed
-        self._first_at = 0.0
+        self._first_at = self._all_ran_at = 0.0
         self._passed_on = 0  # of the signals asked
         self._told_to_end = False
 
     def run(self) -> int:
         """The exit code of the job."""
-        coordinator = self.job.coordinator or f"127.0.0.1:{_free_port()}"
+        coordinator = self.job.coordinator or f"127.0.0.1:{free_port()}"
         with selectors.DefaultSelector() as ready:
             try:
                 for index in self.job.indices:
@@ -178,6 +179,7 @@ class _Attempt:
             if any(one.code is None for one in running) and not self._was_stopped(self.first):
                 say(f"launch: {self._name(self.first)} {self.first.how()}; ending the others")
         if self.first is None:
+            self._look_for_stragglers([one for one in running if one.code is None])
             return
         ago = time.monotonic() - self._first_at
         if ago > GRACE_SECONDS:
@@ -185,6 +187,13 @@ class _Attempt:
         elif ago > LAST_WORDS_SECONDS and not self._told_to_end:
             self._signal(running, signal.SIGTERM)
             self._told_to_end = True
+
+    def _look_for_stragglers(self, running: Sequence[Child]) -> None:
+        """Kills those that stay when others have ended well: all leave the job together, and have no more to do."""
+        if len(running) == len(self.children):
+            self._all_ran_at = time.monotonic()
+        elif running and time.monotonic() - self._all_ran_at > STRAGGLER_SECONDS:
+            self._signal(running, signal.SIGKILL)
 
     @staticmethod
     def _signal(children: Sequence[Child], number: int) -> None:
@@ -213,7 +222,11 @@ class _Attempt:
     def _say_who_failed(self, first: Child) -> None:
         """Blames the first that failed, unless its own error names another of this host's."""
         found = next(filter(None, map(_ACCUSATION.match, first.tail)), None)
-        blamed = next((one for one in self.children if found and one.index == int(found["process"])), first)
+        blamed = next((one for one in self.children if found and one.index == int(found["process"])), None)
+        if found and blamed is None:  # it ran on another host
+            say(f"error: {found['what']}; so says {self._name(first)}, which {first.how()}")
+            return
+        blamed = blamed or first
         witness = "" if blamed is first or found is None else f"; of it process {first.index} said: {found['what']}"
         said = "".join(f"\n    {line}" for line in blamed.tail) or " nothing"
         say(f"error: {self._name(blamed)} {blamed.how()}{witness}; the last that it said:{said}")
@@ -240,10 +253,10 @@ def _catching(asked: list[int]) -> Iterator[None]:
             signal.signal(one, handler)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of this host that nobody listens at, below those that the kernel gives to outgoing connections."""
     for port in random.sample(range(20000, 32768), 100):
         with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
+            one.bind(("", port))
             return port
     raise ConfigError("launch: no free port was found from 20000 to 32767; give one by --coordinator=localhost:PORT")

@@ -72,7 +72,9 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
     program.check_training_batch()
     prints = {name: fingerprint(one) for name, one in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, prints)))
-    if run_files.holds_run(workdir):
+    processes.alive()
+    # Process 0 says for all what is there: a network's disk may show it to the others later.
+    if processes.gather(run_files.holds_run(workdir))[0]:
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
         environment.check_same_data(workdir, prints)
         done = run_files.summary(workdir)
@@ -83,6 +85,7 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
             environment.write(workdir, environment.describe(program.mesh, prints))
+        run_files.check_shared(workdir)
         with StopRequest() as stop, Session(program, workdir, source, splits) as session:
             return session.run(stop)
 
@@ -106,7 +109,9 @@ class Session:
                     Checkpoints(self.workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best)
                 )
             )
+            processes.alive()
             self.state, self.seconds_before = self._restore()
+            processes.alive()
             self.step = self.first_step = int(self.state.step)
             self.bad_images = BadImages(self.workdir, resume_step=self.step)
             self.log = self.progress = self.profile = None
@@ -123,6 +128,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        processes.rest()
         self._open.__exit__(kind, error, trace)
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
@@ -138,6 +144,7 @@ class Session:
                 processes.alive(self.step + 1)
                 if self.step == self.first_step:
                     program.meet(program.train_step, self.state, batch)
+                    processes.alive()
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
                 jax.block_until_ready(before)  # two steps under way are enough, and a stop is answered soon

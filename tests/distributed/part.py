@@ -1,12 +1,17 @@
 """One process of a job that only waits for its peers, for tests of what happens when one of them does not come.
 
-python part.py WHAT, with the variables of the job; the last process does WHAT, the others wait for it for ever
+    python part.py WHAT INDEX, with the variables of the job
+
+The process of that index does one of `FAULTS` while the others wait for it for ever; or it lingers before its first
+step; or all end well.
 """
 
 import os
 import signal
 import sys
 import time
+
+import jax
 
 from vit_dist.config import ConfigError, Deadlines
 from vit_dist.mesh import processes
@@ -29,8 +34,15 @@ def crash():
     raise ZeroDivisionError("a mistake in the program")
 
 
+def exhaust():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 80 GiB")
+
+
 def sleep():
     time.sleep(1000)
+
+
+FAULTS = {"die": die, "stop": stop, "fail": fail, "crash": crash, "exhaust": exhaust, "sleep": sleep}
 
 
 def main(what, at_fault):
@@ -38,11 +50,13 @@ def main(what, at_fault):
     code, said = 1, "an error of the program"
     try:
         processes.start(1, deadlines)
-        processes.alive(1)
+        if what == "linger" and processes.index() == at_fault:
+            time.sleep(deadlines.step_seconds + 3)  # opening its data; no step has begun yet
         processes.gather("all are here")
+        processes.alive(1)
         print("here", flush=True)
         if processes.index() == at_fault:
-            {"die": die, "stop": stop, "fail": fail, "crash": crash, "sleep": sleep, "end": lambda: None}[what]()
+            FAULTS.get(what, lambda: None)()
         else:
             processes.alive(2)
         processes.gather("and again")

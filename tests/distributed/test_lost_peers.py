@@ -1,13 +1,17 @@
 """Whatever becomes of one process of a job, the others end soon, and say which one it was and how it went."""
 
 import contextlib
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from system import free_port, started
+from system import started
+
+from vit_dist.launch import free_port
 
 PART = Path(__file__).with_name("part.py")
 QUICK = 20  # seconds in which all must be gone, on a machine that has other things to do
@@ -52,6 +56,12 @@ def test_a_job_whose_processes_all_end_well_says_nothing(tmp_path):
         assert [errors(one) for one in processes] == [[], [], []]
 
 
+def test_a_process_that_opens_its_data_for_long_is_not_taken_for_stuck(tmp_path):
+    with job(tmp_path, "linger", 1, count=2) as processes:
+        assert [one.wait() for one in processes] == [0, 0]
+        assert [errors(one) for one in processes] == [[], []]
+
+
 @pytest.mark.parametrize("at_fault", [0, 2])
 def test_a_process_that_is_killed_is_named_by_all_others(tmp_path, at_fault):
     with job(tmp_path, "die", at_fault) as processes:
@@ -85,6 +95,29 @@ def test_a_process_that_fails_alone_tells_the_others_why(tmp_path, at_fault):
             (said,) = errors(process)
             told = f"process {at_fault} \\(.*\\) failed: " if index != at_fault else ""
             assert re.fullmatch(f"error: {told}data.path: this host has no such folder", said)
+
+
+def test_running_out_of_memory_is_said_at_once_and_to_all(tmp_path):
+    with job(tmp_path, "exhaust", 1, count=2) as processes:
+        codes, _ = ended(processes)
+        assert codes == [1, 1]
+        assert "RESOURCE_EXHAUSTED: Out of memory" in processes[1].said()
+        assert not any("waiting to hear" in one.said() for one in processes[1:])
+        assert re.search(r"error: process 1 \(.*\) failed: ", processes[0].said())
+
+
+def test_a_process_whose_words_nobody_can_read_ends_all_the_same(tmp_path):
+    common = {"VIT_DIST_COORDINATOR": f"127.0.0.1:{free_port()}", "VIT_DIST_PROCESSES": "2"}
+    command = [sys.executable, str(PART), "die", "1"]
+    environments = [{**os.environ, **common, "VIT_DIST_PROCESS": str(index)} for index in range(2)]
+    with open("/dev/full", "w") as full:
+        first, second = (
+            subprocess.Popen(command, env=one, stdout=subprocess.DEVNULL, stderr=full) for one in environments
+        )
+    try:
+        assert (first.wait(60), second.wait(60)) == (1, -9)
+    finally:
+        first.kill(), second.kill()
 
 
 def test_a_process_that_crashes_shows_its_own_traceback_and_the_others_name_it(tmp_path):
@@ -128,5 +161,5 @@ def test_a_first_process_that_does_not_come_is_named(tmp_path):
 def test_two_processes_of_one_number_are_refused(tmp_path):
     with job(tmp_path, "end", 0, come=(0, 1, 1)) as processes:
         codes, _ = ended(processes)
-        assert codes == [2, 2, 2]
+        assert codes == [1, 1, 1]
         assert all("process 1 has come twice, from process 1 (" in errors(one)[0] for one in processes)

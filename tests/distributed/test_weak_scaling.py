@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from system import free_port, started
+from system import started
+
+from vit_dist.launch import free_port
 
 SCRIPT = Path(__file__).with_name("scaling.py")
 PARAMETERS = 18_154  # of tiny.py

@@ -10,7 +10,9 @@ import subprocess
 from pathlib import Path
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
-_CABLE = {"host-a": "cable-a", "host-b": "cable-b"}
+# Names that another checkout's tests on this machine do not take.
+_SPACE = {host: f"{host}-{os.getpid()}" for host in ADDRESSES}
+_CABLE = {host: f"{host[-1]}{os.getpid()}" for host in ADDRESSES}
 
 
 def why_not():
@@ -30,18 +32,17 @@ class Hosts:
     """`with Hosts() as hosts:` two hosts, `host-a` and `host-b`, that go with the block."""
 
     def __enter__(self):
-        self._remove()
         for host in ADDRESSES:
-            _ip("netns", "add", host)
-            names = Path("/etc/netns", host, "hosts")  # `ip netns exec` shows it as /etc/hosts
+            _ip("netns", "add", _SPACE[host])
+            names = Path("/etc/netns", _SPACE[host], "hosts")  # `ip netns exec` shows it as /etc/hosts
             names.parent.mkdir(parents=True, exist_ok=True)
             names.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in ADDRESSES.items()))
         ends = list(_CABLE.values())
         _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for host, address in ADDRESSES.items():
-            _ip("link", "set", _CABLE[host], "netns", host)
-            _ip("-n", host, "addr", "add", f"{address}/24", "dev", _CABLE[host])
-            _ip("-n", host, "link", "set", "lo", "up")
+            _ip("link", "set", _CABLE[host], "netns", _SPACE[host])
+            _ip("-n", _SPACE[host], "addr", "add", f"{address}/24", "dev", _CABLE[host])
+            _ip("-n", _SPACE[host], "link", "set", "lo", "up")
         self.plug()
         return self
 
@@ -50,20 +51,20 @@ class Hosts:
 
     def plug(self):
         for host, cable in _CABLE.items():
-            _ip("-n", host, "link", "set", cable, "up")
+            _ip("-n", _SPACE[host], "link", "set", cable, "up")
 
     def cut(self):
-        _ip("-n", "host-a", "link", "set", _CABLE["host-a"], "down")
+        _ip("-n", _SPACE["host-a"], "link", "set", _CABLE["host-a"], "down")
 
     def on(self, host, arguments):
         """The command that runs these arguments on a host, under its name."""
         named = 'hostname "$0" && exec "$@"'
-        return ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", named, host, *arguments]
+        return ["ip", "netns", "exec", _SPACE[host], "unshare", "--uts", "sh", "-c", named, host, *arguments]
 
     def _remove(self):
-        for host in ADDRESSES:
-            subprocess.run(["ip", "netns", "del", host], capture_output=True)
-            shutil.rmtree(Path("/etc/netns", host), ignore_errors=True)
+        for space in _SPACE.values():
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+            shutil.rmtree(Path("/etc/netns", space), ignore_errors=True)
 
 
 def _ip(*arguments):

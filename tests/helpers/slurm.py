@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vit_dist.launch import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("127.0.0.1", "127.0.0.2")
 
@@ -113,7 +115,7 @@ class Cluster:
         (self.folder / "munge.key").chmod(0o600)
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
-        controller_port, *ports = _free_ports(1 + len(NODES))
+        controller_port, *ports = (free_port() for _ in (0, *NODES))
         text = _CONFIG.format(host=host, folder=self.folder, controller_port=controller_port)
         for node, port in zip(NODES, ports, strict=True):
             text += f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs=1\n"
@@ -139,14 +141,6 @@ def _end(process):
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _free_ports(count):
-    with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _until(condition, seconds, explain):

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from vit_dist import recipes
+from vit_dist.launch import free_port
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.metrics import read_rows
@@ -120,13 +120,6 @@ def as_two(folder, *overrides):
     ):
         first.wait(), second.wait()
     return first, second
-
-
-def free_port():
-    """A port that nobody listens at, a moment ago."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def until(condition, running, seconds=300):

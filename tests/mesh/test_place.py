@@ -63,6 +63,11 @@ def test_the_process_of_a_host_takes_its_own_gpu(found):
     assert found(OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
 
 
+def test_a_launched_process_takes_its_own_gpu_within_a_task_of_slurm_too(found):
+    step = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}  # srun --pty bash, and the launcher in it
+    assert found(SLURM | step | OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
+
+
 def test_a_task_of_slurm_meets_the_others_on_the_first_node(found):
     place = found(SLURM)
     assert place.address[0] == "gpu07" and place.address[1] > 2**15

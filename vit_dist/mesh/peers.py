@@ -10,16 +10,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import socket
 import threading
 import time
 from typing import Any
 
 from vit_dist.config import ConfigError
-from vit_dist.exit_codes import FAILED, MISTAKE
 from vit_dist.mesh.place import Place
 
 _RETRY_SECONDS = 0.2
+_CONNECT_SECONDS = 5  # of one attempt: the name may come to mean another machine meanwhile
+_HELLO_SECONDS = 5  # for whoever calls to say who it is
 _MOST_NAMED = 8
 
 
@@ -49,16 +51,24 @@ class Peer:
         if not self._saying.acquire(timeout=0.1):
             return
         try:
-            self.line.send(_line(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            line = as_line(**message)
+            if self.line.send(line, socket.MSG_DONTWAIT) < len(line):
+                self.line.shutdown(socket.SHUT_RDWR)  # half a message would make nonsense of the next
         except OSError:  # whoever listens at the other end will be missed soon, by silence or by the end of the line
             return
         finally:
             self._saying.release()
 
-    def send_all(self, **message: Any) -> None:
-        """Says something of any length, and waits until the line has taken it; if it breaks, not all is said."""
+    def send_all(self, line: bytes) -> None:
+        """Says something of any length, and waits until the line has taken it; one that breaks has not heard it."""
+        said = False
         with self._saying, contextlib.suppress(OSError):
-            self.line.sendall(_line(message))
+            try:
+                self.line.sendall(line)
+                said = True
+            finally:
+                if not said:  # a Ctrl-C in the middle of it, perhaps
+                    self.line.shutdown(socket.SHUT_RDWR)
 
     def gone(self) -> bool:
         """Whether it has hung up, and has said nothing before."""
@@ -70,22 +80,28 @@ class Peer:
             return True
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What it has said since; None where the line has ended."""
+        """What it has said since, without waiting; None where the line has ended, or carries nonsense."""
         try:
-            data = self.line.recv(65536)
+            data = self.line.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
         except OSError:
             return None
         if not data:
             return None
         self.heard = time.monotonic()
         *lines, self._unread = (self._unread + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            return None
 
 
 def roll_call(place: Place, start_seconds: int) -> dict[int, Peer]:
     """Waits until all processes have come; returns process 0's peers, all others, or anyone else's, process 0 alone.
 
-    Raises `JobError` where one has not come after `start_seconds`, and `ConfigError` where they do not fit together.
+    Raises `JobError` where one has not come after `start_seconds`, or two say that they are the same, and `ConfigError`
+    on a process of a job of another size.
     """
     deadline = time.monotonic() + start_seconds
     return _call_all(place, deadline, start_seconds) if place.index == 0 else _answer(place, deadline, start_seconds)
@@ -93,58 +109,80 @@ def roll_call(place: Place, start_seconds: int) -> dict[int, Peer]:
 
 def _call_all(place: Place, deadline: float, seconds: int) -> dict[int, Peer]:
     """Process 0's part: listens until each of the others has called."""
+    _allow_files(place.count)
     found: dict[int, Peer] = {}
     with _listen(place) as door:
         while len(found) < place.count - 1:
-            door.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
-            try:
-                line, address = door.accept()
-            except TimeoutError:
+            line, address = _next_caller(door, deadline)
+            if line is None:
                 missing = [index for index in range(1, place.count) if index not in found]
-                raise _told(found, JobError(_say_missing(missing, place, seconds))) from None
-            line.settimeout(5)
-            hello = _read_line(line)
+                raise _told(found, JobError(_say_missing(missing, place, seconds)))
+            hello = _read_line(line, time.monotonic() + _HELLO_SECONDS)
             if hello is None or hello.get("job") != _job(place):  # a port scanner, or a process of another job
                 if hello is not None and "index" in hello:
-                    line.sendall(_line({"wrong": f"this is a job of {_job(place)}"}))
+                    Peer(-1, "", line).send(wrong=f"this is a job of {_job(place)}")
                 line.close()
                 continue
-            index = int(hello["index"])
             line.settimeout(None)
-            where = address[0].removeprefix("::ffff:")  # an IPv4 address as IPv6 writes it
-            peer = Peer(index, f"{hello['host']}, {where}, pid {hello['pid']}", line)
-            if (index in found and not found[index].gone()) or not 0 < index < place.count:
-                error = f"process {index} has come twice, from {found.get(index, 'process 0')} and from {peer}; "
-                raise _told({**found, -1: peer}, ConfigError(f"{error}give each its own number"))
-            found[index] = peer
+            peer = Peer(int(hello["index"]), f"{hello['host']}, {address}, pid {hello['pid']}", line)
+            before = found.get(peer.index)
+            if (before is not None and not before.gone()) or not 0 < peer.index < place.count:
+                error = f"process {peer.index} has come twice, from {before or 'process 0'} and from {peer}; "
+                raise _told({**found, -1: peer}, JobError(f"{error}give each its own number"))
+            found[peer.index] = peer
+    here = as_line(host=socket.gethostname(), pid=os.getpid())
     for peer in found.values():
-        peer.line.sendall(_line({"host": socket.gethostname(), "pid": os.getpid()}))
+        peer.send_all(here)
     return found
+
+
+def _next_caller(door: socket.socket, deadline: float) -> tuple[socket.socket | None, str]:
+    """The line of whoever calls next, and its address; no line where nobody has before the deadline."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return None, ""
+    door.settimeout(left)
+    try:
+        line, address = door.accept()
+    except TimeoutError:
+        return None, ""
+    except OSError as error:
+        raise JobError(f"process 0 cannot hold a connection to each of the others ({error.strerror})") from error
+    return line, address[0].removeprefix("::ffff:")  # an IPv4 address as IPv6 writes it
+
+
+def _allow_files(count: int) -> None:
+    """Lets this process hold a connection to each of the others: the usual limit is 1,024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _answer(place: Place, deadline: float, seconds: int) -> dict[int, Peer]:
     """The part of every other process: calls process 0 until it answers, and waits for its word that all have come."""
     problem = "nothing answers"
+    hello = as_line(job=_job(place), index=place.index, host=socket.gethostname(), pid=os.getpid())
     while (left := deadline - time.monotonic()) > 0:
         try:
-            line = socket.create_connection(place.address, timeout=left)
+            line = socket.create_connection(place.address, timeout=min(left, _CONNECT_SECONDS))
+            line.sendall(hello)
         except OSError as error:  # it may not have started yet, or its name not be known yet
             problem = error.strerror or str(error)
             time.sleep(_RETRY_SECONDS)
             continue
-        hello = {"job": _job(place), "index": place.index, "host": socket.gethostname(), "pid": os.getpid()}
-        line.sendall(_line(hello))
-        line.settimeout(max(1.0, deadline - time.monotonic()) + 10)  # process 0 says who is missing; hear it out
-        answer = _read_line(line)
+        answer = _read_line(line, deadline + 10)  # process 0 says who is missing; hear it out
         if answer is None:  # it, or what listened at its port before it, is gone again
             line.close()
             time.sleep(_RETRY_SECONDS)
             continue
         if "wrong" in answer:
-            raise ConfigError(f"process {place.index} of {_job(place)} met process 0 at {place.coordinator}, but "
-                              f"{answer['wrong']}; start them all alike")  # fmt: skip
+            raise ConfigError(
+                f"process {place.index} of {_job(place)} met process 0 at {place.coordinator}, but {answer['wrong']}; "
+                "start them all alike"
+            )
         if "failed" in answer:
-            raise (ConfigError if answer["code"] == MISTAKE else JobError)(answer["failed"])
+            raise JobError(answer["failed"])
         line.settimeout(None)
         return {0: Peer(0, f"{answer['host']}, {place.coordinator}, pid {answer['pid']}", line)}
     raise JobError(
@@ -166,10 +204,11 @@ def _listen(place: Place) -> socket.socket:
         ) from error
 
 
-def _read_line(line: socket.socket) -> dict[str, Any] | None:
-    """The next message, read byte by byte so that none after it is lost; None where there is none to be had."""
+def _read_line(line: socket.socket, deadline: float) -> dict[str, Any] | None:
+    """The next message, read byte by byte so that none after it is lost; None where there is none to be had in time."""
     text = b""
     while not text.endswith(b"\n") and len(text) < 65536:
+        line.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             byte = line.recv(1)
         except OSError:
@@ -184,7 +223,8 @@ def _read_line(line: socket.socket) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
-def _line(message: dict[str, Any]) -> bytes:
+def as_line(**message: Any) -> bytes:
+    """A message as it goes over a line."""
     return json.dumps(message).encode() + b"\n"
 
 
@@ -195,7 +235,7 @@ def _job(place: Place) -> str:
 def _told(found: dict[int, Peer], error: Exception) -> Exception:
     """The error, once those who have come know of it."""
     for peer in found.values():
-        peer.send(failed=str(error), code=MISTAKE if isinstance(error, ConfigError) else FAILED)
+        peer.send(failed=str(error))
     return error
 
 

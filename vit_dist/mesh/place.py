@@ -66,7 +66,7 @@ def _from_variables(values: Mapping[str, str]) -> Place:
     local = os.environ.get(LOCAL, "")
     if local and not local.isdecimal():
         raise ConfigError(f"{LOCAL}: expected a whole number, found {local!r}")
-    return Place(coordinator, int(count), int(index), _own_device(local))
+    return Place(coordinator, int(count), int(index), (int(local),) if local else ())
 
 
 def _from_cluster(start_seconds: int) -> Place | None:
@@ -81,7 +81,7 @@ def _from_cluster(start_seconds: int) -> Place | None:
     coordinator, count, index, local = found
     if coordinator is None or count is None or index is None:
         return None
-    return Place(coordinator, count, index, _own_device(str(local[0]) if local else ""))
+    return Place(coordinator, count, index, () if _gpus_are_dealt() else tuple(local or ()))
 
 
 def _one_of_several() -> bool:
@@ -93,8 +93,8 @@ def _one_of_several() -> bool:
     return "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes") is not None
 
 
-def _own_device(local: str) -> tuple[int, ...]:
-    """The GPU of the host that its process `local` takes: none in particular where a scheduler has dealt them out."""
-    dealt = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # it sees a single one
-    alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"  # one task has the whole node
-    return (int(local),) if local and not dealt and not alone else ()
+def _gpus_are_dealt() -> bool:
+    """Whether SLURM has given this task its GPUs: it sees a single one, or has the whole node."""
+    return "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",") or (
+        os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+    )

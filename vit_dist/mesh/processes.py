@@ -24,6 +24,10 @@ from vit_dist.mesh.watch import Watch, end_now
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 THREADS_A_DEVICE = 2  # see `_pretend`
 
+# How an error of compiled code begins that may be the effect of a lost peer. (Running out of memory is none.) Not all
+# such errors have a type of their own.
+_LOST_PEER = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
+
 _watch: Watch | None = None
 
 
@@ -59,13 +63,18 @@ def start(
         shutdown_timeout_seconds=deadlines.step_seconds,
     )
     jax.devices()  # here they learn of each other's, and wait; not after one has read a large set and another not
-    _watch.alive()
 
 
 def alive(step: int | None = None) -> None:
     """Tells the watch of a job that this process has begun `step`, or (None) another part of the one it is at."""
     if _watch is not None:
         _watch.alive(step)
+
+
+def rest() -> None:
+    """Stops the clock that `alive` starts: what comes now may take as long as it likes."""
+    if _watch is not None:
+        _watch.rest()
 
 
 def index() -> int:
@@ -105,17 +114,14 @@ def leave(code: int, text: str) -> None:
         _watch = None
         return
     error = sys.exception()
-    if error is not None and _is_of_xla(error):
-        _watch.wait_for_verdict()  # a collective has failed, most likely because a peer is gone: that is what to say
+    if error is not None and _LOST_PEER.match(str(error)):
+        first_line = str(error).partition("\n")[0]
+        print(f"waiting to hear whether another process was lost: {first_line}", file=sys.stderr, flush=True)
+        _watch.wait_for_verdict()
     if error is not None:
         traceback.print_exception(error)
     _watch.say_failed(text, code)
     end_now(code)
-
-
-def _is_of_xla(error: BaseException) -> bool:
-    """Whether compiled code has failed. Not all that it raises has a type of its own, but all begins with a status."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or bool(re.match(r"[A-Z_]{5,}: ", str(error)))
 
 
 def _pretend(fake_devices: int) -> None:

@@ -2,26 +2,29 @@
 
 A process whose peer is gone sits in a collective that will never end, in code that Python cannot interrupt. So this
 thread says what is wrong and ends the process itself. Process 0 hears all others, and judges: a line that has ended is
-a process that died, a silent one a machine that is cut off, and a process that begins no step while the clock runs is
-stuck. The others hear process 0 alone, and are told its judgement.
+a process that died, a silent one a machine that is cut off, and where no process comes further while the clock of a
+step runs, one is stuck. The others hear process 0 alone, and are told its judgement.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
-import select
+import selectors
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from vit_dist import config
 from vit_dist.exit_codes import FAILED
-from vit_dist.mesh.peers import Peer
+from vit_dist.mesh.peers import Peer, as_line
 
 GRACE_SECONDS = 3.0  # for a process to end by itself, with its own words, when a peer says that it has failed
 _BEATS = 10  # in the time after which silence means that a peer is lost
+_MOST_NAMED = 8
 
 
 class Watch:
@@ -32,6 +35,7 @@ class Watch:
 
     def __init__(self, index: int, peers: Mapping[int, Peer], deadlines: config.Deadlines):
         self.index, self.peers, self.deadlines = index, dict(peers), deadlines
+        self._beat = max(0.1, min(5.0, deadlines.peer_seconds / _BEATS))
         self._step = 0
         self._stepped: float | None = None  # when it began; None: the clock stands
         self._gathered: dict[int, dict[int, Any]] = {}  # number of the gathering -> index -> value
@@ -40,7 +44,10 @@ class Watch:
         self._news = threading.Condition()
         self._verdict = threading.Event()
         self._stopping = threading.Event()
-        self._failing = threading.Lock()  # whoever holds it says the last word of this process
+        self._last_word = threading.Lock()  # whoever holds it says why this process ends
+        self._ready = selectors.DefaultSelector()
+        for peer in self.peers.values():
+            self._ready.register(peer.line, selectors.EVENT_READ, peer)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -58,7 +65,7 @@ class Watch:
         self._gatherings += 1
         number = self._gatherings
         if self.index:
-            self.peers[0].send_all(gather=number, value=value)
+            self.peers[0].send_all(as_line(gather=number, value=value))
             with self._news:
                 self._news.wait_for(lambda: number in self._answered)
                 return self._answered.pop(number)
@@ -67,13 +74,14 @@ class Watch:
             self._news.wait_for(lambda: len(given) == len(self.peers))
             del self._gathered[number]
         values = [value, *(given[index] for index in sorted(given))]
+        line = as_line(gathered=number, values=values)
         for peer in self.peers.values():
-            peer.send_all(gathered=number, values=values)
+            peer.send_all(line)
         return values
 
     def say_failed(self, text: str, code: int) -> None:
         """Tells the peers that this process ends with an error of its own."""
-        self._failing.acquire()
+        self._last_word.acquire()
         self._stopping.set()
         for peer in self.peers.values():
             peer.send(failed=text, code=code)
@@ -81,7 +89,7 @@ class Watch:
 
     def wait_for_verdict(self) -> None:
         """Returns if in the time that a silence may last no peer is found lost; else the process ends meanwhile."""
-        if self._verdict.wait(self.deadlines.peer_seconds * (1 + 1 / _BEATS)):
+        if self.peers and self._verdict.wait(self.deadlines.peer_seconds * (1 + 1 / _BEATS)):
             time.sleep(2 * GRACE_SECONDS)
 
     def stop(self) -> None:
@@ -92,29 +100,52 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        beat = max(0.1, min(5.0, self.deadlines.peer_seconds / _BEATS))
-        next_beat = time.monotonic()
+        """All that the thread does. A watch that has gone wrong ends the process: unwatched it might wait for ever."""
+        ended_well = False
+        try:
+            self._watch()
+            ended_well = True
+        finally:
+            if not ended_well:
+                _say(traceback.format_exc())
+                end_now(FAILED)
+
+    def _watch(self) -> None:
+        looked = next_beat = time.monotonic()
         while not self._stopping.is_set():
+            for key, _ in self._ready.select(0) or self._wait():
+                self._hear(key.data)
             now = time.monotonic()
+            if now - looked > self.deadlines.peer_seconds / 2:
+                self._wake(now)
+            looked = now
             if now >= next_beat:
-                next_beat = now + beat
+                next_beat = now + self._beat
                 ago = None if self._stepped is None else round(now - self._stepped, 1)
                 for peer in self.peers.values():
                     peer.send(step=self._step, ago=ago)
                 self._judge(now)
-            lines = {peer.line: peer for peer in self.peers.values() if not peer.left}
-            ready, _, _ = select.select(list(lines), [], [], min(0.25, beat)) if lines else ([], [], [])
-            if not lines:
-                self._stopping.wait(min(0.25, beat))
-            for line in ready:
-                self._hear(lines[line])
+
+    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        if self._ready.get_map():
+            return self._ready.select(min(0.25, self._beat))
+        self._stopping.wait(min(0.25, self._beat))
+        return []
+
+    def _wake(self, now: float) -> None:
+        """After a time in which this process itself stood still, with its job or its machine: no silence counts."""
+        for peer in self.peers.values():
+            peer.heard = now
+        if self._stepped is not None:
+            self._stepped = now
 
     def _hear(self, peer: Peer) -> None:
         messages = peer.receive()
         if messages is None:
-            if not peer.left and not self._stopping.is_set():
+            self._ready.unregister(peer.line)
+            left, peer.left = peer.left, True
+            if not left and not self._stopping.is_set():
                 self._lost(f"{peer} was lost: its connection has closed without a word; it was killed, or has crashed")
-            peer.left = True
             return
         for message in messages:
             if "bye" in message:
@@ -122,7 +153,8 @@ class Watch:
             elif "verdict" in message:
                 self._conclude(message["verdict"], message["code"], message["grace"], message["stuck"])
             elif "failed" in message:
-                self._failed(peer, message["failed"], message["code"])
+                peer.left = True
+                self._decide(f"{peer} failed: {message['failed']}", message["code"], GRACE_SECONDS)
             elif "gather" in message:
                 with self._news:
                     self._gathered.setdefault(message["gather"], {})[peer.index] = message["value"]
@@ -153,21 +185,18 @@ class Watch:
         running = [one for one in begun if one is not None]
         if len(running) < len(begun) or now - max(running) <= self.deadlines.step_seconds:
             return
-        first, last = min(steps.values()), max(steps.values())
-        behind = [name for name, step in steps.items() if step < last]
-        who = f"; {', '.join(behind[:8])} did not come further than step {first}" if behind else ""
+        last = max(steps.values())
+        behind = [f"{name} did not come further than step {step}" for name, step in steps.items() if step < last]
+        more = [f"{len(behind) - _MOST_NAMED} more neither"] if len(behind) > _MOST_NAMED else []
         self._decide(
-            f"no process has come further for {now - max(running):.0f} s, since step {last} began{who} "
-            "(deadlines.step_seconds); what every thread was doing stands above",
+            f"no process has come further for {now - max(running):.0f} s, since step {last} began; "
+            + "".join(f"{one}; " for one in behind[:_MOST_NAMED] + more)
+            + "what every thread was doing stands above (deadlines.step_seconds)",
             FAILED, grace=0.0, stuck=True,
         )  # fmt: skip
 
     def _lost(self, text: str) -> None:
         self._decide(text, FAILED, grace=0.0)
-
-    def _failed(self, peer: Peer, text: str, code: int) -> None:
-        peer.left = True
-        self._decide(f"{peer} failed: {text}", code, GRACE_SECONDS)
 
     def _decide(self, text: str, code: int, grace: float, stuck: bool = False) -> None:
         """Process 0 tells the rest; any other process has nobody left to tell."""
@@ -179,11 +208,12 @@ class Watch:
     def _conclude(self, text: str, code: int, grace: float, stuck: bool) -> None:
         """Ends this process, after `grace` seconds in which it may still end by itself."""
         self._verdict.set()
-        if self._stopping.wait(grace) or not self._failing.acquire(blocking=False):
+        if self._stopping.wait(grace) or not self._last_word.acquire(blocking=False):
             return
         if stuck:
-            faulthandler.dump_traceback(2, all_threads=True)
-        print(f"error: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                faulthandler.dump_traceback(2, all_threads=True)
+        _say(f"error: {text}")
         self._stopping.set()
         self._outlast()
         end_now(code)
@@ -193,17 +223,25 @@ class Watch:
         if self.index:
             return
         deadline = time.monotonic() + GRACE_SECONDS + 1
-        waiting = {peer.line: peer for peer in self.peers.values()}
-        while waiting and (left := deadline - time.monotonic()) > 0:
-            for line in select.select(list(waiting), [], [], left)[0]:
-                if waiting[line].receive() is None:
-                    del waiting[line]
+        with selectors.DefaultSelector() as waiting:
+            for peer in self.peers.values():
+                waiting.register(peer.line, selectors.EVENT_READ, peer)
+            while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in waiting.select(left):
+                    if key.data.receive() is None:
+                        waiting.unregister(key.fileobj)
 
 
 def end_now(code: int) -> None:
     """Ends the process and those that it has started, without the farewells in which jax waits for its peers."""
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or its disk is full
+            stream.flush()
     os._exit(code)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # as in `end_now`: what cannot be said must not keep it from ending
+        print(text, file=sys.stderr, flush=True)

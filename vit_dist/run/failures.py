@@ -39,7 +39,7 @@ class BadImages:
         To be called by all processes together.
         """
         known = self._noted.setdefault(split, {})
-        new = [one for one in everyones(bad) if one.id not in known]
+        new = everyones([one for one in bad if one.id not in known])
         for one in new:
             _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
             known[one.id] = step, one

@@ -7,12 +7,14 @@ run, such as the mesh; anything else is refused, and what did change is said.
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
+from vit_dist.mesh import processes
 from vit_dist.run.files import read_json, write_atomically
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
@@ -25,12 +27,29 @@ MAY_CHANGE = (
     "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
+_LATE_SECONDS = 60  # a network's disk may show one host later what another has written
+
 _log = logging.getLogger(__name__)
 
 
 def holds_run(workdir: Path) -> bool:
     """Whether there is something to go on from: a start that failed before its first checkpoint is no run yet."""
     return (workdir / "config.json").is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises `ConfigError` where not all processes see the same run in `workdir`; all call it, after `write_run`."""
+    deadline = time.monotonic() + _LATE_SECONDS
+    while not (workdir / "config.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    steps = sorted(one.name for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
+    views = processes.gather([(workdir / "config.json").is_file(), steps])
+    blind = [index for index, view in enumerate(views) if view != views[0]]
+    if blind:
+        raise ConfigError(
+            f"{workdir}: process {blind[0]} does not see there what process 0 sees; give a --workdir on a disk that "
+            "all hosts share"
+        )
 
 
 def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:

@@ -1,0 +1,126 @@
+"""The roll call of a job: who comes late, who calls by mistake, and who hangs up."""
+
+import concurrent.futures
+import os
+import socket
+import struct
+import time
+
+import pytest
+
+from vit_dist.config import ConfigError
+from vit_dist.launch import free_port
+from vit_dist.mesh.peers import JobError, as_line, roll_call
+from vit_dist.mesh.place import Place
+
+
+@pytest.fixture
+def port():
+    return free_port()
+
+
+def place(port, index, count=3):
+    return Place(f"127.0.0.1:{port}", count, index)
+
+
+def all_of(port, count=3, seconds=20, before=lambda: None):
+    """The peers of each process of a job, whose roll calls run in threads; `before` runs once process 0 listens."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        first = pool.submit(roll_call, place(port, 0, count), seconds)
+        before()
+        others = [pool.submit(roll_call, place(port, index, count), seconds) for index in range(1, count)]
+        return [one.result(seconds + 15) for one in (first, *others)]
+
+
+def close(*jobs):
+    for peers in jobs:
+        for peer in peers.values():
+            peer.line.close()
+
+
+def call(port):
+    """A line to process 0, once it listens."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_process_0_has_a_line_to_all_others_and_they_to_it(port):
+    jobs = all_of(port)
+    assert [sorted(peers) for peers in jobs] == [[1, 2], [0], [0]]
+    assert f"pid {os.getpid()}" in str(jobs[0][1]) and f"127.0.0.1:{port}" in str(jobs[2][0])
+    close(*jobs)
+
+
+def test_those_who_call_by_mistake_keep_nobody_waiting(port):
+    strangers = []
+
+    def knock():
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b""):
+            strangers.append(call(port))
+            strangers[-1].sendall(words)
+
+    started = time.monotonic()
+    jobs = all_of(port, before=knock)
+    assert [len(peers) for peers in jobs] == [2, 1, 1]
+    assert time.monotonic() - started < 15  # the silent one has held up process 0 for five seconds
+    close(*jobs)
+    for one in strangers:
+        one.close()
+
+
+def test_a_process_that_meets_what_hangs_up_on_it_calls_again(port):
+    """Such as the last words of the process 0 before this one, or of another service, at the same port."""
+    door = socket.create_server(("127.0.0.1", port))
+
+    def hang_up():
+        line, _ = door.accept()
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset, not an end
+        line.close()
+        door.close()
+        return roll_call(place(port, 0, 2), 20)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(hang_up), pool.submit(roll_call, place(port, 1, 2), 20)
+        jobs = first.result(40), second.result(40)
+    assert [sorted(peers) for peers in jobs] == [[1], [0]]
+    close(*jobs)
+
+
+def test_a_process_that_was_started_again_takes_the_place_of_the_one_that_ended(port):
+    def come_and_go():
+        line = call(port)
+        line.sendall(as_line(job="3 processes", index=1, host="gone", pid=1))
+        line.close()
+        time.sleep(0.2)
+
+    jobs = all_of(port, before=come_and_go)
+    assert "gone" not in str(jobs[0][1])
+    close(*jobs)
+
+
+def test_a_process_of_a_job_of_another_size_is_refused_and_the_others_go_on(port):
+    def stray():
+        with pytest.raises(ConfigError, match="process 1 of 2 processes met process 0 at .*, but this is a job of 3"):
+            roll_call(place(port, 1, 2), 10)
+
+    jobs = all_of(port, before=stray)
+    assert [len(peers) for peers in jobs] == [2, 1, 1]
+    close(*jobs)
+
+
+def test_a_port_that_is_taken_is_said(port):
+    with socket.create_server(("", port)), pytest.raises(ConfigError, match=f"process 0 cannot listen at port {port}"):
+        roll_call(place(port, 0), 1)
+
+
+def test_all_who_came_hear_who_did_not(port):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(roll_call, place(port, index, 12), 1) for index in (0, 2))
+        for one in (first, second):
+            with pytest.raises(JobError, match="processes 1, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 did not come"):
+                one.result(20)
