@@ -27,6 +27,8 @@ COPY configs /configs
 COPY vit_dist /vit_dist
 
 FROM base AS gpu
+# Asks NVIDIA's container tools, Enroot's among them, for the GPUs and their driver's libraries.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN pip install --constraint constraints.txt --editable ".[gpu]"
 COPY --from=code / ./
 USER vit

@@ -5,9 +5,10 @@
 
 The type counts cores, two a chip. Blocks with attention and MLP side by side, LayerNorm on queries and keys, no bias on
 their projection; attention pooling; the paper's 177,000 steps, reciprocal square root schedule and weight decay, with
-AdamW for Adafactor. The paper's images are JFT's 4 billion, which are not to be had: DIR stands for WebDataset shards
-of your own, here with ImageNet-21k's classes. Heads and MLP are split over 4 chips, parameters over 64 more, and four
-replicas of that share the batch.
+AdamW (b2 of 0.95, a choice of ours) for Adafactor, and plain LayerNorms for the paper's, which neither centre nor
+shift. The paper's images are JFT's 4 billion, which are not to be had: DIR stands for WebDataset shards of your own,
+here with ImageNet-21k's classes. Heads and MLP are split over 4 chips, parameters over 64 more, and four replicas of
+that share the batch.
 
 Expected: the paper's results were had with JFT; for other images there are none. Not yet run. Time: 19 days, if half of
 the chips' 459 TFLOP/s each were used.

@@ -6,9 +6,9 @@ DIR holds ImageNet's own `ILSVRC2012_img_train.tar`, `ILSVRC2012_img_val.tar` an
 of 192 pixels, as in the paper.
 
 Expected: 83.8 % top-1 after a further 20 epochs at 224 pixels, which are a run of their own (AdamW, learning rate 1e-5,
-weight decay 0.1, batch 512, RandAugment). Not yet run. Time: 18 hours, if a GPU is as quick as in NVIDIA's own B/16 in
-JAX, which trains 1,459 images of 224 pixels a second on each of 8 H100; one of 192 has 0.73 of the arithmetic. The host
-must then decode some 16,000 images a second: 32 cores of the kind that does 500.
+weight decay 0.1, batch 512, RandAugment). Gradients are not clipped here. Not yet run. Time: 18 hours, if a GPU is as
+quick as in NVIDIA's own B/16 in JAX, which trains 1,459 images of 224 pixels a second on each of 8 H100; one of 192 has
+0.73 of the arithmetic. The host must then decode some 16,000 images a second: 32 cores of the kind that does 500.
 
 Compiled for 8 H100, 2026-11-24, jax 0.10.2: 19.1 GiB a GPU of its 79, of which 1.0 are parameters and optimizer.
 """
@@ -23,7 +23,7 @@ def get_config():
     config.log_every = 100
     config.loss = "sigmoid"
     config.mixup, config.cutmix = 0.8, 1.0
-    config.mesh.data = 8
+    config.mesh.data = -1  # more GPUs or fewer take more or less of the batch
 
     model = config.model
     model.variant, model.image_size, model.num_classes = "B/16", 192, 1000

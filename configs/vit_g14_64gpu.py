@@ -4,9 +4,9 @@
       --config.data.path=DIR
 
 DIR holds WebDataset shards on a disk that all nodes read; the classes are ImageNet-21k's, whose 14.2 M images make 90
-epochs. Optimizer, schedule and pooling are those of "Scaling Vision Transformers", with AdamW for Adafactor: the head's
-weight decay is 3.0 and all else's 0.03. Each node holds the parameters once, split over its 8 GPUs; only the sum of
-the gradients crosses the network.
+epochs. Optimizer, schedule and pooling are those of "Scaling Vision Transformers", with AdamW for Adafactor (its b2 of
+0.95 is a choice of ours, for large batches): the head's weight decay is 3.0 and all else's 0.03. Each node holds the
+parameters once, split over its 8 GPUs; only the sum of the gradients crosses the network.
 
 Expected: no published run of this size on this set. Not yet run. Time: 33 hours at NVIDIA's own rate for ViT-g/14 in
 NeMo, 1,428 images a second and node, and 95 % weak scaling. A process must then decode some 170 images a second.

@@ -174,7 +174,8 @@ def _mesh(settings: config.Config, shape: vit.Shape, devices: list[jax.Device]) 
     layout.check_divides("model.width", shape.width, "width", sizes)
     layout.check_divides("model.heads", shape.heads, "heads", sizes)
     layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
-    context.check(settings.model.context_attention, shape.heads, settings.model.attention_dropout, sizes)
+    model = settings.model
+    context.check(model.context_attention, model.attention, shape.heads, model.attention_dropout, sizes)
     mesh = topology.make_mesh(sizes, devices)
     if jax.process_count() > 1 and mesh.size < len(devices):
         raise ConfigError(

@@ -91,6 +91,11 @@ def test_a_rank_of_open_mpi_meets_the_others_where_mpirun_runs(found):
     assert (place.count, place.index, place.devices) == (2, 1, (1,))
 
 
+def test_an_open_mpi_that_does_not_say_where_to_meet_is_refused(found):
+    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE: .* start them by launch/mpi.sh, or set VIT_DIST_COO"):
+        found({name: value for name, value in OPEN_MPI.items() if name != "OMPI_MCA_orte_hnp_uri"})
+
+
 def test_an_indexed_job_of_kubernetes_is_left_alone_where_its_package_is_missing(found):
     assert found({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}) is None
 

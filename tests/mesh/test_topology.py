@@ -106,6 +106,38 @@ def test_slices_that_are_not_there_are_refused_with_what_is(sizes, devices, mess
         topology.make_mesh(sizes, devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip(Device):
+    """Of a TPU v5e slice of 2 x 4 chips, listed host by host as jax does: 2 x 2 chips each."""
+
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        host, chip = divmod(self.id, 4)
+        return chip % 2, 2 * host + chip // 2, 0
+
+
+CHIPS = [Chip(i, i // 4) for i in range(8)]
+
+
+def test_the_chips_of_an_axis_are_neighbours_on_the_torus():
+    mesh = topology.make_mesh({"data": 2, "tensor": 4}, CHIPS)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(8))
+    for group in mesh.devices:
+        places = np.array([chip.coords for chip in group])
+        apart = np.abs(places[:, None] - places).sum(axis=-1)  # steps along the wires, without wraparound
+        assert (np.sort(apart, axis=1)[:, 1] == 1).all()  # each has a neighbour in the group
+        assert apart.max() <= 3
+
+
+def test_axes_that_no_torus_has_are_refused():
+    with pytest.raises(ConfigError, match="mesh: data=3 cannot be laid over the 3 TPU chips that it takes"):
+        topology.make_mesh({"data": 3}, CHIPS)
+
+
 def test_fake_devices_of_one_process_pretend_to_be_slices_too():
     mesh = topology.make_mesh({"dcn_data": 2, "context": 2, "tensor": 2}, jax.devices())
     numbers = np.vectorize(jax.devices().index)(mesh.devices)

@@ -108,11 +108,11 @@ def roll_call(place: Place, start_seconds: int) -> dict[int, Peer]:
 
 
 def _call_all(place: Place, deadline: float, seconds: int) -> dict[int, Peer]:
-    """Process 0's part: listens until each of the others has called."""
+    """Process 0's part: listens until each of the others has called; one that hangs up meanwhile has not."""
     _allow_files(place.count)
     found: dict[int, Peer] = {}
     with _listen(place) as door:
-        while len(found) < place.count - 1:
+        while len(found := {index: peer for index, peer in found.items() if not peer.gone()}) < place.count - 1:
             line, address = _next_caller(door, deadline)
             if line is None:
                 missing = [index for index in range(1, place.count) if index not in found]

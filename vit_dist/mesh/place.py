@@ -89,6 +89,11 @@ def _one_of_several() -> bool:
     counted = ("SLURM_STEP_NODELIST", "SLURM_NTASKS"), ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE")
     if any(mark in os.environ and os.environ.get(count, "1") != "1" for mark, count in counted):
         return True
+    if os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "OMPI_COMM_WORLD_SIZE: mpirun has started several ranks, but this is Open MPI 5 or newer, which does not "
+            f"say where to meet; start them by launch/mpi.sh, or set {', '.join(VARIABLES)}"
+        )
     # JAX asks Kubernetes through its package; without it the variables of our own must do.
     return "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes") is not None
 

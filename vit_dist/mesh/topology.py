@@ -108,7 +108,14 @@ def _by_network(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.Devic
 def _lay_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices of one slice as an array of `shape`, neighbours by the quickest wires along the last axes."""
     if devices[0].platform == "tpu":  # a torus of chips, whose neighbours are not neighbours in the list
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (AssertionError, NotImplementedError) as error:
+            asked = _say(dict(zip((axis for axis in AXES if axis != "dcn_data"), shape)))
+            raise ConfigError(
+                f"mesh: {asked} cannot be laid over the {len(devices)} TPU chips that it takes; take all chips of the "
+                "slice, and axes that divide its sides"
+            ) from error
     return np.asarray(devices, dtype=object).reshape(shape)
 
 

@@ -104,12 +104,8 @@ def attend_across(
     across: "ring" or "all_to_all", where the whole sequences in between may be cuDNN's. Raises `ConfigError` for what
     cannot be had so, such as a `rate` of dropped weights.
     """
-    context.check(across, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
+    context.check(across, implementation, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
     if across == "ring":
-        if implementation == "cudnn":
-            raise ConfigError(
-                "model.attention: cudnn knows no ring; take auto or xla, or model.context_attention=all_to_all"
-            )
         return context.ring(q, k, v, tokens)
     whole = _cudnn if _takes_cudnn(q, implementation, drops=False) else context.chunked
     mixed = context.all_to_all(q, k, v, lambda q, k, v: whole(q, k, v, tokens))
@@ -143,7 +139,8 @@ def _cudnn_local(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.A
     padded = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    return padded[:, :length]
+    # What the kernel leaves in the rows of padding is not said; a NaN there would spread.
+    return jnp.where(jnp.arange(length)[:, None, None] < tokens, padded[:, :length], 0)
 
 
 def _on_gpu() -> bool:

@@ -27,13 +27,17 @@ TRADED = ("batch", None, "traded_heads", None)
 (AXIS,) = layout.TABLE["tokens"]
 
 
-def check(kind: str, heads: int, attention_dropout: float, sizes: dict[str, int]) -> None:
+def check(kind: str, implementation: str, heads: int, attention_dropout: float, sizes: dict[str, int]) -> None:
     """Raises `ConfigError` where a model cannot have its tokens split over a mesh of these sizes.
 
-    kind: `model.context_attention`.
+    kind: `model.context_attention`. implementation: `model.attention`.
     """
     if sizes.get(AXIS, 1) == 1:
         return
+    if kind == "ring" and implementation == "cudnn":
+        raise ConfigError(
+            "model.attention: cudnn knows no ring; take auto or xla, or model.context_attention=all_to_all"
+        )
     if attention_dropout:
         raise ConfigError(
             f"model.attention_dropout: must be 0 with mesh.{AXIS}={sizes[AXIS]}, which never makes the weights that it "
@@ -52,8 +56,8 @@ def padded_length(tokens: int, parts: int) -> int:
 def ring(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
     """Attention of [B, N, H, d], of which `tokens` are real, over tokens split over the ring; as its inputs are laid.
 
-    Each device sends its keys and values to the next as it computes, one step less than there are devices; in the
-    backward pass their gradients travel with them, and one step more brings these home.
+    Each device sends its keys and values to the next as it computes, one step less than there are devices. In the
+    backward pass their gradients travel with them, from zeros on the first step, and one step more brings these home.
     """
     return _attention(q, k, v, tokens, True)
 
