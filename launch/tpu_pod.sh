@@ -12,11 +12,12 @@
 #   --spot              a slice that may be taken back at any time, for less
 #   --queued            wait in Google's queue until the slice is to be had, asking every POLL_SECONDS (30)
 #   --before=COMMAND    on each worker, ahead of the rest: mounts, credentials
-#   --retries=N         new slices to go on with when one is taken back (3)
+#   --retries=N         how often to go on when a slice is taken back, is not to be had again, or the connection to it is
+#                       lost (3), each time after RETRY_SECONDS (60)
 #   --keep              do not delete the slice, and use one of that name that is there already
 #
 # CONFIG lies in this checkout. WORKDIR must be the same folder on all workers, such as a mounted Filestore: it holds the
-# checkpoints from which the next slice goes on. The slice lives as long as this script, so start it where nothing goes
+# checkpoints from which the next try goes on, on the same slice where that is still sound. The slice lives as long as this script, so start it where nothing goes
 # to sleep. Ctrl-C deletes the slice at once.
 set -euo pipefail
 
@@ -84,41 +85,55 @@ ssh_to() {
   # A worker that is taken away closes no connection: ssh itself must notice.
   tpu ssh "$name" "--worker=$1" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$2"
 }
-slice_state() { tpu describe "$name" '--format=value(state)' 2>/dev/null || true; }
-queue_state() { queue describe "$name" '--format=value(state.state)' 2>/dev/null || true; }
+pause() {
+  sleep "$1" &
+  child=$!
+  wait "$child"
+  child=''
+}
 
 package=${TMPDIR:-/tmp}/$name.tar.gz
+errors=${TMPDIR:-/tmp}/$name.errors
+unless_gone() { # that there is no such slice is no failure; any other is shown
+  if "$@" 2>"$errors" || grep -q NOT_FOUND "$errors"; then return; fi
+  cat "$errors" >&2
+  return 1
+}
+slice_state() { unless_gone tpu describe "$name" '--format=value(state)'; }
+queue_state() { unless_gone queue describe "$name" '--format=value(state.state)'; }
+
 exists=false
 delete() {
   $exists || return 0
-  exists=false
+  local how=(tpu delete "$name")
+  if $queued; then how=(queue delete "$name" --force); fi
   if $keep; then
     echo "kept: $name in $zone, which costs money until it is deleted" >&2
-  elif $queued; then
-    queue delete "$name" --force || echo "error: could not delete $name in $zone; it costs money" >&2
+  elif unless_gone "${how[@]}"; then
+    exists=false
   else
-    tpu delete "$name" || echo "error: could not delete $name in $zone; it costs money" >&2
+    echo "error: could not delete $name in $zone; it costs money" >&2
   fi
 }
 leave() {
   trap '' INT TERM
   [ -z "$child" ] || kill "$child" 2>/dev/null || true
   delete
-  rm -f "$package"
+  rm -f "$package" "$errors"
 }
 trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-create() {
+create() { # fails where none is to be had; ends the script where one is in the way, or that cannot be told
   local found
-  if $queued; then found=$(queue_state); else found=$(slice_state); fi
+  if $queued; then found=$(queue_state) || exit 1; else found=$(slice_state) || exit 1; fi
   if $keep && [[ $found == READY || $found == ACTIVE ]]; then
     exists=true
     return
   elif [ -n "$found" ]; then # somebody else's, for all that is known here, so it is not deleted either
     echo "error: there is a $name in $zone already, $found; delete it, choose another --name, or use it by --keep" >&2
-    return 1
+    exit 1
   fi
   exists=true # from here on, for what is half created must go too
   if ! $queued; then
@@ -126,18 +141,18 @@ create() {
     return
   fi
   queue create "$name" "--node-id=$name" "--accelerator-type=$accelerator" "--runtime-version=$version" \
-    ${kind[@]+"${kind[@]}"}
+    ${kind[@]+"${kind[@]}"} || return
   while true; do
-    found=$(queue_state)
+    found=$(queue_state) || found=unknown # to be asked again: nothing is lost by waiting
+    if $dry_run; then return; fi
     case $found in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING)
-        echo "error: the request for $name has come to $found" >&2
+      '' | FAILED | SUSPENDING | SUSPENDED | DELETING)
+        echo "error: the request for $name has come to ${found:-nothing}" >&2
         return 1
         ;;
     esac
-    if $dry_run; then return; fi
-    sleep "${POLL_SECONDS:-30}"
+    pause "${POLL_SECONDS:-30}"
   done
 }
 
@@ -148,33 +163,62 @@ install="mkdir -p vit_dist && tar -xzf vit_dist.tar.gz -C vit_dist && cd vit_dis
 && ~/.local/bin/uv pip install --quiet --constraint=constraints.txt --editable='.[tpu]'"
 metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 arguments=$(printf ' %q' "--config=$config" "--workdir=$1" "${@:2}")
-train="cd vit_dist && rm -f exit_code && worker=\$(curl -sf -H Metadata-Flavor:Google $metadata) || exit 1
-[ \"\$worker\" = 0 ] || exec >train.log 2>&1
-code=0; .venv/bin/vit-dist train$arguments || code=\$?
+# Worker 0's words go through tee, for vit-dist must not fall over a lost connection before it has saved; after one, the
+# last try may go on: it is asked to save, and given less time than the others wait.
+stop="tell() { pkill \$1 --pidfile vit_dist/pid --full 'vit-dist train'; } 2>/dev/null
+tell -TERM && for _ in {1..200}; do tell -0 || break; sleep 1; done; tell -KILL"
+train="$stop
+cd vit_dist && rm -f exit_code && worker=\$(curl -sf -H Metadata-Flavor:Google $metadata) || exit 1
+if [ \"\$worker\" = 0 ]; then exec > >(exec tee -p train.log); else exec >train.log; fi
+exec 2>&1
+code=0; (echo \$BASHPID >pid; exec .venv/bin/vit-dist train$arguments) || code=\$?
 echo \$code >exit_code; exit \$code"
 
-for ((attempt = 0; ; attempt++)); do
-  create
-  run tar -czf "$package" -C "$root" pyproject.toml constraints.txt README.md vit_dist configs "$config"
-  tpu scp "$package" "$name:vit_dist.tar.gz" --worker=all
-  [ -z "$before" ] || ssh_to all "$before"
-  ssh_to all "$install"
+attempt=0
+retry() { # counts a try and waits, or ends the script where none is left
+  if [ "$attempt" -ge "$retries" ]; then
+    echo "error: $1, and no retry is left" >&2
+    exit 75
+  fi
+  attempt=$((attempt + 1))
+  echo "$1: retry $attempt of $retries" >&2
+  pause "${RETRY_SECONDS:-60}"
+}
+
+ready=false
+while true; do
+  if ! $ready; then
+    if ! create; then
+      [ "$attempt" -gt 0 ] || exit 1 # the first is more likely a mistake
+      keep=false delete
+      retry "no new slice was to be had"
+      continue
+    fi
+    run tar -czf "$package" -C "$root" pyproject.toml constraints.txt README.md vit_dist configs "$config"
+    tpu scp "$package" "$name:vit_dist.tar.gz" --worker=all
+    [ -z "$before" ] || ssh_to all "$before"
+    ssh_to all "$install"
+    ready=true
+  fi
   if ssh_to all "$train"; then exit 0; fi
 
-  # gcloud's exit code may stand for any of the workers; worker 0's own says whether all was saved.
-  code=1 found=$(slice_state)
+  # gcloud's exit code may stand for any of the workers; worker 0's own says whether all was saved. It has left none
+  # where it is gone, or only the connection to it.
+  found=$(slice_state) || exit 1
+  code=''
   if [ "$found" = READY ]; then
-    code=$(ssh_to 0 'cat vit_dist/exit_code') || code=1
-    if [ "$code" != 75 ]; then
+    code=$(ssh_to 0 'cat vit_dist/exit_code') || code=''
+    [ "$code" != 0 ] || exit 0 # only a connection was lost
+    if [ -n "$code" ] && [ "$code" != 75 ]; then
       ssh_to all 'hostname; tail -n 30 vit_dist/train.log 2>/dev/null' >&2 || true
-      echo "error: worker 0 ended with $code; above is what the others said last" >&2
+      echo "error: worker 0 ended with $code; above is what each said last" >&2
       exit "$code"
     fi
   fi
-  if [ "$attempt" -ge "$retries" ]; then
-    echo "error: the slice is gone (${found:-deleted}, exit code $code), and no retry is left" >&2
-    exit 75
+  retry "the slice is ${found:-deleted}, worker 0's exit code ${code:-unknown}"
+  found=$(slice_state) || exit 1 # again, for who is told to stop is often taken away a moment later
+  if [ "$found" != READY ]; then
+    ready=false
+    keep=false delete
   fi
-  echo "the slice is gone (${found:-deleted}, exit code $code): retry $((attempt + 1)) of $retries on a new one" >&2
-  keep=false delete
 done

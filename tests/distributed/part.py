@@ -46,7 +46,7 @@ FAULTS = {"die": die, "stop": stop, "fail": fail, "crash": crash, "exhaust": exh
 
 
 def main(what, at_fault):
-    deadlines = Deadlines(start_seconds=int(os.environ.get("START_SECONDS", "60")), peer_seconds=4, step_seconds=5)
+    deadlines = Deadlines(start_seconds=int(os.environ.get("START_SECONDS", "60")), peer_seconds=8, step_seconds=8)
     code, said = 1, "an error of the program"
     try:
         processes.start(1, deadlines)

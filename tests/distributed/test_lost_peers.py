@@ -14,7 +14,7 @@ from system import started
 from vit_dist.launch import free_port
 
 PART = Path(__file__).with_name("part.py")
-QUICK = 20  # seconds in which all must be gone, on a machine that has other things to do
+QUICK = 40  # seconds in which all must be gone, on a machine that has other things to do
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def test_a_process_that_falls_silent_is_named_by_all_others(tmp_path):
         for process in processes[:2]:
             (said,) = errors(process)
             assert re.search(
-                r"process 2 \(.*\) was lost: it has said nothing for [4-9] s, .*deadlines.peer_seconds", said
+                r"process 2 \(.*\) was lost: it has said nothing for \d+ s, .*deadlines.peer_seconds", said
             )
 
 
@@ -137,7 +137,7 @@ def test_a_process_that_is_stuck_is_named_with_what_it_was_doing(tmp_path):
         for process in processes:
             (said,) = errors(process)
             assert re.search(
-                r"no process has come further for [5-9] s, since step 2 began; process 1( \(.*\))? did not come", said
+                r"no process has come further for \d+ s, since step 2 began; process 1( \(.*\))? did not come", said
             )
         assert 'part.py", line' in processes[1].said() and "in sleep" in processes[1].said()
 

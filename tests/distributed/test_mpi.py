@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import subprocess
 
 import pytest
 from system import (
@@ -61,3 +63,19 @@ def test_ranks_told_to_stop_save_and_end_with_75_and_go_on_along_the_curve_of_on
     difference = largest_difference(losses(found)[:20], losses(expected))
     print(f"largest relative difference of a loss: {difference:.1e}")
     assert difference < 1e-4
+
+
+def test_a_ctrl_c_at_the_terminal_ends_with_130_and_leaves_no_rank_behind(tmp_path):
+    command = _command(tmp_path / "run", "total_steps=100000", "checkpoint.every_steps=10")
+    with started(command, tmp_path / "out", start_new_session=True, **_variables()) as job:
+        until(lambda: checkpoint_steps(tmp_path / "run"), job)
+        assert len(_ranks(tmp_path)) >= 2
+        os.killpg(job.process.pid, signal.SIGINT)  # as a terminal does: to all that it started
+        assert job.wait(100) == 130, job.said()[-3000:]
+    assert not _ranks(tmp_path)
+
+
+def _ranks(folder):
+    """The command lines under way that name the folder."""
+    found = subprocess.run(["pgrep", "--full", "--list-full", str(folder)], capture_output=True, text=True)
+    return found.stdout.splitlines()

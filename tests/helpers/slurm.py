@@ -39,6 +39,7 @@ MpiDefault=none
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
+KillOnBadExit=1
 """
 
 

@@ -1,6 +1,7 @@
 """The scripts of `launch/`: sound shell, and the very commands that they promise, with programs that note them."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -75,18 +76,37 @@ def test_mpi_passes_on_what_steers_the_libraries_and_nothing_else(noted):
     assert code == 0 and call[:3] == ["mpirun", "--host", "a:8,b:8"]
     assert call[-6:] == ["vit-dist", "train", "--config=C", "--workdir=W", *OVERRIDES]
     passed = {call[place + 1] for place, word in enumerate(call) if word == "-x"}
-    assert passed == {"PATH", "NCCL_DEBUG"}
+    assert passed == {"PATH", "NCCL_DEBUG", "VIT_DIST_COORDINATOR"}
+
+
+@pytest.mark.parametrize(("port", "expected"), [({}, r"a:2\d{4}"), ({"PORT": "1234"}, "a:1234")])
+def test_mpi_tells_each_rank_its_place_whatever_the_version_of_open_mpi(noted, tmp_path, port, expected):
+    ranks = {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    (tmp_path / "bin" / "mpirun").write_text('#!/usr/bin/env bash\nwhile [ "$1" != bash ]; do shift; done; exec "$@"\n')
+    (tmp_path / "bin" / "vit-dist").write_text(f'#!/usr/bin/env bash\nenv >>"{tmp_path}/noted"\n')
+    _, [lines] = noted("mpi.sh", "C", "W", HOSTS="a:8,b:8", **ranks, **port)
+    found = dict(line.split("=", 1) for line in lines if line.startswith("VIT_DIST_"))
+    assert re.fullmatch(expected, found.pop("VIT_DIST_COORDINATOR"))
+    assert found == {"VIT_DIST_PROCESSES": "16", "VIT_DIST_PROCESS": "9", "VIT_DIST_LOCAL_PROCESS": "1"}
 
 
 def test_slurm_trains_in_a_container_where_one_is_named(noted, tmp_path):
     job = {"SLURM_SUBMIT_DIR": str(tmp_path / "checkout"), "SLURM_JOB_ID": "7"}
     train = ["vit-dist", "train", "--config=C", "--workdir=W", *OVERRIDES]
     code, [call] = noted("slurm.sbatch", "C", "W", *OVERRIDES, **job)
-    assert code == 0 and call == ["srun", "--wait=60", "--cpu-bind=none", *train]
-    code, [call] = noted("slurm.sbatch", "C", "W", *OVERRIDES, CONTAINER="x.sqsh", **job)
-    checkout = tmp_path / "checkout"
-    mounted = [f"--container-mounts={checkout}:{checkout}", f"--container-workdir={checkout}"]
-    assert call == ["srun", "--wait=60", "--cpu-bind=none", "--container-image=x.sqsh", *mounted, *train]
+    srun = ["srun", "--wait=60", "--kill-on-bad-exit=0", "--cpu-bind=none"]
+    assert code == 0 and call == [*srun, *train]
+    checkout, work = tmp_path / "checkout", tmp_path / "runs" / "new"
+    train[3] = f"--workdir={work}"
+    for variables, mounts in (
+        ({}, f"{checkout}:{checkout},{work}:{work}"),
+        ({"CONTAINER_MOUNTS": "/a:/b"}, "/a:/b"),
+    ):
+        code, [call] = noted("slurm.sbatch", "C", str(work), *OVERRIDES, CONTAINER="x.sqsh", **variables, **job)
+        mounted = [f"--container-mounts={mounts}", f"--container-workdir={checkout}"]
+        assert code == 0 and call == [*srun, "--container-image=x.sqsh", *mounted, *train]
+        assert work.is_dir() == (not variables)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @pytest.mark.parametrize(

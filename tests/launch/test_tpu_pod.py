@@ -18,9 +18,10 @@ WORKERS = 2
 OPTIONS = ("--zone=z", "--type=v5litepod-16", "--name=pod")
 RUN = ("configs/digits.py", "/mnt/run", "--config.seed=1", "--config.data.path=a b")
 
-# Reads what is to happen from files in CLOUD: `codes` holds what `vit-dist` ends with, a line for each try.
+# Reads what is to happen from files in CLOUD: `codes` holds what `vit-dist` ends with, a word for each try; `fail-VERB`
+# how often that fails; `drop` has the connection lost while all workers train, or once they are done.
 _GCLOUD = """#!{python} -IS
-import json, os, pathlib, shutil, subprocess, sys
+import json, os, pathlib, shutil, subprocess, sys, time
 cloud = pathlib.Path(os.environ["CLOUD"])
 words = sys.argv[1:]
 with open(cloud / "calls", "a") as calls:
@@ -29,10 +30,15 @@ options = dict(word[2:].split("=", 1) for word in words if word.startswith("--")
 kind, verb, name = words[2:5]
 there = cloud / "there"
 if (cloud / f"fail-{{verb}}").exists():
-    sys.exit(1)
+    limit = (cloud / f"fail-{{verb}}").read_text()  # how often; empty: always
+    if limit != "0":
+        (cloud / f"fail-{{verb}}").write_text(str(int(limit) - 1) if limit else "")
+        sys.exit("ERROR: UNAUTHENTICATED" if verb == "describe" else 1)
 if verb == "create":
     there.write_text("WAITING_FOR_RESOURCES" if kind == "queued-resources" else "READY")
 elif verb == "delete":
+    if not there.exists():
+        sys.exit("ERROR: NOT_FOUND")
     there.unlink()
     for home in cloud.glob("worker*"):
         shutil.rmtree(home)
@@ -55,8 +61,18 @@ else:
             shutil.copy(name, home / words[5].split(":")[1])
             continue
         environment = {{**os.environ, "HOME": str(home), "WORKER": str(worker)}}
+        if (cloud / "drop").exists() and "vit-dist train" in options["command"]:
+            left = subprocess.Popen(["bash", "-c", options["command"]], cwd=home, env=environment)
+            if (cloud / "codes").read_text() == "0":
+                left.wait()
+            while len((cloud / "trained").read_text().splitlines()) <= worker:
+                time.sleep(0.02)
+            continue
         ended = subprocess.run(["bash", "-c", options["command"]], cwd=home, env=environment)
         worst = max(worst, ended.returncode)
+    if (cloud / "drop").exists() and verb == "ssh" and "vit-dist train" in options["command"]:
+        (cloud / "drop").unlink()
+        sys.exit("Connection closed")
     sys.exit(worst and 1)
 """
 _CURL = """#!/bin/sh
@@ -75,12 +91,14 @@ esac
 _VIT_DIST = """#!{python} -IS
 import json, os, pathlib, sys, time
 cloud, worker = pathlib.Path(os.environ["CLOUD"]), int(os.environ["WORKER"])
-with open(cloud / "trained", "a") as trained:
-    trained.write(json.dumps([worker, sys.argv[1:], pathlib.Path(sys.argv[2].split("=")[1]).is_file()]) + "\\n")
-print(f"worker {{worker}} speaks")
 codes = (cloud / "codes").read_text().split()
 if worker == {last}:
     (cloud / "codes").write_text(" ".join(codes[1:]))
+with open(cloud / "trained", "a") as trained:
+    trained.write(json.dumps([worker, sys.argv[1:], pathlib.Path(sys.argv[2].split("=")[1]).is_file()]) + "\\n")
+with open(cloud / "pids", "a") as pids:
+    pids.write(f"{{os.getpid()}}\\n")
+print(f"worker {{worker}} speaks", flush=True)
 if codes[0] == "gone":
     (cloud / "there").write_text("PREEMPTED")
     sys.exit(1)
@@ -107,6 +125,7 @@ class Cloud:
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "TMPDIR": str(folder),
             "POLL_SECONDS": "0.01",
+            "RETRY_SECONDS": "0.01",
         }
 
     def start(self, *arguments, codes="0"):
@@ -135,6 +154,12 @@ class Cloud:
     def trained(self):
         """[worker, the arguments of its vit-dist, whether its config was there] for each start of it."""
         return self._lines("trained")
+
+    def wait_for_training(self, process):
+        deadline = time.monotonic() + 60
+        while not self.trained():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
 
     def exists(self):
         """Whether there is a slice, which costs money."""
@@ -217,17 +242,79 @@ def test_a_run_that_fails_is_not_tried_again_and_the_words_of_all_workers_are_sh
     assert cloud.verbs().count("create") == 1 and not cloud.exists()
 
 
-@pytest.mark.parametrize("first", ["75", "gone"])
-def test_a_slice_that_is_taken_back_is_made_anew_and_the_run_goes_on(cloud, first):
-    code, _, err = cloud.run(*OPTIONS, *RUN, codes=f"{first} 0")
+def _made_and_deleted(cloud):
+    return [verb for verb in cloud.verbs() if verb in ("create", "delete")]
+
+
+def test_a_slice_that_is_taken_back_is_made_anew_and_the_run_goes_on(cloud):
+    code, _, err = cloud.run(*OPTIONS, *RUN, codes="gone 0")
     assert code == 0, err
-    assert [verb for verb in cloud.verbs() if verb in ("create", "delete")] == ["create", "delete"] * 2
+    assert _made_and_deleted(cloud) == ["create", "delete"] * 2
     assert [worker for worker, _, _ in cloud.trained()] == [0, 1, 0, 1]
     assert "retry 1 of 3" in err and not cloud.exists()
 
 
+@pytest.mark.parametrize("keep", [(), ("--keep",)])
+def test_a_run_that_has_saved_goes_on_on_the_same_slice_where_that_is_still_there(cloud, keep):
+    code, _, err = cloud.run(*OPTIONS, *keep, *RUN, codes="75 0")
+    assert code == 0, err
+    assert _made_and_deleted(cloud) == ["create", "delete"][: 1 if keep else 2]
+    assert [worker for worker, _, _ in cloud.trained()] == [0, 1, 0, 1]
+    assert "the slice is READY, worker 0's exit code 75: retry 1 of 3" in err and cloud.exists() == bool(keep)
+
+
+def test_after_a_lost_connection_what_is_left_is_ended_and_the_run_goes_on_on_the_same_slice(cloud):
+    (cloud.folder / "drop").touch()
+    code, _, err = cloud.run(*OPTIONS, *RUN, codes="endless 0")
+    assert code == 0, err
+    assert _made_and_deleted(cloud) == ["create", "delete"]
+    assert [worker for worker, _, _ in cloud.trained()] == [0, 1, 0, 1]
+    assert "worker 0's exit code unknown: retry 1 of 3" in err
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in (cloud.folder / "pids").read_text().split())
+
+
+def test_a_run_that_is_done_is_done_though_a_connection_was_lost(cloud):
+    (cloud.folder / "drop").touch()
+    code, _, err = cloud.run(*OPTIONS, *RUN, codes="0")
+    assert code == 0 and "retry" not in err
+    assert [worker for worker, _, _ in cloud.trained()] == [0, 1] and not cloud.exists()
+
+
+def test_a_new_slice_that_is_not_to_be_had_at_once_is_asked_for_again(cloud):
+    process = cloud.start(*OPTIONS, *RUN, codes="endless 0")
+    cloud.wait_for_training(process)
+    (cloud.folder / "fail-create").write_text("2")
+    (cloud.folder / "there").unlink()  # taken back
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert _made_and_deleted(cloud) == ["create", "delete", *["create", "delete"] * 2, "create", "delete"]
+    assert "no new slice was to be had: retry 3 of 3" in err and "costs money" not in err
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_google_says_is_not_taken_for_a_deleted_slice_but_where_it_says_so(cloud, when):
+    failing = cloud.folder / "fail-describe"
+    if when == "before":
+        failing.touch()
+    process = cloud.start(*OPTIONS, *RUN, codes="endless")
+    if when == "after":
+        cloud.wait_for_training(process)
+        failing.touch()
+        (cloud.folder / "there").unlink()
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "UNAUTHENTICATED" in err and "retry" not in err
+    assert _made_and_deleted(cloud) == (["create", "delete"] if when == "after" else [])
+
+
+def test_a_slice_that_cannot_be_deleted_is_tried_again_at_the_end_and_spoken_of(cloud):
+    (cloud.folder / "fail-delete").write_text("2")
+    code, _, err = cloud.run(*OPTIONS, *RUN, codes="gone 0")
+    assert code == 1 and err.count("could not delete pod in z; it costs money") == 2
+    assert _made_and_deleted(cloud) == ["create", "delete", "delete"]
+
+
 def test_no_more_slices_are_made_than_allowed(cloud):
-    code, _, err = cloud.run(*OPTIONS, "--retries=2", *RUN, codes="75 gone 75 0")
+    code, _, err = cloud.run(*OPTIONS, "--retries=2", *RUN, codes="gone gone gone 0")
     assert code == 75 and "no retry is left" in err
     assert cloud.verbs().count("create") == 3 and not cloud.exists()
 
@@ -235,10 +322,7 @@ def test_no_more_slices_are_made_than_allowed(cloud):
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_slice_is_deleted_when_the_script_is_told_to_stop(cloud, number, expected):
     process = cloud.start(*OPTIONS, *RUN, codes="endless")
-    deadline = time.monotonic() + 60
-    while not cloud.trained():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    cloud.wait_for_training(process)
     process.send_signal(number)
     process.wait(60)
     subprocess.run(
