@@ -1,7 +1,7 @@
 """Where a process stands in its job: how many there are, which one this is, and where to meet the first.
 
-Said by variables of our own, which `vit-dist launch` and `launch/mpi.sh` set, or found by JAX, which knows SLURM, Open MPI, GKE and GCE
-TPUs, and Kubernetes. A process that none of them speaks of is alone.
+Said by variables of our own, which `vit-dist launch` and `launch/mpi.sh` set, or found by JAX, which knows SLURM, Open
+MPI, GKE and GCE TPUs, and Kubernetes. A process that none of them speaks of is alone.
 """
 
 import dataclasses
