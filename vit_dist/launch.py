@@ -144,7 +144,7 @@ class _Attempt:
         self.job, self.asked = job, asked
         self.children: list[Child] = []
         self.first: Child | None = None  # that has failed
-        self._first_at = self._all_ran_at = 0.0
+        self._first_at, self._all_ran_at = 0.0, time.monotonic()
         self._passed_on = 0  # of the signals asked
         self._told_to_end = False
 
