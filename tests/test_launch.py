@@ -20,15 +20,16 @@ RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['VIT_DIS
 LAUNCH = """
 import sys
 from vit_dist import launch
-launch.LAST_WORDS_SECONDS, launch.GRACE_SECONDS = {last_words}, {grace}
+launch.LAST_WORDS_SECONDS, launch.GRACE_SECONDS, launch.STRAGGLER_SECONDS = {last_words}, {grace}, {straggler}
 sys.exit(launch.launch(launch.Job((sys.executable, "-c", {code!r}), **{options!r})))
 """
 
 
-def launcher(code, processes=4, last_words=0.2, grace=1.0, **options):
+def launcher(code, processes=4, last_words=0.2, grace=1.0, straggler=60.0, **options):
     """The command of a launcher of processes that run `code`, in which `rank` is the process's number."""
     options = {"processes": processes, **options}
-    return [sys.executable, "-c", LAUNCH.format(last_words=last_words, grace=grace, code=RANK + code, options=options)]
+    times = {"last_words": last_words, "grace": grace, "straggler": straggler}
+    return [sys.executable, "-c", LAUNCH.format(**times, code=RANK + code, options=options)]
 
 
 def launched(tmp_path, code, processes=4, **options):
@@ -277,6 +278,23 @@ def test_ctrl_c_reaches_all_once_and_the_job_ends_with_130_blaming_nobody(tmp_pa
         assert running.wait(20) == 130
     assert sorted(re.findall(r"\[(\d)\] interrupted", running.said())) == ["0", "1", "2"]
     assert "error" not in running.said()
+
+
+def test_one_that_stays_when_the_others_have_ended_well_is_killed(tmp_path):
+    code, _, err = launched(tmp_path, "time.sleep(600 if rank == 2 else 0)", 3, straggler=1.0)
+    assert code == 1
+    assert re.search(r"error: process 2 of 3 \(on .*\) had to be killed", err)
+
+
+def test_a_failure_on_another_host_is_told_as_this_hosts_processes_tell_it(tmp_path):
+    lost = "process 0 (host-a, 10.0.0.1, pid 7) was lost: it has said nothing for 60 s"
+    code, _, err = launched(
+        tmp_path, f"print('error: {lost}', file=sys.stderr); sys.exit(1)", 1, nodes=2, node_rank=1, coordinator="a:1"
+    )
+    assert code == 1
+    assert re.search(
+        rf"^error: {re.escape(lost)}; so says process 1 of 2 \(on .*\), which failed with code 1$", err, re.M
+    )
 
 
 def test_a_second_ctrl_c_kills_at_once(tmp_path):
