@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -321,6 +322,12 @@ def test_variables_of_a_job_that_make_no_sense_are_refused(refused_train, monkey
     for name, value in zip(("VIT_DIST_COORDINATOR", "VIT_DIST_PROCESSES", "VIT_DIST_PROCESS"), values, strict=True):
         monkeypatch.setenv(name, value)
     assert re.search(message, refused_train())
+
+
+def test_a_job_that_was_joined_without_us_is_refused(refused_train, monkeypatch):
+    """Its processes would train without being compared, and each would count its own bad files alone."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert re.search("jax.distributed.initialize: this process has joined its job by itself", refused_train())
 
 
 # The command itself.

@@ -77,7 +77,7 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
     if processes.gather(run_files.holds_run(workdir))[0]:
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
         environment.check_same_data(workdir, prints)
-        done = run_files.summary(workdir)
+        done = processes.gather(run_files.summary(workdir))[0]
         if done is not None and done["step"] >= steps:
             return done
     with program.in_use():

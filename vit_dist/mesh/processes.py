@@ -38,7 +38,7 @@ def start(
 
     Must come before anything else asks jax for devices; a later call does nothing. saves_when_asked_to_stop: SIGTERM
     is answered by `run.signals.StopRequest`; else it ends the process. Raises `ConfigError` for variables that make no
-    sense, and `JobError` naming the processes that did not come in time.
+    sense and for a job joined without it, and `JobError` naming the processes that did not come in time.
     """
     global _watch
     fake = places.fake_devices(fake_devices)
@@ -46,6 +46,11 @@ def start(
         _pretend(fake)
     if _watch is not None:
         return
+    if jax.distributed.is_initialized():  # the others could not be heard, and what they should agree on not be compared
+        raise ConfigError(
+            "jax.distributed.initialize: this process has joined its job by itself; leave that to vit_dist, which "
+            f"reads what the cluster says or {', '.join(places.VARIABLES)}"
+        )
     deadlines = deadlines or config.Deadlines()
     place = places.find_place(deadlines.start_seconds)
     if place is None:

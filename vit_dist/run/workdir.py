@@ -39,17 +39,17 @@ def holds_run(workdir: Path) -> bool:
 
 def check_shared(workdir: Path) -> None:
     """Raises `ConfigError` where not all processes see the same run in `workdir`; all call it, after `write_run`."""
-    deadline = time.monotonic() + _LATE_SECONDS
-    while not (workdir / "config.json").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    steps = sorted(one.name for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
-    views = processes.gather([(workdir / "config.json").is_file(), steps])
-    blind = [index for index, view in enumerate(views) if view != views[0]]
-    if blind:
-        raise ConfigError(
-            f"{workdir}: process {blind[0]} does not see there what process 0 sees; give a --workdir on a disk that "
-            "all hosts share"
-        )
+    for _ in range(_LATE_SECONDS):  # counted, not timed, so that all give up at the same look
+        steps = sorted(one.name for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
+        views = processes.gather([(workdir / "config.json").is_file(), steps])
+        blind = [index for index, view in enumerate(views) if view != views[0]]
+        if not blind:
+            return
+        time.sleep(1)
+    raise ConfigError(
+        f"{workdir}: process {blind[0]} does not see there what process 0 sees; give a --workdir on a disk that all "
+        "hosts share"
+    )
 
 
 def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:

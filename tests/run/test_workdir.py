@@ -1,0 +1,28 @@
+"""Whether all processes of a job see one workdir."""
+
+import pytest
+
+from vit_dist.config import ConfigError
+from vit_dist.mesh import processes
+from vit_dist.run import workdir as run_files
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints/20").mkdir(parents=True)
+    monkeypatch.setattr(run_files.time, "sleep", lambda seconds: None)
+    return tmp_path
+
+
+def test_a_disk_that_shows_another_host_a_checkpoint_late_is_waited_for(run, monkeypatch):
+    late = iter([[True, []], [True, []], [True, ["20"]]])
+    monkeypatch.setattr(processes, "gather", lambda view: [view, next(late)])
+    run_files.check_shared(run)
+    assert next(late, None) is None
+
+
+def test_a_disk_that_the_hosts_do_not_share_is_refused(run, monkeypatch):
+    monkeypatch.setattr(processes, "gather", lambda view: [view, view, [False, []]])
+    with pytest.raises(ConfigError, match=f"{run}: process 2 does not see there what process 0 sees"):
+        run_files.check_shared(run)
