@@ -13,16 +13,18 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup train test test-slow smoke lint bench bench-data
+.PHONY: help setup compilers train test test-slow smoke lint bench bench-data bench-plan
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
+	@echo 'make compilers  those of TPUs and GPUs into $(VENV)/compilers, for `vit-dist plan` on PYTHONPATH'
 	@echo 'make train      trains the default recipe, configs/digits.py, into runs/digits'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
 	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
+	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
 
 # It speaks on stderr alone, so that stdout is the job's: `make train` ends with the line of its summary.
@@ -53,11 +55,20 @@ train: setup
 test: setup
 	@$(RUN)/pytest -n 2 --dist loadfile
 
-# Beside it TPUs' compiler, which needs no TPU. In a folder of its own: whatever imports jax would look for one.
+# The compilers for TPUs and GPUs, which need neither. In a folder of their own, for `PYTHONPATH`: whatever imports jax
+# beside them would look for the hardware.
+COMPILERS := $(CURDIR)/$(VENV)/compilers
+PACKAGES = sed -n -E '/nvimgcodec/d; s/^(libtpu|jax-cuda13-[a-z]+|nvidia-[a-z0-9-]+)==.*/\1/p' constraints.txt | sort -u
+
+compilers: setup
+	@[ -e $(COMPILERS)/complete ] || { \
+	  echo "Installing the compilers for TPUs and GPUs into $(COMPILERS): 5 GB, a minute or more, once ..." >&2; \
+	  $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	    --target $(COMPILERS) $$($(PACKAGES)) >&2 && touch $(COMPILERS)/complete; }
+
 test-slow: setup
-	@[ -d $(VENV)/libtpu/libtpu ] || $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  -c constraints.txt --target $(VENV)/libtpu libtpu >&2 || echo 'WARNING: libtpu could not be installed' >&2
-	@LIBTPU=$(CURDIR)/$(VENV)/libtpu $(RUN)/pytest -n 2 --dist loadfile -m slow
+	@$(MAKE) --no-print-directory compilers || echo 'WARNING: the compilers could not be installed' >&2
+	@COMPILERS=$(COMPILERS) $(RUN)/pytest -n 2 --dist loadfile -m slow
 
 smoke: setup
 	@tests/smoke.sh $(RUN)/vit-dist
@@ -72,3 +83,6 @@ bench: setup
 
 bench-data: setup
 	@$(RUN)/python benchmarks/data.py
+
+bench-plan: compilers
+	@PYTHONPATH=$(COMPILERS) $(RUN)/python benchmarks/plan.py

@@ -12,7 +12,7 @@ import vit_dist
 ROOT = Path(vit_dist.__file__).parent
 # Ground floor first; a module imports its own floor's room or lower floors only.
 FLOORS = (
-    ("config", "exit_codes", "children"),
+    ("arguments", "config", "exit_codes", "children"),
     ("recipes",),
     ("mesh", "data"),
     ("model",),
@@ -20,7 +20,7 @@ FLOORS = (
     ("run",),
     ("program",),
     ("rates",),
-    ("train", "evaluate", "predict", "describe", "bench", "launch"),
+    ("train", "evaluate", "predict", "describe", "plan", "bench", "launch"),
     ("cli",),
     ("__main__",),
 )
@@ -100,12 +100,13 @@ def test_the_data_room_imports_neither_jax_nor_flax(name):
     assert {one.partition(".")[0] for one in imports(modules()[name])}.isdisjoint({"jax", "flax", "optax", "orbax"})
 
 
-NAMES = "ViT, train, evaluate, predict, inspect, bench, prepare"
+NAMES = "ViT, train, evaluate, predict, inspect, plan, bench, prepare"
 
 
 def test_public_names_are_callables_even_after_their_modules_were_imported():
     code = (
         "import vit_dist.train, vit_dist.evaluate, vit_dist.predict, vit_dist.bench, vit_dist.describe\n"
+        "import vit_dist.plan.targets\n"
         f"from vit_dist import {NAMES}\n"
         "import vit_dist\n"
         "assert vit_dist.train is train\n"
@@ -118,6 +119,7 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
         "vit_dist.evaluate.evaluate",
         "vit_dist.predict.predict",
         "vit_dist.describe.inspect",
+        "vit_dist.plan.verb.plan",
         "vit_dist.bench.bench",
         "vit_dist.data.prepare.prepare",
     ]
@@ -125,7 +127,7 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "predict", "prepare", "train"], True
+        ["ViT", "bench", "evaluate", "inspect", "plan", "predict", "prepare", "train"], True
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
     from vit_dist.model.vit import ViT as ViT
+    from vit_dist.plan.verb import plan as plan
     from vit_dist.predict import predict as predict
     from vit_dist.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["ViT", "bench", "evaluate", "inspect", "predict", "prepare", "train"]
+__all__ = ["ViT", "bench", "evaluate", "inspect", "plan", "predict", "prepare", "train"]
 _MODULES = {
     "ViT": "model.vit",
     "inspect": "describe",
+    "plan": "plan.verb",
     "prepare": "data.prepare",
 }  # of the names that their module does not share
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist import config, recipes
+from vit_dist import arguments, config, recipes
 from vit_dist.config import ConfigError
 from vit_dist.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.mesh.peers import JobError
@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
-    words, launched = _split_launched(list(sys.argv[1:] if argv is None else argv))
-    arguments, overrides = _split_overrides(words)
-    options = _parse(arguments)
-    options.overrides, options.launched = overrides, launched
+    options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
     code, said = FAILED, "an error of the program; see what it has said itself"
     try:
         code = options.run(options) or DONE
@@ -79,134 +76,6 @@ def _leave(code: int, said: str) -> None:
         from vit_dist.mesh import processes
 
         processes.leave(code, said)
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a verb. Its paths may have options between them, which argparse takes for the end of the paths."""
-    options, left = _parser().parse_known_args(arguments)
-    unknown = [word for word in left if word.startswith("-") or not hasattr(options, "paths")]
-    if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if left:
-        options.paths += left
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vit-dist", description="Train, evaluate and use Vision Transformers on any device mesh.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    def verb(name: str, run: Any, *needs: str, **extra: Any) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=extra["help"], description=extra["help"], allow_abbrev=False)
-        one.set_defaults(run=run, parser=one)
-        if "config" in needs:
-            one.add_argument(
-                "--config", required=True, metavar="FILE", help="a recipe; --config.a.b=value overrides a key"
-            )
-        if "workdir" in needs:
-            one.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
-        if "checkpoint" in needs:
-            which = one.add_mutually_exclusive_group()
-            which.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
-            which.add_argument("--best", action="store_true", help="the checkpoint of the highest top-1")
-        if "json" in needs:
-            one.add_argument("--json", action="store_true", help="JSON instead of a table")
-        return one
-
-    verb("train", _train, "config", "workdir", help="train; goes on by itself where the workdir holds the run")
-    one = verb("eval", _eval, "workdir", "checkpoint", help="evaluate a checkpoint exactly")
-    one.add_argument("--split", default="test", help="the split to evaluate (test)")
-    one = verb("predict", _predict, "workdir", "checkpoint", "json", help="classify image files")
-    one.add_argument("paths", nargs="+", metavar="IMAGE")
-    one.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
-    verb("inspect", _inspect, "config", "json", help="parameters, layout, FLOPs and memory of a config")
-    one = verb("bench", _bench, "config", help="measure how fast a config trains here")
-    one.add_argument("--steps", type=int, default=30, help="how many steps to measure (30)")
-    one = verb("prepare", _prepare, help="convert a data set into sharded records")
-    one.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE DEST; DEST alone with --merge, --verify")
-    one.add_argument("--source", help="what SOURCE is, as data.source; else told from its files")
-    one.add_argument("--split", action="append", default=[], help="a split to prepare, may be repeated; else all")
-    one.add_argument("--resize", type=_count, help="pixels that a longer short side is brought to")
-    one.add_argument("--encode", choices=("jpeg", "raw"), help="how images are stored; else untouched, jpeg if resized")
-    one.add_argument("--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512")
-    one.add_argument("--shard-range", type=_range, metavar="A:B", help="make these alone, other hosts make the others")
-    one.add_argument("--workers", type=_count, help="threads; else one a core")
-    one.add_argument(
-        "--on-bad", choices=("error", "skip"), help="where one is to be decoded and cannot be: stop, or store as is"
-    )
-    which = one.add_mutually_exclusive_group()
-    which.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
-    which.add_argument("--verify", action="store_true", help="check every byte of DEST")
-    one = verb("launch", _launch, help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
-    one.add_argument("--processes", type=_count, help="how many on this host; else one a GPU")
-    one.add_argument("--devices-per-process", type=_count, help="fake CPU devices of each; else real ones, a GPU each")
-    one.add_argument(
-        "--restarts", type=_number, default=0, help="how often to start again what crashed or was preempted"
-    )
-    one.add_argument("--nodes", type=_count, help="how many hosts, each with a launch of as many processes (1)")
-    one.add_argument("--node-rank", type=_number, help="which of the hosts this is, from 0")
-    one.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 of all can be reached; of one host, any"
-    )
-    one = verb("configs", _configs, "json", help="list the recipes")
-    one.add_argument("folder", nargs="?", default="configs", help="where they are (configs)")
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line that begins as every other error does."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def _path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("no directory is given")
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}")
-    return int(text)
-
-
-def _range(text: str) -> tuple[int, int]:
-    first, _, end = text.partition(":")
-    if not (first.isdecimal() and end.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected A:B, such as 0:8, found {text!r}")
-    return int(first), int(end)
-
-
-def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
-    """What `launch` is told, and the verb after `--` with its own arguments, which are not looked at here."""
-    if words[:1] != ["launch"] or "--" not in words:
-        return words, []
-    end = words.index("--")
-    return words[:end], words[end + 1 :]
-
-
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Takes the `--config.a.b=value` and `--config.a.b value` out of the arguments, as `a.b=value`."""
-    rest, overrides = [], []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--config."):
-            rest.append(word)
-        elif "=" in word:
-            overrides.append(word.removeprefix("--config."))
-        else:
-            value = words.pop(0) if words and not words[0].startswith("--") else ""
-            overrides.append(f"{word.removeprefix('--config.')}={value}")
-    return rest, overrides
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -283,6 +152,40 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _say_spec(axes: list[Any]) -> str:
     return ", ".join("x".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    if options.targets:
+        from vit_dist.plan import targets
+
+        kinds = targets.listing()
+        if options.json:
+            _print_json(kinds)
+        else:
+            _print_table(tuple(kinds[0]), [tuple(str(value) for value in kind.values()) for kind in kinds])
+        return
+    settings = recipes.load(options.config, options.overrides)
+    if options.html and not Path(options.html).parent.is_dir():
+        raise ConfigError(f"--html: no such folder: {Path(options.html).parent}")
+    from vit_dist.plan import html, report
+    from vit_dist.plan.verb import plan
+
+    found = plan(
+        settings,
+        options.target,
+        slices=options.slices,
+        search=options.search,
+        largest_batch=options.batch_size == "max",
+        examples=options.examples,
+    )
+    if options.html:
+        Path(options.html).write_text(html.page(found), encoding="utf-8")
+    if options.json:
+        _print_json(found)
+        return
+    for header, rows in report.tables(found):
+        _print_table(header, rows)
+        _print_table((), [])
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -395,3 +298,16 @@ def _first_process() -> bool:
     from vit_dist.mesh import processes
 
     return processes.index() == 0
+
+
+_VERBS = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "inspect": _inspect,
+    "plan": _plan,
+    "bench": _bench,
+    "prepare": _prepare,
+    "launch": _launch,
+    "configs": _configs,
+}

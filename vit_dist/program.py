@@ -80,6 +80,13 @@ class Program:
         """The state's shapes, dtypes and shardings."""
         return jax.eval_shape(self._make_state)
 
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A training batch's shapes, dtypes and shardings, of images as large as the model takes them."""
+        rows, sharding = self.settings.batch_size, feed.batch_sharding(self.mesh)
+        images = (rows, *self.image_size(), self.settings.model.channels)
+        shapes = {"image": (images, np.uint8), "label": ((rows,), np.int32), "id": ((rows,), np.int32)}
+        return {name: jax.ShapeDtypeStruct(*one, sharding=sharding) for name, one in shapes.items()}
+
     def new_state(self) -> State:
         """The state before the first step; every array is born split."""
         make = jax.jit(self._make_state)

@@ -27,6 +27,8 @@ from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
+from vit_dist.plan.report import lines
+from vit_dist.plan.verb import plan_here
 from vit_dist.program import Program
 from vit_dist.rates import Pending, Window
 from vit_dist.run import curves, environment
@@ -145,6 +147,7 @@ class Session:
                 if self.step == self.first_step:
                     program.meet(program.train_step, self.state, batch)
                     processes.alive()
+                    self._say_plan(batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
                 jax.block_until_ready(before)  # two steps under way are enough, and a stop is answered soon
@@ -277,6 +280,15 @@ class Session:
         self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
+
+    def _say_plan(self, batch: dict[str, jax.Array]) -> None:
+        """What the step needs and how long it should take, by what the compiler made of it."""
+        if self.progress is None:
+            return
+        step = self.program.train_step
+        executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
+        for line in lines(plan_here(self.program, executable, self.state, batch)):
+            self.progress.line(line)
 
 
 def _check_finite(step: int, metrics: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from hlo import collectives
 from system import settings
 
 from vit_dist.mesh.feed import batch_sharding
+from vit_dist.plan.collectives import collectives
 from vit_dist.program import Program
 
 

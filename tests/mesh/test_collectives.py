@@ -7,17 +7,17 @@ import jax
 import numpy as np
 import pytest
 from compiled import program_on, step_collectives
-from hlo import KINDS, axes_of, collectives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from system import NO_AUGMENTATION, NO_DROPOUT
+
+from vit_dist.plan.collectives import collectives
 
 MESHES = {
     "data=8": {"data": 8},
     "data=4 x fsdp=2": {"data": 4, "fsdp": 2},
     "data=2 x fsdp=2 x tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-CUBE = MESHES["data=2 x fsdp=2 x tensor=2"]
 
 
 @functools.cache
@@ -28,60 +28,6 @@ def collectives_on(mesh, *overrides):
 
 def reductions_over_data(found):
     return [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and "data" in one.axes]
-
-
-@pytest.mark.parametrize(
-    "groups, axes",
-    [
-        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
-        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)),
-        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("data",)),
-        ("replica_groups={{0,2,4,6},{1,3,5,7}}", ("data", "fsdp")),
-        ("replica_groups={}", ("data", "fsdp", "tensor")),
-        ("replica_groups=[4,2]<=[8]", ("tensor",)),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
-        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", ("data", "fsdp")),
-        ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "fsdp", "tensor")),
-        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ("data", "fsdp")),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}", ("fsdp",)),
-        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'data','tensor'}", ("data", "tensor")),
-        ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", ("data",)),
-        ("source_target_pairs={{0,6},{6,0}}", ("data", "fsdp")),
-    ],
-)
-def test_the_axes_of_a_collective_are_read_from_its_groups(groups, axes):
-    assert axes_of(f"  %one = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add", CUBE) == axes
-
-
-def test_groups_that_are_no_product_of_axes_are_refused():
-    with pytest.raises(ValueError, match="no product of the axes"):
-        axes_of("replica_groups={{0,3},{1,2},{4,7},{5,6}}", CUBE)
-
-
-def test_loops_around_a_collective_are_counted():
-    text = """HloModule jit_f, num_partitions=8
-%add (x: f32[], y: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%x, %y)
-}
-%always (p: f32[4]) -> pred[] {
-  ROOT %yes = pred[] constant(true)
-}
-%inner (p: f32[4]) -> f32[4] {
-  ROOT %all-reduce.1 = f32[4]{0} all-reduce(%p), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
-}
-%outer (p: f32[4]) -> f32[4] {
-  ROOT %while.1 = f32[4]{0} while(%p), condition=%always, body=%inner
-}
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %while.2 = f32[4]{0} while(%p), condition=%always, body=%outer
-  ROOT %both = (f32[4]{0}, /*index=1*/bf16[2,3]{1,0}) all-reduce-start(%p, %q), replica_groups={}, to_apply=%add
-}
-"""
-    inside, outside = sorted(collectives(text, CUBE), key=lambda one: -one.loops)
-    assert (inside.kind, inside.axes, inside.bytes, inside.loops) == ("all-reduce", ("tensor",), 16, 2)
-    assert (outside.axes, outside.bytes, outside.loops) == (("data", "fsdp", "tensor"), 16 + 12, 0)
-    assert outside.kind in KINDS
 
 
 @pytest.mark.parametrize("mesh", MESHES)

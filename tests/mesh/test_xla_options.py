@@ -86,20 +86,20 @@ except jax.errors.JaxRuntimeError as error:
     assert "xla_tpu_no_such_option" in str(error), error
     print("compiled, and refused what it does not know")
 """
-LIBTPU = os.environ.get("LIBTPU", "")  # the folder that holds it, which `make test-slow` fills
+COMPILERS = os.environ.get("COMPILERS", "")  # the folder that holds them, which `make test-slow` fills
 
 
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_every_option_of_the_table():
-    if not (LIBTPU and Path(LIBTPU, "libtpu").is_dir()):
-        pytest.skip("NOT RUN: LIBTPU names no folder that holds libtpu, the TPU's compiler; run make test-slow")
+    if not (COMPILERS and Path(COMPILERS, "libtpu").is_dir()):
+        pytest.skip("NOT RUN: COMPILERS names no folder that holds libtpu, the TPU's compiler; run make test-slow")
     # A process of its own: libtpu reads its variables once, and this one's jax has eight pretended devices. Without the
     # first of them two processes that compile at the same time are refused, without the second it asks the network.
     alone = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     environment = {
         **os.environ,
         **alone,
-        "PYTHONPATH": LIBTPU,
+        "PYTHONPATH": COMPILERS,
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
     }

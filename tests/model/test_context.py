@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hlo import collectives
 from products import equations
 from system import NO_AUGMENTATION, NO_DROPOUT, settings
 
@@ -21,6 +20,7 @@ from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import context
 from vit_dist.model.attention import attend, attend_across
 from vit_dist.model.layers import dropout
+from vit_dist.plan.collectives import collectives
 from vit_dist.program import Program
 
 KINDS = ("ring", "all_to_all")

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from compiled import program_on
 from flax import nnx
 from products import products
 
 from vit_dist import ViT, config
-from vit_dist.model.flops import forward_flops, training_flops
+from vit_dist.model.flops import forward_flops, hardware_flops, recomputed_flops, training_flops
 
 TINY: dict[str, Any] = {"width": 32, "depth": 2, "mlp": 64, "heads": 2, "num_classes": 7, "channels": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,47 @@ def test_forward_and_training_flops_are_those_of_the_traced_program(name: str) -
     # for it, and the compiler leaves it out.
     assert products(jax.grad(logits), parameters, images)[1] == training_flops(model)
     assert training_flops(model) == 3 * forward_flops(model)
+
+
+REMATS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "parallel": {"parallel": True, "qk_norm": True},
+    "layer scale": {"layer_scale": 0.1},
+    "parallel with layer scale": {"parallel": True, "layer_scale": 0.1},
+    "unrolled swiglu": {"activation": "swiglu", "scan": False},
+}
+
+
+@pytest.mark.parametrize("remat", ["none", "names", "block"])
+@pytest.mark.parametrize("name", REMATS)
+def test_hardware_flops_are_those_of_the_traced_gradient(name: str, remat: str) -> None:
+    settings = {**TINY, **MODELS["cls"], **REMATS[name], "remat": remat}
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: ViT(**settings, rngs=nnx.Rngs(0))))
+
+    def logits(parameters: nnx.State, images: jax.Array) -> jax.Array:
+        return jnp.sum(nnx.merge(graph, parameters)(images))
+
+    images = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
+    assert products(jax.grad(logits), parameters, images)[1] == hardware_flops(config.Model(**settings))
+
+
+def test_what_is_computed_again_depends_on_what_computes_attention() -> None:
+    model = config.Model(**TINY, **MODELS["cls"], remat="names")  # 2 blocks, 5 tokens of width 32
+    scores = 2 * 2 * 5 * 5 * 32
+    assert recomputed_flops(model, "xla") == scores
+    assert recomputed_flops(model, "cudnn") == 2 * scores
+    assert recomputed_flops(model, "chunked") == 0
+
+
+def test_attention_over_split_tokens_is_not_computed_again_under_names() -> None:
+    def found(remat: str) -> int:
+        program = program_on({"context": 2}, f"model.remat={remat}", "model.attention_dropout=0")
+        with program.in_use():
+            state = program.abstract_state()
+            images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+            return products(jax.grad(lambda p, x: jnp.sum(program.network(p, x))), state.parameters, images)[1]
+
+    assert found("none") == found("names") < found("block")
 
 
 @pytest.mark.parametrize(("variant", "billions"), [("Ti/16", 7.5), ("S/16", 27.6), ("B/16", 105.4), ("L/16", 369.6)])

@@ -30,6 +30,7 @@ SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
     "tfds": tfds.open_split,
     "array_record": array_record.open_split,
 }
+_OF_PIXELS = ("digits", "idx", "npz")  # whose examples are arrays and not files
 _NEED_NO_PATH = ("digits",)
 _PATH_MAY_BE_A_NAME = ("tfds",)
 
@@ -52,6 +53,12 @@ def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
         if data.in_memory:
             return decode_all(source, channels, int(data.memory_limit_gb * 2**30), data.threads)
     return source
+
+
+def gives_pixels(data: config.Data) -> bool:
+    """Whether `open_source` would give pixels in memory (an `ArraySource`), told without opening anything."""
+    kinds = [part.source for part in data.mixture] or [data.source]
+    return data.in_memory or all(kind in _OF_PIXELS for kind in kinds)
 
 
 def _open_one(data: config.Data, split: str) -> Source:

@@ -22,7 +22,7 @@ from vit_dist.mesh.watch import Watch, end_now
 
 # XLA ends a process whose CPU collective waits longer than 40 s, which eight fake devices on two busy cores can.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-THREADS_A_DEVICE = 2  # see `_pretend`
+THREADS_A_DEVICE = 2  # see `pretend`
 
 # How an error of compiled code begins that may be the effect of a lost peer. (Running out of memory is none.) Not all
 # such errors have a type of their own.
@@ -43,7 +43,7 @@ def start(
     global _watch
     fake = places.fake_devices(fake_devices)
     if fake:
-        _pretend(fake)
+        pretend(fake)
     if _watch is not None:
         return
     if jax.distributed.is_initialized():  # the others could not be heard, and what they should agree on not be compared
@@ -68,6 +68,28 @@ def start(
         shutdown_timeout_seconds=deadlines.step_seconds,
     )
     jax.devices()  # here they learn of each other's, and wait; not after one has read a large set and another not
+
+
+def pretend(fake_devices: int) -> None:
+    """Makes `fake_devices` CPU devices of this process and leaves accelerators alone; joins nobody.
+
+    Must come before anything else asks jax for devices. Raises `ConfigError` where something has.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{PATIENCE} {flags}".strip()
+    # A collective blocks a thread of XLA's pool until every device has come to it. The pool has a thread a core, so on
+    # few cores the waiting devices can hold them all and the last device never gets one: a deadlock, seen on two cores
+    # with two devices and with eight. With threads to spare for each device it cannot happen.
+    os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + THREADS_A_DEVICE * fake_devices))
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", fake_devices)
+    except RuntimeError as error:  # the backend runs already, with some other number
+        raise ConfigError(
+            f"fake_devices: {fake_devices} asked for, but jax already runs with {jax.device_count()} devices; "
+            "start a new process"
+        ) from error
 
 
 def alive(step: int | None = None) -> None:
@@ -127,21 +149,3 @@ def leave(code: int, text: str) -> None:
         traceback.print_exception(error)
     _watch.say_failed(text, code)
     end_now(code)
-
-
-def _pretend(fake_devices: int) -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if PATIENCE not in flags:
-        os.environ["XLA_FLAGS"] = f"{PATIENCE} {flags}".strip()
-    # A collective blocks a thread of XLA's pool until every device has come to it. The pool has a thread a core, so on
-    # few cores the waiting devices can hold them all and the last device never gets one: a deadlock, seen on two cores
-    # with two devices and with eight. With threads to spare for each device it cannot happen.
-    os.environ.setdefault("PJRT_NPROC", str((os.cpu_count() or 1) + THREADS_A_DEVICE * fake_devices))
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", fake_devices)
-    except RuntimeError as error:  # the backend runs already, with some other number
-        raise ConfigError(
-            f"fake_devices: {fake_devices} asked for, but jax already runs with {jax.device_count()} devices; "
-            "start a new process"
-        ) from error

@@ -1,0 +1,172 @@
+"""The search over layouts, with what a compiler would say made up."""
+
+import dataclasses
+
+import jax
+import pytest
+from system import settings
+
+from vit_dist import config, recipes
+from vit_dist.config import ConfigError
+from vit_dist.mesh import topology
+from vit_dist.plan.layouts import layouts, meshes
+from vit_dist.plan.search import search
+from vit_dist.plan.targets import Chip, Target
+
+CHIP = Chip("one", "NVIDIA H200", "gpu", 10**12, 1e12, "NVLink", 1e11, 0, 1e10, "none")
+EIGHT = Target("one:8", CHIP, (1, 8))
+
+
+def target_with(memory_bytes):
+    return dataclasses.replace(EIGHT, chip=dataclasses.replace(CHIP, memory_bytes=memory_bytes))
+
+
+class Compiler:
+    """Says of a config that it fits, or not where `fits` says so, and remembers what it was asked."""
+
+    def __init__(self, fits=lambda asked: True):
+        self.fits, self.asked = fits, []
+
+    def __call__(self, asked):
+        self.asked.append(asked)
+        return {"fits": self.fits(asked), "peak_bytes": 1000 + len(self.asked), "step_ms": float(len(self.asked))}
+
+
+def search_of(compiler, *overrides, target=EIGHT, **limits):
+    return search(settings(*overrides), target, jax.devices()[:8], compiler, **limits)
+
+
+def test_meshes_are_all_factorisations_of_the_devices():
+    two = [{name: size for name, size in sizes.items() if size > 1} for sizes in meshes(Target("one:2", CHIP, (1, 2)))]
+    assert two == [{"tensor": 2}, {"context": 2}, {"fsdp": 2}, {"data": 2}]
+    assert len(list(meshes(EIGHT))) == 20  # three twos over four axes
+    nodes = list(meshes(Target("one:4x2", CHIP, (2, 4))))
+    assert [sizes["dcn_data"] for sizes in nodes] == [1] * 20 + [2] * 10
+    tpu = dataclasses.replace(CHIP, platform="tpu")
+    assert {sizes["dcn_data"] for sizes in meshes(Target("two", tpu, (2, 2), slices=2))} == {2}
+
+
+def test_a_layout_is_the_config_with_its_overrides():
+    own = settings()
+    found, _ = layouts(own, EIGHT, jax.devices()[:8])
+    for one in found[:: len(found) // 50]:
+        changed = config.resolve(recipes.override(config.to_dict(own), one.overrides))
+        assert topology.axis_sizes(changed.mesh, 8) == topology.axis_sizes(one.settings.mesh, 8)
+        assert dataclasses.replace(changed, mesh=one.settings.mesh) == one.settings
+    assert () in {one.overrides for one in found}  # data=-1 is the mesh of eight replicas
+    assert len({one.overrides for one in found}) == len(found)
+
+
+def test_the_quickest_comes_first_and_the_choice_is_the_first_that_fits():
+    compiler = Compiler()
+    found = search_of(compiler)
+    ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    assert compiler.asked == [one.settings for one in ranked[:3]]  # until three fit
+    assert ranked[0].seconds <= 1.03 * min(one.seconds for one in ranked)
+    assert found["choice"] == {"overrides": list(ranked[0].overrides), "step_ms": 1.0, "peak_bytes": 1001}
+    assert [row["note"] for row in found["ranking"]][:4] == [
+        "the choice", "fits", "fits", "slower by estimate, not compiled"
+    ]  # fmt: skip
+    assert found["ranking"][0]["step_ms"] == pytest.approx(ranked[0].seconds * 1000)
+
+
+def test_where_the_compiler_refuses_two_the_third_is_the_choice():
+    first, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    kinds = list(dict.fromkeys(one.kind for one in first))
+    refused = [next(one for one in first if one.kind == kind).settings for kind in kinds[:2]]
+    compiler = Compiler(lambda asked: asked not in refused)
+    found = search_of(compiler, front=1)
+    choice = next(one for one in first if one.overrides == tuple(found["choice"]["overrides"]))
+    assert compiler.asked[-1] == choice.settings
+    assert set(map(str, compiler.asked[:-1])) <= set(map(str, refused))
+    notes = {tuple(row["overrides"]): row["note"] for row in found["ranking"]}
+    assert notes[first[0].overrides] == "too large by the compiler"
+    assert {"reason": "too large by the compiler", "count": len(compiler.asked) - 1, "example": example(first[0])} in (
+        found["fallen"]
+    )
+
+
+def example(layout):
+    return " ".join(layout.overrides) or "as it is"
+
+
+def test_what_is_larger_than_a_refused_one_like_it_is_not_compiled():
+    compiler = Compiler(lambda asked: asked.model.remat == "block")
+    search_of(compiler, front=1)
+    ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    sizes = {one.settings: (one.kind, one.found.peak_bytes) for one in ranked}
+    smallest = {}
+    for kind, size in map(sizes.get, compiler.asked):
+        assert size < smallest.get(kind, size + 1)
+        smallest[kind] = size
+
+
+def test_where_nothing_fits_the_smallest_need_is_said():
+    compiler = Compiler(lambda asked: False)
+    found = search_of(compiler, target=target_with(100))
+    ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    least = min(ranked, key=lambda one: one.found.peak_bytes)
+    assert compiler.asked == [least.settings]  # all seem too large; the compiler has the last word on one
+    assert found["choice"] is None
+    assert found["smallest"] == {"overrides": list(least.overrides), "peak_bytes": 1001}
+    reasons = {row["reason"]: row["count"] for row in found["fallen"]}
+    assert reasons["too large by the compiler"] == 1
+    (by_estimate,) = (reason for reason in reasons if reason.startswith("too large by estimate, by 0.0 GiB"))
+    assert reasons[by_estimate] == len(ranked) - 1
+
+
+def test_a_config_too_large_as_it_stands_gets_a_layout_that_fits():
+    big = ("model.width=256", "model.mlp=1024", "batch_size=512")
+    ranked, _ = layouts(settings(*big), EIGHT, jax.devices()[:8])
+    own = next(one for one in ranked if one.overrides == ()).found.peak_bytes
+    truth = {one.settings: one.found.peak_bytes for one in ranked}
+    compiler = Compiler(lambda asked: truth[asked] <= own / 3)
+    found = search_of(compiler, *big, target=target_with(own // 3))
+    chosen = next(one for one in ranked if list(one.overrides) == found["choice"]["overrides"])
+    assert chosen.found.peak_bytes <= own / 3
+    quicker = ranked[: ranked.index(chosen)]
+    assert quicker and all(one.found.peak_bytes > own / 3 for one in quicker)
+
+
+def test_meshes_that_do_not_divide_are_counted_with_what_to_do():
+    found = search_of(Compiler(), "model.heads=2", "batch_size=4")
+    rows = {row["reason"]: row for row in found["fallen"]}
+    heads = rows["model.heads does not go with the mesh"]
+    # of tensor=4 and 8 that leave at most 4 to the batch: 4 x (2 of any other axis), 8
+    assert heads["count"] == 4
+    assert heads["example"].startswith("model.heads: 2 does not divide over mesh.tensor=")
+    batch = rows["batch_size does not go with the mesh"]
+    assert batch["count"] == 4  # data x fsdp = 8
+
+
+def test_time_that_is_used_up_ends_the_search_with_what_there_is():
+    compiler = Compiler()
+    found = search_of(compiler, seconds=0.0)
+    assert len(compiler.asked) == 1
+    assert found["choice"]["peak_bytes"] == 1001
+
+
+def test_without_a_chips_rates_arithmetic_ranks():
+    unknown = dataclasses.replace(
+        CHIP, kind="cpu", platform="cpu", memory_bytes=None, memory_bandwidth=None, link="", link_bandwidth=None,
+        network_bandwidth=None,
+    )  # fmt: skip
+    ranked, _ = layouts(settings(), dataclasses.replace(EIGHT, chip=unknown, shape=(8,)), jax.devices()[:8])
+    assert ranked[0].seconds is None
+    assert ranked[0].settings.model.remat != "block" and ranked[0].parts == 1
+
+
+def test_what_no_mesh_can_have_is_said_without_a_choice():
+    found = search_of(Compiler(), "batch_size=3", "model.heads=1", "model.context_attention=all_to_all")
+    assert found["choice"] is None and found["smallest"] is None and found["ranking"] == []
+    with pytest.raises(ConfigError):
+        search_of(Compiler(), "model.width=33")
+
+
+def test_the_quickest_comes_first_and_of_equals_what_the_config_has_already():
+    ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    assert [one.seconds for one in ranked] == sorted(one.seconds for one in ranked)
+    # Without micro-batches it makes no difference when parameters are gathered.
+    again, _ = layouts(ranked[0].settings, EIGHT, jax.devices()[:8])
+    assert again[0].overrides == ()
+    assert again[0].seconds == ranked[0].seconds

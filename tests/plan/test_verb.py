@@ -1,0 +1,220 @@
+"""`plan` for the fake mesh, which is here: what it says against what the compiled program and the run say."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from compiled import compiled_step, program_on
+from system import RECIPE, settings
+
+import vit_dist
+from vit_dist import cli
+from vit_dist.config import ConfigError
+from vit_dist.plan import report, targets
+from vit_dist.plan.verb import overridden, overrides, plan
+from vit_dist.program import Program
+
+CPU = ("model.num_classes=10",)
+LAYOUTS = {
+    "data=8": ("mesh.data=8",),
+    "fsdp=8": ("mesh.data=1", "mesh.fsdp=8"),
+    "2x2x2": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    "micro-batches": ("mesh.data=4", "mesh.fsdp=2", "accumulate_steps=4"),
+    "average": ("mesh.data=8", "ema_decay=0.9", "model.remat=block"),
+}
+KEYS = (  # that scripts rely on, by DESIGN.md
+    "fits peak_bytes device_bytes memory bounds_ms step_ms images_per_second mfu collectives".split()
+)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request):
+    """(overrides, plan) for `cpu:8`"""
+    asked = (*CPU, *LAYOUTS[request.param])
+    return asked, plan(settings(*asked), "cpu:8")
+
+
+def test_memory_is_what_the_program_that_trains_needs(layout):
+    overrides, planned = layout
+    axes = [one.removeprefix("mesh.").split("=") for one in overrides if one.startswith("mesh.")]
+    trains = compiled_step(program_on({axis: int(size) for axis, size in axes}, *overrides))
+    of = trains.memory_analysis()
+    needed = (
+        of.argument_size_in_bytes
+        + of.temp_size_in_bytes
+        + of.output_size_in_bytes
+        - of.alias_size_in_bytes
+        + of.generated_code_size_in_bytes
+    )
+    assert planned["peak_bytes"] == pytest.approx(needed, rel=0.05)
+
+
+def test_what_is_held_is_what_devices_really_hold(layout):
+    overrides, planned = layout
+    asked = settings(*overrides)
+    program = Program(asked, classes=10, steps=20, crop_on_device=True)
+    with program.in_use():
+        state = program.new_state()
+    device = program.mesh.devices.flat[0]
+
+    def held(tree):
+        shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+    memory = planned["memory"]
+    assert memory["parameters"] == held(state.parameters)
+    assert memory["optimizer"] == held((state.optimizer, state.step))
+    assert memory["ema"] == held(state.ema)
+    rows = asked.batch_size // (8 // program.mesh.shape.get("tensor", 1))
+    assert memory["batch"] == rows * (8 * 8 + 4 + 4)  # an image of 8x8x1 bytes, a label, a number
+
+
+def test_the_parts_of_memory_make_the_peak(layout):
+    planned = layout[1]
+    assert sum(planned["memory"].values()) == planned["peak_bytes"]
+    assert min(planned["memory"].values()) >= 0
+    assert planned["headroom_bytes"] == planned["device_bytes"] - planned["peak_bytes"]
+    assert planned["fits"] is True
+
+
+def test_it_says_all_that_scripts_rely_on_in_json(layout):
+    planned = layout[1]
+    assert set(KEYS) <= set(planned)
+    assert json.loads(json.dumps(planned)) == planned
+    assert planned["step_ms"] is None  # of a CPU nothing is published
+    assert planned["mesh"] and planned["devices"] == 8
+
+
+def test_a_gradient_crosses_the_replicas_once_and_is_as_large_as_the_parameters():
+    found = plan(settings(*CPU, "mesh.data=8", "accumulate_steps=4"), "cpu:8")
+    reduced = [one for one in found["collectives"] if one["kind"] == "all-reduce" and one["axes"] == ["data"]]
+    sums = sum(one["bytes"] * one["count"] for one in reduced)
+    assert found["memory"]["parameters"] <= sums <= found["memory"]["parameters"] + 64  # and a few metrics
+
+
+def test_what_is_too_large_is_an_answer(monkeypatch):
+    whole = plan(settings(*CPU, "mesh.data=8"), "cpu:8")
+    limit = whole["peak_bytes"] - 1000
+    with_memory(monkeypatch, limit)
+    found = plan(settings(*CPU, "mesh.data=8"), "cpu:8")
+    assert (found["fits"], found["headroom_bytes"]) == (False, -1000)
+
+
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
+    asked = settings(*CPU, "mesh.data=8", "accumulate_steps=2")
+    peak = {size: plan(dataclasses.replace(asked, batch_size=size), "cpu:8")["peak_bytes"] for size in (32, 48)}
+    assert peak[48] > peak[32]
+    with_memory(monkeypatch, peak[48] - 1)
+    found = plan(asked, "cpu:8", largest_batch=True)
+    assert (found["batch_size"], found["fits"], found["overrides"]) == (32, True, ["batch_size=32"])
+
+
+def test_where_not_even_the_smallest_batch_fits_it_says_so(monkeypatch):
+    with_memory(monkeypatch, 1000)
+    with pytest.raises(ConfigError, match="--batch-size=max: even a batch of 8"):
+        plan(settings(*CPU, "mesh.data=8"), "cpu:8", largest_batch=True)
+
+
+def test_the_length_of_a_run_in_epochs_follows_from_the_examples():
+    asked = settings(*CPU, "mesh.data=8", "total_steps=null", "total_epochs=3")
+    assert plan(asked, "cpu:8")["steps"] is None
+    assert plan(asked, "cpu:8", examples=1000)["steps"] == 47  # 3000 images at 64 a step
+
+
+def test_overrides_turn_one_config_into_another():
+    one, other = settings(), settings("mesh.data=2", "model.scan=false", "model.remat=block", "model.layer_scale=1e-4")
+    changed = overrides(one, other)
+    assert overridden(one, changed) == other
+    assert set(changed) >= {"model.remat=block", "mesh.data=2"}
+
+
+def test_the_batch_is_checked_against_the_mesh():
+    with pytest.raises(ConfigError, match="batch_size: 60 does not divide"):
+        plan(settings(*CPU, "mesh.data=8", "batch_size=60"), "cpu:8")
+
+
+def test_search_and_largest_batch_exclude_each_other():
+    with pytest.raises(ConfigError, match="--search"):
+        plan(settings(*CPU), "cpu:8", search=True, largest_batch=True)
+
+
+def test_the_command_prints_a_table_json_and_a_page(capfd, tmp_path):
+    words = ["plan", f"--config={RECIPE}", "--target=cpu:8", "--config.model.num_classes=10"]
+    page = tmp_path / "plan.html"
+    assert cli.main([*words, f"--html={page}"]) == 0
+    shown = capfd.readouterr().out
+    assert "all-reduce" in shown and "temporaries" in shown and "fits" in shown
+    assert "<html" in page.read_text() and "cpu:8" in page.read_text()
+    assert cli.main([*words, "--json"]) == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["fits"] is True
+
+
+def test_the_command_lists_the_targets(capfd):
+    assert cli.main(["plan", "--targets"]) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in ("v5e", "v5p", "v6e", "h100", "h200", "cpu"))
+    assert cli.main(["plan", "--targets", "--json"]) == 0
+    assert {"v5e", "h200"} <= {row["name"] for row in json.loads(capfd.readouterr().out)}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target=v5e:3x5"], "4x4"),
+        (["--target=h200:8x0"], "GxN for N nodes of G GPUs"),
+        (["--target=tpu:9"], "v5e"),
+        (["--target=cpu:8", "--slices=2"], "--slices"),
+        (["--target=cpu:8", "--html=/no/such/folder/plan.html"], "no such folder"),
+        (["--target=cpu:3"], "mesh"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(words, said, capfd):
+    extra = ["--config.mesh.data=4"] if "cpu:3" in words[0] else []
+    assert cli.main(["plan", f"--config={RECIPE}", *words, *extra]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert said in line
+
+
+def test_config_and_target_are_both_asked_for(capfd):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--target=cpu:8"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.startswith("error: --config and --target")
+
+
+def test_three_lines_say_what_it_needs_how_long_it_takes_and_what_follows():
+    planned = {
+        "memory": {"parameters": 2**30, "ema": 0, "temporaries": 3 * 2**29},
+        "peak_bytes": 5 * 2**29,
+        "device_bytes": 2**34,
+        "bounds_ms": {"arithmetic": 12.5, "memory": 3.0, "network": None},
+        "flops": {"model": 1e12, "hardware": 2e12},
+        "step_ms": 20.0,
+        "images_per_second": 3200.0,
+        "mfu": 0.5,
+        "hours": 1.25,
+        "steps": 225_000,
+    }
+    memory, bounds, likely = report.lines(planned)
+    assert memory == "plan: a device needs 2.50 GiB of 16.00 GiB: parameters 1.00 GiB, temporaries 1.50 GiB"
+    assert "2 TFLOP" in bounds and bounds.endswith("at least: arithmetic 12.5 ms, memory 3 ms")
+    assert likely == "plan: likely 20 ms a step, 3,200 images/s, MFU 50%, 1.2 hours for 225,000 steps"
+
+
+def test_it_is_a_function_of_the_package_too():
+    assert vit_dist.plan is plan
+
+
+def with_memory(monkeypatch, limit):
+    """Gives the devices of `cpu:8` so many bytes each."""
+    parse = targets.parse
+
+    def smaller(text, slices=1):
+        target = parse(text, slices)
+        return dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory_bytes=limit))
+
+    monkeypatch.setattr(targets, "parse", smaller)

@@ -1,0 +1,138 @@
+"""What a compiled step says of itself, for one device: memory, collectives, bounds, and the time that follows."""
+
+from typing import Any
+
+from vit_dist.model import flops
+from vit_dist.plan import links, roofline
+from vit_dist.plan.collectives import Collective, collectives
+from vit_dist.plan.compile import Step, TooLarge
+from vit_dist.plan.estimate import device_flops
+from vit_dist.plan.load import attention_of
+from vit_dist.plan.roofline import EFFICIENCY, Talk, Work
+from vit_dist.plan.targets import Chip
+from vit_dist.plan.traffic import traffic
+from vit_dist.program import Program
+
+
+def account(step: Step, chip: Chip) -> dict[str, Any]:
+    """The account of a step compiled for devices of this kind, as plain values.
+
+    fits, peak_bytes, device_bytes, headroom_bytes: of a device's memory. memory: bytes by what they are for, which sum
+    to peak_bytes. flops: {model, hardware} of a step over all devices. collectives: a list of {kind, axes, bytes,
+    count, link, crosses, ms}. bounds_ms, binds, network_ms, step_ms, images_per_second, mfu: see `roofline`; None where
+    the chip's rates are not known.
+    """
+    program, text = step.program, step.executable.as_text()
+    assert text is not None
+    sizes = dict(program.mesh.shape)
+    found, moved = collectives(text, sizes), traffic(text)
+    attention = attention_of(program.settings, chip.platform, sizes)
+    work = Work(
+        flops=device_flops(program.settings, attention, sizes),
+        bytes=moved.product_bytes + moved.other_bytes,
+        other_bytes=moved.other_bytes,
+        talks=tuple(said for one in found if (said := _talk(one, program, chip)) is not None),
+    )
+    return {
+        **of_memory(memory(step, chip), chip),
+        **of_time(program, work, chip),
+        "collectives": _rows(found, program, chip),
+    }
+
+
+def account_of_too_large(program: Program, error: TooLarge, chip: Chip) -> dict[str, Any]:
+    """The account of a step that the compiler gave up, of which it says how much memory it would take alone."""
+    parts = {**error.held, "temporaries": error.needed - sum(error.held.values())}
+    attention = attention_of(program.settings, chip.platform, dict(program.mesh.shape))
+    least = Work(device_flops(program.settings, attention, dict(program.mesh.shape)), 0, 0)
+    arithmetic = roofline.bounds_ms(least, chip, program.settings.model.dtype)["arithmetic"]
+    return {
+        **of_memory(parts, chip),
+        **of_time(program, least, chip),
+        "bounds_ms": {"arithmetic": arithmetic, "memory": None, "network": None},
+        **dict.fromkeys(("binds", "step_ms", "images_per_second", "mfu")),
+        "collectives": [],
+    }
+
+
+def memory(step: Step, chip: Chip) -> dict[str, int]:
+    """Bytes that a device holds at the worst moment of a step, by what they are for.
+
+    The compiler's own sum: arguments, temporaries, code, and results that take no argument's place. An argument that
+    the step does not use is held all the same.
+    """
+    of = step.executable.memory_analysis()
+    assert of is not None
+    parts = {
+        **step.held,
+        "padding": max(of.argument_size_in_bytes - sum(step.held.values()), 0),  # of arrays' layout in memory
+        "temporaries": of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes,
+        "code": of.generated_code_size_in_bytes,
+    }
+    over = sum(parts.values()) - (chip.memory_bytes or 0)
+    if chip.platform == "tpu" and over > 0:  # TPUs' compiler makes nothing that does not fit: the sum has holes in it
+        parts["temporaries"] -= over
+    return parts
+
+
+def of_memory(parts: dict[str, int], chip: Chip) -> dict[str, Any]:
+    """Whether so much fits into the chip's memory, and what is left of it."""
+    peak = sum(parts.values())
+    return {
+        "fits": None if chip.memory_bytes is None else peak <= chip.memory_bytes,
+        "peak_bytes": peak,
+        "device_bytes": chip.memory_bytes,
+        "headroom_bytes": None if chip.memory_bytes is None else chip.memory_bytes - peak,
+        "memory": parts,
+    }
+
+
+def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
+    """The arithmetic of a step and the time that its work takes on the chip."""
+    settings, dtype = program.settings, program.settings.model.dtype
+    attention = attention_of(settings, chip.platform, dict(program.mesh.shape))
+    bounds, seconds = roofline.bounds_ms(work, chip, dtype), roofline.step_seconds(work, chip, dtype)
+    known = {name: bound for name, bound in bounds.items() if bound is not None}
+    return {
+        "flops": {
+            "model": program.flops_per_step(),
+            "hardware": flops.hardware_flops(settings.model, attention) * settings.batch_size,
+        },
+        "bounds_ms": bounds,
+        "binds": max(known, key=lambda name: known[name]) if known else None,
+        "network_ms": roofline.network_ms(work.talks),
+        "efficiencies": EFFICIENCY,
+        "step_ms": None if seconds is None else seconds * 1000,
+        "images_per_second": None if seconds is None else settings.batch_size / seconds,
+        "mfu": None if seconds is None else program.mfu(seconds),
+    }
+
+
+def _talk(one: Collective, program: Program, chip: Chip) -> Talk | None:
+    members, settings = links.group(program.mesh, one.axes), program.settings
+    wire = links.link(chip, members)
+    return roofline.talk(one, len(members), wire, settings.model, settings.accumulate_steps)
+
+
+def _rows(found: list[Collective], program: Program, chip: Chip) -> list[dict[str, Any]]:
+    """The collectives, those that are alike as one, what sends most first."""
+    alike: dict[tuple[Any, ...], list[Collective]] = {}
+    for one in found:
+        alike.setdefault((one.kind, one.axes, one.bytes), []).append(one)
+    rows = [_row(several, program, chip) for several in alike.values()]
+    return sorted(rows, key=lambda row: -row["bytes"] * row["count"])
+
+
+def _row(several: list[Collective], program: Program, chip: Chip) -> dict[str, Any]:
+    first, members = several[0], links.group(program.mesh, several[0].axes)
+    link, rate = links.link(chip, members)
+    talks = (_talk(one, program, chip) for one in several)
+    return {
+        "kind": first.kind,
+        "axes": list(first.axes),
+        "bytes": first.bytes,
+        "count": sum(one.count for one in several),
+        "link": link or None,
+        "crosses": links.crosses(members),
+        "ms": None if rate is None else sum(talk.seconds for talk in talks if talk is not None) * 1000,
+    }

@@ -1,0 +1,165 @@
+"""`plan`: what a config would need, and how fast it would be, on hardware that is not here."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from vit_dist import config, recipes
+from vit_dist.config import Config, ConfigError
+from vit_dist.mesh import layout, processes
+from vit_dist.plan import targets
+from vit_dist.plan.account import account, account_of_too_large
+from vit_dist.plan.compile import CLASSES, Step, TooLarge, compile_step, held_bytes, make_program
+from vit_dist.plan.largest import largest_multiple
+from vit_dist.plan.search import search as search_layouts
+from vit_dist.plan.targets import Target
+from vit_dist.program import Program
+from vit_dist.step.state import State
+
+_log = logging.getLogger(__name__)
+Account = dict[str, Any]
+
+
+def plan(
+    settings: Config,
+    target: str,
+    *,
+    slices: int = 1,
+    search: bool = False,
+    largest_batch: bool = False,
+    examples: int | None = None,
+) -> Account:
+    """Compiles the training step of a config for a target, such as `v5e:16x16`, and says what it would be like there.
+
+    slices: of a TPU, joined by the data-centre network. search: plans the quickest layout that fits, not the config's
+    own. largest_batch: plans the largest batch that fits. examples: how many the data have, for the length of a run in
+    epochs; no data are opened.
+
+    Returns what `account` does, and target, device_kind, devices, mesh, batch_size, overrides (what differs from the
+    config), images_per_second_per_host, steps, hours, device_hours (None where the length of the run or the chip's
+    rates are not known); with `search` also ranking and fallen. What is too large is an answer: `fits` is False. Raises
+    `ConfigError`.
+    """
+    if search and largest_batch:
+        raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
+    where = targets.parse(target, slices)
+    devices = _devices(where)
+    if settings.model.num_classes is None:
+        _log.warning("model.num_classes is left to the data, which plan does not open: %d assumed", CLASSES)
+    made: dict[Config, Account] = {}
+
+    def account_of(asked: Config) -> Account:
+        if asked not in made:
+            made[asked] = _compiled_account(asked, where, devices)
+            what = ", ".join(overrides(settings, asked)) or "the config"
+            _log.info("%s: %.0f s to compile", what, made[asked]["compile_seconds"])
+        return made[asked]
+
+    chosen, found = settings, {}
+    if largest_batch:
+        chosen = _with_largest_batch(settings, where, devices, account_of)
+    if search:
+        found = search_layouts(settings, where, devices, account_of)
+        choice = found.pop("choice")
+        if choice is not None:
+            chosen = overridden(settings, choice["overrides"])
+    hosts = len({device.process_index for device in devices})
+    made_of = account_of(chosen)
+    return {
+        "target": where.name,
+        "device_kind": where.chip.kind,
+        "devices": where.count,
+        "batch_size": chosen.batch_size,
+        "overrides": overrides(settings, chosen),
+        **made_of,
+        **of_run(chosen, made_of, math.prod(made_of["mesh"].values()), hosts, examples),
+        **found,
+    }
+
+
+def plan_here(
+    program: Program, executable: jax.stages.Compiled, state: State, batch: Mapping[str, jax.Array]
+) -> Account:
+    """The account of a step that has been compiled for the devices that are here, as `plan` gives it."""
+    chip = targets.chip_here(program.mesh.devices.flat[0])
+    found = account(Step(program, executable, held_bytes(state, batch)), chip)
+    run = dataclasses.replace(program.settings, total_steps=program.steps)
+    return {"device_kind": chip.kind, **found, **of_run(run, found, program.mesh.size, jax.process_count(), None)}
+
+
+def of_run(settings: Config, step: Account, devices: int, hosts: int, examples: int | None) -> Account:
+    """What follows for the whole run: steps, hours, device_hours; and what each host has to feed its devices."""
+    known = settings.total_steps is not None or examples is not None
+    steps = config.total_steps(settings, examples or 0) if known else None
+    hours = None if steps is None or step["step_ms"] is None else steps * step["step_ms"] / 3_600_000
+    rate = step["images_per_second"]
+    return {
+        "images_per_second_per_host": None if rate is None else rate / hosts,
+        "steps": steps,
+        "hours": hours,
+        "device_hours": None if hours is None else hours * devices,
+    }
+
+
+def overrides(settings: Config, changed: Config) -> list[str]:
+    """What turns one config into the other, as `key=value`."""
+    flat = config.flatten(config.to_dict(changed))
+    values = {key: flat[key] for key in config.differences(settings, changed)}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def overridden(settings: Config, assignments: Sequence[str]) -> Config:
+    """The config with `key=value` assignments."""
+    return config.resolve(recipes.override(config.to_dict(settings), assignments))
+
+
+def _devices(where: Target) -> list[jax.Device]:
+    """The target's devices. What is here is a CPU alone: accelerators, if there are any, are left to who uses them."""
+    count = where.count if where.chip.platform == "cpu" else 1
+    if where.chip.platform != "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)  # jax can keep what it cannot run, but not read it
+    try:
+        processes.pretend(count)
+    except ConfigError:  # jax runs already, which is as good if it has them
+        if len(jax.devices("cpu")) < count:
+            raise
+    return targets.devices(where)
+
+
+def _compiled_account(settings: Config, where: Target, devices: Sequence[jax.Device]) -> Account:
+    program = make_program(settings, devices)
+    begun = time.perf_counter()
+    try:
+        found = account(compile_step(program), where.chip)
+    except TooLarge as error:
+        found = account_of_too_large(program, error, where.chip)
+    return {"mesh": dict(program.mesh.shape), **found, "compile_seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _with_largest_batch(
+    settings: Config, where: Target, devices: Sequence[jax.Device], account_of: Callable[[Config], Account]
+) -> Config:
+    """The config with the largest batch that fits. Raises `ConfigError` where none does."""
+    limit = where.chip.memory_bytes
+    if limit is None:
+        raise ConfigError(f"--batch-size=max: the memory of {where.chip.name} is not known")
+    sizes = dict(make_program(settings, devices).mesh.shape)
+    unit = settings.accumulate_steps * math.prod(sizes.get(axis, 1) for axis in layout.TABLE["batch"])
+
+    def of_size(multiple: int) -> Config:
+        return dataclasses.replace(settings, batch_size=unit * multiple)
+
+    multiple = largest_multiple(lambda multiple: account_of(of_size(multiple))["peak_bytes"], limit)
+    if multiple == 0:
+        short = account_of(of_size(1))["peak_bytes"] - limit
+        raise ConfigError(
+            f"--batch-size=max: even a batch of {unit}, the smallest of this mesh, needs {short:,} bytes more than a "
+            f"device has; try --search"
+        )
+    return of_size(multiple)
