@@ -27,8 +27,8 @@ from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.mesh import processes
 from vit_dist.mesh.feed import Prefetch
+from vit_dist.plan.here import plan_here
 from vit_dist.plan.report import lines
-from vit_dist.plan.verb import plan_here
 from vit_dist.program import Program
 from vit_dist.rates import Pending, Window
 from vit_dist.run import curves, environment

@@ -1,14 +1,10 @@
 """The compiler's options: who gets them, who does not, and that the compilers take them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
-from system import ROOT, settings
+from compilers import run_python
+from system import settings
 
 from vit_dist.mesh.feed import batch_sharding
 from vit_dist.mesh.xla_options import OPTIONS, options_for
@@ -68,14 +64,13 @@ def test_an_unknown_option_is_an_error_and_the_process_goes_on():
 
 TPU_STEP = """
 import sys
-from pathlib import Path
 import jax
-from jax.experimental import topologies
 sys.path.insert(0, "tests/helpers")
 from compiled import compiled_step, program_on
 from vit_dist.mesh.xla_options import OPTIONS
+from vit_dist.plan import targets
 
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+devices = targets.devices(targets.parse("v5e:2x4"))
 sizes = {"data": 2, "fsdp": 2, "tensor": 2}
 step = compiled_step(program_on(sizes, "model.dtype=bfloat16", devices=devices))
 assert step.memory_analysis().temp_size_in_bytes > 0
@@ -86,25 +81,8 @@ except jax.errors.JaxRuntimeError as error:
     assert "xla_tpu_no_such_option" in str(error), error
     print("compiled, and refused what it does not know")
 """
-COMPILERS = os.environ.get("COMPILERS", "")  # the folder that holds them, which `make test-slow` fills
 
 
 @pytest.mark.slow
 def test_the_tpu_compiler_takes_every_option_of_the_table():
-    if not (COMPILERS and Path(COMPILERS, "libtpu").is_dir()):
-        pytest.skip("NOT RUN: COMPILERS names no folder that holds libtpu, the TPU's compiler; run make test-slow")
-    # A process of its own: libtpu reads its variables once, and this one's jax has eight pretended devices. Without the
-    # first of them two processes that compile at the same time are refused, without the second it asks the network.
-    alone = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
-    environment = {
-        **os.environ,
-        **alone,
-        "PYTHONPATH": COMPILERS,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "0",
-    }
-    ended = subprocess.run(
-        [sys.executable, "-c", TPU_STEP], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "compiled, and refused what it does not know" in ended.stdout
+    assert "compiled, and refused what it does not know" in run_python("-c", TPU_STEP).stdout

@@ -170,3 +170,21 @@ def test_the_quickest_comes_first_and_of_equals_what_the_config_has_already():
     again, _ = layouts(ranked[0].settings, EIGHT, jax.devices()[:8])
     assert again[0].overrides == ()
     assert again[0].seconds == ranked[0].seconds
+
+
+def test_a_layout_that_cannot_be_compiled_falls_with_the_reason_and_the_next_is_asked():
+    compiler = Compiler()
+
+    def fails_once(asked):
+        if not compiler.asked:
+            compiler.asked.append(asked)
+            raise ConfigError("XLA's compiler cannot make this program: INTERNAL: odd tiles")
+        return compiler(asked)
+
+    found = search_of(fails_once)
+    ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
+    assert found["choice"]["overrides"] == list(ranked[1].overrides)
+    assert (
+        found["ranking"][0]["note"]
+        == "cannot be compiled: XLA's compiler cannot make this program: INTERNAL: odd tiles"
+    )

@@ -1,13 +1,8 @@
 """What `--target` may say, what it may not, and what the compilers' devices are like."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
-from system import ROOT
+from compilers import run_python
 
 from vit_dist.config import ConfigError
 from vit_dist.plan import gpu, targets
@@ -221,26 +216,6 @@ def test_the_chip_of_a_device_that_is_here_is_known_by_its_kind(monkeypatch):
     assert (here.name, here.memory_bytes, here.peak_flops("bfloat16")) == ("cpu", None, None)
 
 
-COMPILERS = os.environ.get("COMPILERS", "")  # the folder that holds libtpu and jax's CUDA plugin; see `make test-slow`
-
-
-def with_compilers(program):
-    """What a program prints that sees the compilers, in a process of its own: libtpu reads its variables once."""
-    if not (COMPILERS and Path(COMPILERS, "libtpu").is_dir() and Path(COMPILERS, "jax_plugins").is_dir()):
-        pytest.skip("NOT RUN: COMPILERS names no folder that holds libtpu and jax_plugins; run make test-slow")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_"))},
-        "PYTHONPATH": COMPILERS,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "0",
-    }
-    ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended
-
-
 DEVICES = """
 import itertools
 from vit_dist.plan import links, targets
@@ -278,7 +253,7 @@ print("all there")
 
 @pytest.mark.slow
 def test_the_compilers_take_every_shape_and_say_nothing():
-    ended = with_compilers(DEVICES)
+    ended = run_python("-c", DEVICES)
     assert ended.stdout == "all there\n"
     assert ended.stderr == ""
 
@@ -304,7 +279,7 @@ for text in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
 
 @pytest.mark.slow
 def test_the_memory_of_a_tpu_is_what_its_compiler_says():
-    assert with_compilers(MEMORY).stdout.split() == ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+    assert run_python("-c", MEMORY).stdout.split() == ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
 
 STEPS = """
@@ -323,4 +298,4 @@ for name in ("a100", "h100", "h200", "b200"):
 
 @pytest.mark.slow
 def test_a_training_step_compiles_for_every_gpu():
-    assert with_compilers(STEPS).stdout.split() == ["a100", "h100", "h200", "b200"]
+    assert run_python("-c", STEPS).stdout.split() == ["a100", "h100", "h200", "b200"]

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vit_dist import config
+from vit_dist.config import Config
 from vit_dist.model import flops
 from vit_dist.plan import links, roofline
 from vit_dist.plan.collectives import Collective, collectives
@@ -105,6 +107,20 @@ def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
         "step_ms": None if seconds is None else seconds * 1000,
         "images_per_second": None if seconds is None else settings.batch_size / seconds,
         "mfu": None if seconds is None else program.mfu(seconds),
+    }
+
+
+def of_run(settings: Config, step: dict[str, Any], devices: int, hosts: int, examples: int | None) -> dict[str, Any]:
+    """What follows for the whole run: steps, hours, device_hours; and what each host has to feed its devices."""
+    known = settings.total_steps is not None or examples is not None
+    steps = config.total_steps(settings, examples or 0) if known else None
+    hours = None if steps is None or step["step_ms"] is None else steps * step["step_ms"] / 3_600_000
+    rate = step["images_per_second"]
+    return {
+        "images_per_second_per_host": None if rate is None else rate / hosts,
+        "steps": steps,
+        "hours": hours,
+        "device_hours": None if hours is None else hours * devices,
     }
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import Config
+from vit_dist.config import Config, ConfigError
 from vit_dist.data import augment
 from vit_dist.data.sources import gives_pixels
 from vit_dist.describe import CLASSES, bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State
 
+# Where there is a GPU its compiler tries its own products and cuBLAS's, and takes the quicker. Without one it would
+# take its own untried, in tiles that do not fit every shape.
+_OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDS = re.compile(rf"memory required for HLO temporaries \({_SIZE}\)|Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -53,18 +56,20 @@ def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
 
 
 def compile_step(program: Program) -> Step:
-    """Compiles the training step of a program. Raises `TooLarge`."""
+    """Compiles the training step of a program. Raises `TooLarge`; `ConfigError` where the compiler fails otherwise."""
     with program.in_use():
         state, batch = program.abstract_state(), program.abstract_batch()
         held = held_bytes(state, batch)
         lowered = program.train_step.lower(state, batch)
         try:
-            executable = lowered.compile()
+            executable = lowered.compile(_OPTIONS.get(program.mesh.devices.flat[0].platform))
         except jax.errors.JaxRuntimeError as error:
             needed = _needed(str(error), sum(held.values()))
-            if needed is None:
-                raise
-            raise TooLarge(needed, held) from error
+            if needed is not None:
+                raise TooLarge(needed, held) from error
+            raise ConfigError(
+                f"XLA's compiler cannot make this program: {str(error).splitlines()[0]}; change the layout or the batch"
+            ) from error
     return Step(program, executable, held)
 
 

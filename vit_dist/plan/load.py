@@ -15,6 +15,7 @@ from vit_dist.mesh.topology import AXES
 from vit_dist.model import context
 from vit_dist.model.vit import Shape, shape_of
 from vit_dist.plan.activations import Part
+from vit_dist.program import UNUSED
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.state import Network, make_state
 
@@ -76,7 +77,7 @@ class Load:
 def held_of(settings: Config) -> Held:
     """The state of a config, `model.num_classes` filled in, on any mesh: its shapes are traced once, on one of ones."""
     network = Network(dataclasses.replace(settings.model, scan=True))
-    optimizer = make_optimizer(settings.optimizer, settings.optimizer.warmup_steps + 1)
+    optimizer = make_optimizer(settings.optimizer, UNUSED)
     anywhere = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(anywhere):
         state = jax.eval_shape(lambda: make_state(network, optimizer, settings.seed, settings.ema_decay > 0))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import Config
+from vit_dist.config import Config, ConfigError
 from vit_dist.plan.layouts import Layout, layouts
 from vit_dist.plan.targets import Target
 
@@ -30,6 +30,11 @@ class _Asked:
 
     accounts: dict[tuple[str, ...], Account]
     passed_over: set[tuple[str, ...]]
+    failed: dict[tuple[str, ...], str]  # why no program could be made of it
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.accounts or self.failed)
 
     def fits(self, one: Layout) -> bool:
         """Whether the compiler found it to fit, or has no limit."""
@@ -74,9 +79,9 @@ def _ask(
     found: list[Layout], limit: int | None, account_of: Callable[[Config], Account], front: int, deadline: float
 ) -> _Asked:
     """Compiles the first layouts until `front` of them fit; one at least."""
-    asked, refused = _Asked({}, set()), dict[Any, int]()
+    asked, refused = _Asked({}, set(), {}), dict[Any, int]()
     for one in found:
-        if sum(map(asked.fits, found)) == front or (asked.accounts and time.monotonic() > deadline):
+        if sum(map(asked.fits, found)) == front or (asked.begun and time.monotonic() > deadline):
             break
         size = one.found.peak_bytes
         if limit is not None and size > DOUBT * limit:
@@ -84,7 +89,11 @@ def _ask(
         if size >= refused.get(one.kind, size + 1):
             asked.passed_over.add(one.overrides)
             continue
-        asked.accounts[one.overrides] = account_of(one.settings)
+        try:
+            asked.accounts[one.overrides] = account_of(one.settings)
+        except ConfigError as error:  # of this layout, which is then none
+            asked.failed[one.overrides] = str(error)
+            continue
         if not asked.fits(one):
             refused[one.kind] = size
     smallest = min(found, key=lambda one: one.found.peak_bytes, default=None)
@@ -101,6 +110,8 @@ def _note(one: Layout, is_choice: bool, asked: _Asked, limit: int | None) -> str
         return "fits" if asked.fits(one) else "too large by the compiler"
     if limit is not None and one.found.peak_bytes > DOUBT * limit:
         return "too large by estimate"
+    if one.overrides in asked.failed:
+        return f"cannot be compiled: {asked.failed[one.overrides]}"
     if one.overrides in asked.passed_over:
         return "larger than one like it that the compiler found too large"
     return "slower by estimate, not compiled"

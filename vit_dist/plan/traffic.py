@@ -135,7 +135,14 @@ def _moved(instruction: hlo.Instruction, computation: hlo.Computation, fusions: 
         return _in_memory(update) + min(_in_memory(instruction), _size(update))
     else:
         read = sum(_in_memory(operand) for operand in dict.fromkeys(operands))
-    return read + _in_memory(instruction)
+    return read + _in_memory(instruction) - _scratch(instruction)
+
+
+def _scratch(instruction: hlo.Instruction) -> int:
+    """Bytes of a library's result that are room for it to work in, which it asks for as plain bytes and may not use."""
+    if not _target(instruction).startswith(_PRODUCT_TARGETS):
+        return 0
+    return sum(array.bytes for array in instruction.arrays if array.dtype in ("s8", "u8"))
 
 
 def _is_still(instruction: hlo.Instruction) -> bool:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,13 +14,11 @@ from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.mesh import layout, processes
 from vit_dist.plan import targets
-from vit_dist.plan.account import account, account_of_too_large
-from vit_dist.plan.compile import CLASSES, Step, TooLarge, compile_step, held_bytes, make_program
+from vit_dist.plan.account import account, account_of_too_large, of_run
+from vit_dist.plan.compile import CLASSES, TooLarge, compile_step, make_program
 from vit_dist.plan.largest import largest_multiple
 from vit_dist.plan.search import search as search_layouts
 from vit_dist.plan.targets import Target
-from vit_dist.program import Program
-from vit_dist.step.state import State
 
 _log = logging.getLogger(__name__)
 Account = dict[str, Any]
@@ -43,8 +41,8 @@ def plan(
 
     Returns what `account` does, and target, device_kind, devices, mesh, batch_size, overrides (what differs from the
     config), images_per_second_per_host, steps, hours, device_hours (None where the length of the run or the chip's
-    rates are not known); with `search` also ranking and fallen. What is too large is an answer: `fits` is False. Raises
-    `ConfigError`.
+    rates are not known); with `search` also its ranking, fallen and smallest, which is what is planned where nothing
+    fits. What is too large is an answer: `fits` is False. Raises `ConfigError`.
     """
     if search and largest_batch:
         raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
@@ -66,9 +64,12 @@ def plan(
         chosen = _with_largest_batch(settings, where, devices, account_of)
     if search:
         found = search_layouts(settings, where, devices, account_of)
-        choice = found.pop("choice")
-        if choice is not None:
-            chosen = overridden(settings, choice["overrides"])
+        best = found.pop("choice") or found["smallest"]
+        if best is None:
+            raise ConfigError(
+                f"--search: no mesh of {where.name} goes with this config; {found['fallen'][0]['example']}"
+            )
+        chosen = overridden(settings, best["overrides"])
     hosts = len({device.process_index for device in devices})
     made_of = account_of(chosen)
     return {
@@ -80,30 +81,6 @@ def plan(
         **made_of,
         **of_run(chosen, made_of, math.prod(made_of["mesh"].values()), hosts, examples),
         **found,
-    }
-
-
-def plan_here(
-    program: Program, executable: jax.stages.Compiled, state: State, batch: Mapping[str, jax.Array]
-) -> Account:
-    """The account of a step that has been compiled for the devices that are here, as `plan` gives it."""
-    chip = targets.chip_here(program.mesh.devices.flat[0])
-    found = account(Step(program, executable, held_bytes(state, batch)), chip)
-    run = dataclasses.replace(program.settings, total_steps=program.steps)
-    return {"device_kind": chip.kind, **found, **of_run(run, found, program.mesh.size, jax.process_count(), None)}
-
-
-def of_run(settings: Config, step: Account, devices: int, hosts: int, examples: int | None) -> Account:
-    """What follows for the whole run: steps, hours, device_hours; and what each host has to feed its devices."""
-    known = settings.total_steps is not None or examples is not None
-    steps = config.total_steps(settings, examples or 0) if known else None
-    hours = None if steps is None or step["step_ms"] is None else steps * step["step_ms"] / 3_600_000
-    rate = step["images_per_second"]
-    return {
-        "images_per_second_per_host": None if rate is None else rate / hosts,
-        "steps": steps,
-        "hours": hours,
-        "device_hours": None if hours is None else hours * devices,
     }
 
 
