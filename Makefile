@@ -17,7 +17,7 @@ STAMP := $(VENV)/made-from
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
-	@echo 'make compilers  those of TPUs and GPUs into $(VENV)/compilers, for `vit-dist plan` on PYTHONPATH'
+	@echo 'make compilers  those of TPUs and GPUs into .cache/compilers, for the PYTHONPATH of vit-dist plan'
 	@echo 'make train      trains the default recipe, configs/digits.py, into runs/digits'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
@@ -55,19 +55,25 @@ train: setup
 test: setup
 	@$(RUN)/pytest -n 2 --dist loadfile
 
-# The compilers for TPUs and GPUs, which need neither. In a folder of their own, for `PYTHONPATH`: whatever imports jax
-# beside them would look for the hardware.
-COMPILERS := $(CURDIR)/$(VENV)/compilers
+# The compilers for TPUs and GPUs, which need neither. In a folder of their own, for the `PYTHONPATH` of `vit-dist plan`
+# alone: whatever else imports jax beside them would look for the hardware. (nvimgcodec is no part of jax's.)
+COMPILERS := $(CURDIR)/.cache/compilers
 PACKAGES = sed -n -E '/nvimgcodec/d; s/^(libtpu|jax-cuda13-[a-z]+|nvidia-[a-z0-9-]+)==.*/\1/p' constraints.txt | sort -u
 
 compilers: setup
-	@[ -e $(COMPILERS)/complete ] || { \
+	@made_from=$$({ $(RUN)/python -V && cat constraints.txt; } | cksum); \
+	if [ "$$made_from" != "$$(cat $(COMPILERS)/made-from 2>/dev/null)" ]; then \
+	  set -e; \
 	  echo "Installing the compilers for TPUs and GPUs into $(COMPILERS): 5 GB, a minute or more, once ..." >&2; \
+	  rm -rf $(COMPILERS); \
 	  $(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-	    --target $(COMPILERS) $$($(PACKAGES)) >&2 && touch $(COMPILERS)/complete; }
+	    --target $(COMPILERS) $$($(PACKAGES)) >&2; \
+	  echo "$$made_from" > $(COMPILERS)/made-from; \
+	fi
 
 test-slow: setup
-	@$(MAKE) --no-print-directory compilers || echo 'WARNING: the compilers could not be installed' >&2
+	@$(MAKE) --no-print-directory compilers || \
+	  echo 'WARNING: the compilers could not be installed: the tests that need them will NOT run' >&2
 	@COMPILERS=$(COMPILERS) $(RUN)/pytest -n 2 --dist loadfile -m slow
 
 smoke: setup

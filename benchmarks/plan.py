@@ -50,30 +50,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", help="plans whose name contains this")
     only = parser.parse_args().only
-    print("| plan | target | mesh | batch | fits | GiB of | step ms | binds | MFU | compile s | wall s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| plan | target | mesh | batch | fits | GiB of | step ms | binds | MFU | compile s | wall s | changed |")
+    print("|" + "---|" * 12, flush=True)
     for name, (config, *options) in PLANS.items():
         if only is None or only in name:
             print(row(name, *run(config, options)), flush=True)
 
 
-def run(config: str, options: list[str]) -> tuple[dict[str, Any], float]:
-    """The plan that the command prints, and the seconds it took."""
+def run(config: str, options: list[str]) -> tuple[dict[str, Any] | None, float]:
+    """The plan that the command prints, None where it fails, and the seconds it took."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "vit_dist", "plan", f"--config={config}", *options, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1]), time.perf_counter() - begun
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None, time.perf_counter() - begun
 
 
-def row(name: str, plan: dict[str, Any], seconds: float) -> str:
+def row(name: str, plan: dict[str, Any] | None, seconds: float) -> str:
+    if plan is None:
+        return f"| {name} | FAILED |" + " |" * 10
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     memory = f"{plan['peak_bytes'] / 2**30:.1f} of {plan['device_bytes'] / 2**30:.1f}"
     known = plan["step_ms"] is not None
     cells = [name, plan["target"], mesh, plan["batch_size"], "yes" if plan["fits"] else "no", memory]
     cells += [f"{plan['step_ms']:.1f}", plan["binds"], f"{plan['mfu']:.0%}"] if known else ["-"] * 3
-    cells += [f"{plan['compile_seconds']:.0f}", f"{seconds:.0f}"]
-    changed = f"\n|  | `{' '.join(plan['overrides'])}` |" if plan["overrides"] else ""
-    return f"| {' | '.join(map(str, cells))} |{changed}"
+    cells += [f"{plan['compile_seconds']:.0f}", f"{seconds:.0f}", " ".join(plan["overrides"])]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

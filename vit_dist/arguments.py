@@ -70,7 +70,7 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
     one.add_argument("--targets", action="store_true", help="list the kinds of targets, and nothing else")
     one.add_argument("--slices", type=_count, default=1, help="of a TPU, joined by the data-centre network (1)")
     one.add_argument("--search", action="store_true", help="look for the quickest layout that fits")
-    one.add_argument("--batch-size", choices=("max",), help="look for the largest batch that fits")
+    one.add_argument("--batch-size", type=_largest, metavar="max", help="look for the largest batch that fits")
     one.add_argument("--examples", type=_count, help="how many the data have, for the length of a run in epochs")
     one.add_argument("--html", metavar="FILE", type=_path, help="write the plan as a page, too")
     one = verb("bench", "config", help="measure how fast a config trains here")
@@ -116,6 +116,12 @@ class _Parser(argparse.ArgumentParser):
 def _path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("no directory is given")
+    return text
+
+
+def _largest(text: str) -> str:
+    if text != "max":
+        raise argparse.ArgumentTypeError(f"expected max, found {text!r}; a size is given by --config.batch_size={text}")
     return text
 
 

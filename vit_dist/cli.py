@@ -1,4 +1,4 @@
-"""The command line: parses arguments, prints results on stdout, sets exit codes. Nothing else does any of the three.
+"""The command line: runs verbs, prints results on stdout, sets exit codes. What can be typed is in `arguments`.
 
 The codes are those of `exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
 they run: they bring jax, which `--help` and a mistyped key need not wait for.
@@ -165,8 +165,10 @@ def _plan(options: argparse.Namespace) -> None:
             _print_table(tuple(kinds[0]), [tuple(str(value) for value in kind.values()) for kind in kinds])
         return
     settings = recipes.load(options.config, options.overrides)
-    if options.html and not Path(options.html).parent.is_dir():
-        raise ConfigError(f"--html: no such folder: {Path(options.html).parent}")
+    page = Path(options.html) if options.html else None
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        why = "is a folder" if page.is_dir() else "lies in no folder that there is"
+        raise ConfigError(f"--html: {page} {why}; name the file to write")
     from vit_dist.plan import html, report
     from vit_dist.plan.verb import plan
 
@@ -178,14 +180,14 @@ def _plan(options: argparse.Namespace) -> None:
         largest_batch=options.batch_size == "max",
         examples=options.examples,
     )
-    if options.html:
-        Path(options.html).write_text(html.page(found), encoding="utf-8")
     if options.json:
         _print_json(found)
-        return
-    for header, rows in report.tables(found):
-        _print_table(header, rows)
-        _print_table((), [])
+    else:
+        for header, rows in report.tables(found):
+            _print_table(header, rows)
+            _print_table((), [])
+    if page is not None:
+        page.write_text(html.page(found), encoding="utf-8")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ class Program:
             settings = dataclasses.replace(settings, model=model)
         self.settings, self.steps = settings, steps
         self.shape = vit.shape_of(model)
-        self.mesh = _mesh(settings, self.shape, list(devices if devices is not None else jax.devices()))
+        self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
         self.network = Network(model)
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)
@@ -169,6 +169,15 @@ def restored(
         checkpoints.close()
 
 
+def check_model(model: config.Model, sizes: dict[str, int]) -> None:
+    """Raises `ConfigError` where a model, `num_classes` filled in, cannot be split over axes of these sizes."""
+    shape = vit.shape_of(model)
+    layout.check_divides("model.width", shape.width, "width", sizes)
+    layout.check_divides("model.heads", shape.heads, "heads", sizes)
+    layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
+    context.check(model.context_attention, model.attention, shape.heads, model.attention_dropout, sizes)
+
+
 def _compiler_options(settings: config.Config, platform: str) -> dict[str, int | bool]:
     options = xla_options.options_for(platform) if settings.xla_options else {}
     if settings.deterministic and platform in ("gpu", "cuda"):
@@ -176,13 +185,9 @@ def _compiler_options(settings: config.Config, platform: str) -> dict[str, int |
     return options
 
 
-def _mesh(settings: config.Config, shape: vit.Shape, devices: list[jax.Device]) -> Mesh:
+def _mesh(settings: config.Config, devices: list[jax.Device]) -> Mesh:
     sizes = topology.axis_sizes(settings.mesh, len(devices))
-    layout.check_divides("model.width", shape.width, "width", sizes)
-    layout.check_divides("model.heads", shape.heads, "heads", sizes)
-    layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
-    model = settings.model
-    context.check(model.context_attention, model.attention, shape.heads, model.attention_dropout, sizes)
+    check_model(settings.model, sizes)
     mesh = topology.make_mesh(sizes, devices)
     if jax.process_count() > 1 and mesh.size < len(devices):
         raise ConfigError(

@@ -6,6 +6,7 @@ A recipe is a Python file whose `get_config()` returns the schema's defaults wit
 
 import dataclasses
 import importlib.util
+import json
 import traceback
 import types
 import typing
@@ -96,6 +97,11 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         check_known(hint, leaf, ".".join(parents))
         node[leaf] = _parse(text, typing.get_type_hints(hint)[leaf], key)
     return values
+
+
+def assignment(key: str, value: Any) -> str:
+    """`key=value` as `override` reads it."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:

@@ -282,11 +282,13 @@ class Session:
             self.progress.line(f"going on from step {self.step}")
 
     def _say_plan(self, batch: dict[str, jax.Array]) -> None:
-        """What the step needs and how long it should take, by what the compiler made of it."""
+        """What the step needs and how long it should take; compiles it."""
         if self.progress is None:
             return
         step = self.program.train_step
         executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
+        if executable.memory_analysis() is None:  # no backend of today, but jax may say nothing
+            return
         for line in lines(plan_here(self.program, executable, self.state, batch)):
             self.progress.line(line)
 

@@ -56,8 +56,14 @@ PLAN = {
 SEARCHED = PLAN | {
     "overrides": ["mesh.fsdp=8", "model.remat=names"],
     "ranking": [
-        {"overrides": ["mesh.fsdp=8"], "step_ms": 160.0, "peak_bytes": 8 * GIB, "fits": True, "note": "compiled"},
-        {"overrides": [], "step_ms": 200.0, "peak_bytes": 20 * GIB, "fits": False, "note": ""},
+        {
+            "overrides": ["mesh.fsdp=8"],
+            "step_ms": 160.0,
+            "compiled_step_ms": 170.0,
+            "peak_bytes": 8 * GIB,
+            "note": "the choice",
+        },
+        {"overrides": [], "step_ms": 200.0, "compiled_step_ms": None, "peak_bytes": 20 * GIB, "note": ""},
     ],
     "fallen": [{"reason": "does not fit", "count": 12, "example": "mesh.data=16"}],
 }
@@ -196,8 +202,8 @@ def test_a_program_that_talks_to_nobody_has_no_such_table():
 def test_a_search_shows_its_ranking_and_what_fell():
     found = read(SEARCHED)
     assert found.rows("ranking")[1:] == [
-        ["1", "mesh.fsdp=8", "160 ms", "8.00 GiB", "yes", "compiled"],
-        ["2", "as it is", "200 ms", "20.00 GiB", "no", ""],
+        ["1", "mesh.fsdp=8", "160 ms", "8.00 GiB", "170 ms", "the choice"],
+        ["2", "as it is", "200 ms", "20.00 GiB", "–", ""],
     ]
     assert found.rows("fallen")[1:] == [["12", "does not fit", "mesh.data=16"]]
     assert 'id="ranking"' not in page(PLAN) and 'id="fallen"' not in page(PLAN)
@@ -248,7 +254,7 @@ EVIL = """<script>alert("1")</script>&'"""
         {"collectives": [PLAN["collectives"][1] | dict.fromkeys(("kind", "link", "crosses"), EVIL)]},
         {"collectives": [PLAN["collectives"][1] | {"axes": [EVIL]}]},
         {"overrides": [EVIL]},
-        {"ranking": [{"overrides": [EVIL], "step_ms": 1.0, "peak_bytes": 1, "fits": True, "note": EVIL}]},
+        {"ranking": [{"overrides": [EVIL], "step_ms": 1.0, "compiled_step_ms": None, "peak_bytes": 1, "note": EVIL}]},
         {"fallen": [{"reason": EVIL, "count": 1, "example": EVIL}]},
     ],
 )

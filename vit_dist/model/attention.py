@@ -112,8 +112,13 @@ def attend_across(
     return checkpoint_name(mixed, "attention")
 
 
+def fits_cudnn(*, on_gpu: bool, dtype: str, head_size: int, drops: bool) -> bool:
+    """Whether cuDNN has a kernel for heads of this size and dtype; drops: attention weights are dropped."""
+    return on_gpu and dtype == "bfloat16" and head_size % 8 == 0 and not drops
+
+
 def _takes_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
-    fits = _on_gpu() and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and not drops
+    fits = fits_cudnn(on_gpu=_on_gpu(), dtype=q.dtype.name, head_size=q.shape[-1], drops=drops)
     if implementation == "cudnn" and not fits:
         raise ConfigError(
             "model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16 and "

@@ -1,4 +1,4 @@
-"""What a compiled step says of itself, for one device: memory, collectives, bounds, and the time that follows."""
+"""A compiled step, for one device: its memory and collectives, bounds on its time, and the time that is likely."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def account(step: Step, chip: Chip) -> dict[str, Any]:
 
     fits, peak_bytes, device_bytes, headroom_bytes: of a device's memory. memory: bytes by what they are for, which sum
     to peak_bytes. flops: {model, hardware} of a step over all devices. collectives: a list of {kind, axes, bytes,
-    count, link, crosses, ms}. bounds_ms, binds, network_ms, step_ms, images_per_second, mfu: see `roofline`; None where
-    the chip's rates are not known.
+    count, link, crosses, ms}. bounds_ms, binds, network_ms, efficiencies, step_ms, images_per_second, mfu: see
+    `roofline`; None where the chip's rates are not known. Raises `ValueError` for a program that cannot be read.
     """
     program, text = step.program, step.executable.as_text()
     assert text is not None
@@ -43,8 +43,9 @@ def account(step: Step, chip: Chip) -> dict[str, Any]:
 
 
 def account_of_too_large(program: Program, error: TooLarge, chip: Chip) -> dict[str, Any]:
-    """The account of a step that the compiler gave up, of which it says how much memory it would take alone."""
-    parts = {**error.held, "temporaries": error.needed - sum(error.held.values())}
+    """The account of a step that the compiler gave up: it says only how much memory that would take, rounded."""
+    needed = max(error.needed, (chip.memory_bytes or 0) + 1)
+    parts = {**error.held, "temporaries": needed - sum(error.held.values())}
     attention = attention_of(program.settings, chip.platform, dict(program.mesh.shape))
     least = Work(device_flops(program.settings, attention, dict(program.mesh.shape)), 0, 0)
     arithmetic = roofline.bounds_ms(least, chip, program.settings.model.dtype)["arithmetic"]
@@ -71,9 +72,9 @@ def memory(step: Step, chip: Chip) -> dict[str, int]:
         "temporaries": of.temp_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes,
         "code": of.generated_code_size_in_bytes,
     }
-    over = sum(parts.values()) - (chip.memory_bytes or 0)
-    if chip.platform == "tpu" and over > 0:  # TPUs' compiler makes nothing that does not fit: the sum has holes in it
-        parts["temporaries"] -= over
+    if chip.platform == "tpu" and chip.memory_bytes is not None:
+        # TPUs' compiler makes nothing that does not fit: where the sum says otherwise, there are holes in it.
+        parts["temporaries"] -= min(max(sum(parts.values()) - chip.memory_bytes, 0), parts["temporaries"])
     return parts
 
 
@@ -94,6 +95,7 @@ def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
     settings, dtype = program.settings, program.settings.model.dtype
     attention = attention_of(settings, chip.platform, dict(program.mesh.shape))
     bounds, seconds = roofline.bounds_ms(work, chip, dtype), roofline.step_seconds(work, chip, dtype)
+    peak = chip.peak_flops(dtype)
     known = {name: bound for name, bound in bounds.items() if bound is not None}
     return {
         "flops": {
@@ -106,7 +108,7 @@ def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
         "efficiencies": EFFICIENCY,
         "step_ms": None if seconds is None else seconds * 1000,
         "images_per_second": None if seconds is None else settings.batch_size / seconds,
-        "mfu": None if seconds is None else program.mfu(seconds),
+        "mfu": None if seconds is None or not peak else program.flops_per_step() / (seconds * peak * program.mesh.size),
     }
 
 

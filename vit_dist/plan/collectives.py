@@ -46,7 +46,7 @@ class Collective:
 def collectives(text: str, axes: Mapping[str, int]) -> list[Collective]:
     """Every collective of a compiled program's text (`compiled.as_text()`); axes: the mesh's names and sizes.
 
-    Raises `ValueError` for groups that are no product of axes.
+    Raises `ValueError` for what cannot be read, such as groups that are no product of axes.
     """
     program = hlo.read(text)
     own = _axes_of_partitions(program, axes)
@@ -71,6 +71,8 @@ def _said(
     The second half says the result alone: the first has, by platform and version, the operand beside it.
     """
     if instruction.opcode == "send" and (transfer := _TRANSFER.search(instruction.line)):
+        if transfer["type"] not in _TRANSFERS:
+            raise ValueError(f"a send between slices of an unknown type: {transfer['type']}")
         return _TRANSFERS[transfer["type"]], (BETWEEN_SLICES,), computation[instruction.operands[0]].bytes
     kind, size = instruction.opcode.removesuffix("-done"), instruction.bytes
     if kind not in KINDS:

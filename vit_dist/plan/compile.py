@@ -52,6 +52,11 @@ def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
     steps = settings.total_steps or UNUSED
     program = Program(settings, classes=CLASSES, steps=steps, crop_on_device=whole, devices=devices)
     program.check_training_batch()
+    if program.mesh.size < len(devices):
+        raise ConfigError(
+            f"mesh: takes {program.mesh.size} of the target's {len(devices)} devices; set one axis to -1, or take a "
+            "smaller target"
+        )
     return program
 
 

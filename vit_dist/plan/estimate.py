@@ -61,7 +61,9 @@ class Estimate:
 
 def wires_of(mesh: Mesh, chip: Chip) -> Wires:
     """The wires of a mesh of these chips."""
-    spoken = (("dcn_data", "data"), ("fsdp",), ("context",), ("tensor",), ("dcn_data", "data", "fsdp"))
+    batch, width = layout.TABLE["batch"], layout.TABLE["width"]
+    replicas = tuple(axis for axis in batch if axis not in width)
+    spoken = (batch, replicas, width, layout.TABLE["tokens"], layout.TABLE["heads"])
     groups = {tuple(axis for axis in axes if axis in mesh.shape) for axes in spoken}
     return Wires(dict(mesh.shape), {axes: links.link(chip, links.group(mesh, axes)) for axes in groups})
 

@@ -19,9 +19,9 @@ from vit_dist.step.state import State
 def plan_here(
     program: Program, executable: jax.stages.Compiled, state: State, batch: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """Memory and time of a step that was compiled for the devices that are here, with the keys of `plan`.
+    """Memory and time of a step that was compiled for the devices that are here: what `report.lines` says.
 
-    Memory is the compiler's count. Time is by arithmetic alone: a run needs no reading of what the compiler made.
+    Memory is the compiler's count. Time is by arithmetic alone, so that no run depends on how a compiler writes.
     """
     chip = targets.chip_here(program.mesh.devices.flat[0])
     settings, sizes = program.settings, dict(program.mesh.shape)
@@ -30,6 +30,11 @@ def plan_here(
     else:
         work = estimate(settings, chip, wires_of(program.mesh, chip), held_of(settings)).work
     parts = memory(Step(program, executable, held_bytes(state, batch)), chip)
-    found = {"device_kind": chip.kind, **of_memory(parts, chip), **of_time(program, work, chip)}
+    found = {
+        "device_kind": chip.kind,
+        "dtype": settings.model.dtype,
+        **of_memory(parts, chip),
+        **of_time(program, work, chip),
+    }
     run = dataclasses.replace(settings, total_steps=program.steps)
     return {**found, **of_run(run, found, program.mesh.size, jax.process_count(), None)}

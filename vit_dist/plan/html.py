@@ -169,13 +169,13 @@ def _ranking(plan: dict[str, Any]) -> str:
             " ".join(one["overrides"]) or "as it is",
             say_ms(one["step_ms"]),
             _size(one["peak_bytes"]),
-            {True: "yes", False: "no", None: _NOT_KNOWN}[one["fits"]],
+            say_ms(one["compiled_step_ms"]) if one["compiled_step_ms"] is not None else "–",
             one["note"] or "",
         )
         for place, one in enumerate(plan["ranking"], start=1)
     ]
-    header = ("", "layout", "a step", "memory", "fits", "")
-    return _table("ranking", "Layouts, the quickest first", header, rows, numbers=(2, 3))
+    header = ("", "layout", "a step, estimated", "memory", "compiled", "")
+    return _table("ranking", "Layouts, the quickest first", header, rows, numbers=(2, 3, 4))
 
 
 def _fallen(plan: dict[str, Any]) -> str:

@@ -4,7 +4,10 @@ Memory grows with the batch very nearly in a straight line, so two compilations 
 what the compiler says there moves the line, until the largest that fits and the smallest that does not are neighbours.
 """
 
+import logging
 from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
 
 TRIES = 12  # compilations
 
@@ -25,6 +28,8 @@ def largest_multiple(peak_bytes: Callable[[int], int], limit: int) -> int:
         else:
             fails = guess if fails is None else min(fails, guess)
         guess = _guess(known, fits, fails, limit)
+    if fails is None or fails - fits > 1:
+        _log.warning("%d compilations were not enough: there may be a larger batch that fits", TRIES)
     return fits
 
 

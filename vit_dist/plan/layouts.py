@@ -5,23 +5,22 @@ the order of floating-point sums and, with micro-batches, the draws of dropout.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 
-from vit_dist import config
+from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.describe import CLASSES
 from vit_dist.mesh import layout, topology
-from vit_dist.model import context
 from vit_dist.model.vit import shape_of
 from vit_dist.plan import roofline
 from vit_dist.plan.estimate import Estimate, estimate, wires_of
 from vit_dist.plan.load import held_of
 from vit_dist.plan.targets import Target
+from vit_dist.program import check_model
 
 # The deepest model whose blocks are tried unrolled. Of L/16, with 24, the GPUs' compiler makes a program in half a
 # minute, and the TPUs' in more than two.
@@ -108,12 +107,8 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 def _check(settings: Config, sizes: dict[str, int]) -> None:
     """Raises `ConfigError` where the config's numbers do not divide over a mesh, as its program would."""
-    model, shape = settings.model, shape_of(settings.model)
     layout.check_divides("batch_size", settings.batch_size, "batch", sizes)
-    layout.check_divides("model.width", shape.width, "width", sizes)
-    layout.check_divides("model.heads", shape.heads, "heads", sizes)
-    layout.check_divides("model.mlp", shape.mlp, "mlp", sizes)
-    context.check(model.context_attention, model.attention, shape.heads, model.attention_dropout, sizes)
+    check_model(settings.model, sizes)
 
 
 def _ways(settings: Config, sizes: dict[str, int], platform: str) -> Iterator[Config]:
@@ -153,7 +148,7 @@ def _overrides(settings: Config, changed: Config) -> tuple[str, ...]:
     }
     own = config.flatten(dataclasses.asdict(settings))
     differing = ((key, value) for key, value in flat.items() if own[key] != value)
-    return tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in differing)
+    return tuple(recipes.assignment(key, value) for key, value in differing)
 
 
 def _with_classes(settings: Config, classes: int) -> Config:

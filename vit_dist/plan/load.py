@@ -13,6 +13,7 @@ from vit_dist.config import Config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
 from vit_dist.model import context
+from vit_dist.model.attention import fits_cudnn
 from vit_dist.model.vit import Shape, shape_of
 from vit_dist.plan.activations import Part
 from vit_dist.program import UNUSED
@@ -79,7 +80,8 @@ def held_of(settings: Config) -> Held:
     network = Network(dataclasses.replace(settings.model, scan=True))
     optimizer = make_optimizer(settings.optimizer, UNUSED)
     anywhere = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    with jax.sharding.use_abstract_mesh(anywhere):
+    # A mesh in use cannot be exchanged for one of another size, but left.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(anywhere):
         state = jax.eval_shape(lambda: make_state(network, optimizer, settings.seed, settings.ema_decay > 0))
     blocks = state.parameters["blocks"]
     others = {name: tree for name, tree in state.parameters.items() if name != "blocks"}
@@ -106,8 +108,12 @@ def load_of(settings: Config, platform: str, sizes: Sizes, held: Held) -> Load:
 def attention_of(settings: Config, platform: str, sizes: Sizes) -> str:
     """What computes the attention, as `model.attention` chooses: "xla", "cudnn" or "chunked"."""
     model, shape = settings.model, shape_of(settings.model)
-    fused = platform == "gpu" and model.dtype == "bfloat16" and shape.width // shape.heads % 8 == 0
-    fused = fused and model.attention != "xla" and not model.attention_dropout
+    fused = model.attention != "xla" and fits_cudnn(
+        on_gpu=platform == "gpu",
+        dtype=model.dtype,
+        head_size=shape.width // shape.heads,
+        drops=bool(model.attention_dropout),
+    )
     split = count(sizes, layout.TABLE["tokens"]) > 1
     if split and (not fused or model.context_attention == "ring"):
         return "chunked"

@@ -50,7 +50,7 @@ def _say_flops(count: float) -> str:
 
 def _likely(plan: dict[str, Any]) -> str:
     if plan["step_ms"] is None:
-        return f"no time is planned, for of {plan['device_kind']} no rates are published"
+        return f"no time is planned: what {plan['device_kind']} can do in {plan['dtype']} is not published"
     run = "" if plan["hours"] is None else f", {plan['hours']:,.1f} hours for {plan['steps']:,} steps"
     mfu = "" if plan["mfu"] is None else f", MFU {plan['mfu']:.0%}"
     return f"likely {say_ms(plan['step_ms'])} a step, {plan['images_per_second']:,.0f} images/s{mfu}{run}"
@@ -69,6 +69,8 @@ def _summary(plan: dict[str, Any]) -> Table:
             ("images a second", f"{plan['images_per_second']:,.0f}, a host {plan['images_per_second_per_host']:,.0f}"),
             ("MFU", f"{plan['mfu']:.1%}"),
         ]
+    else:
+        rows.append(("step", _likely(plan) if plan["fits"] is not False else "not known of what does not fit"))
     if plan["hours"] is not None:
         rows.append(
             ("run", f"{plan['steps']:,} steps, {plan['hours']:,.1f} hours, {plan['device_hours']:,.0f} of devices")
@@ -119,10 +121,16 @@ def _collectives(plan: dict[str, Any]) -> Table:
 
 def _ranking(plan: dict[str, Any]) -> Table:
     rows = [
-        (say_ms(one["step_ms"]), gib(one["peak_bytes"]), " ".join(one["overrides"]) or "as it is", one["note"])
+        (
+            say_ms(one["step_ms"]),
+            "-" if one["compiled_step_ms"] is None else say_ms(one["compiled_step_ms"]),
+            gib(one["peak_bytes"]),
+            " ".join(one["overrides"]) or "as it is",
+            one["note"],
+        )
         for one in plan["ranking"]
     ]
-    return ("step, estimated", "memory", "layout", ""), rows
+    return ("step, estimated", "compiled", "memory", "layout", ""), rows
 
 
 def _fallen(plan: dict[str, Any]) -> Table:

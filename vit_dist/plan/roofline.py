@@ -2,8 +2,9 @@
 
 A device multiplies, moves bytes to and from its memory, and talks to others. At the full rate of each, the time for
 it is a lower bound on the step (Williams et al. 2009, "Roofline"). The likely time takes the shares of those rates
-that programs reach (`EFFICIENCY`), and counts what one after the other takes: products bound by arithmetic, then all
-that lies between them bound by memory; beside both runs what talk can hide there, and after them the rest of it.
+that programs reach (`EFFICIENCY`), and counts what one after the other takes: products, bound by arithmetic or, small
+ones, by memory; then all that lies between them, bound by memory. Beside both runs what talk can hide there, and after
+them the rest of it.
 """
 
 import dataclasses
@@ -77,7 +78,9 @@ def step_seconds(work: Work, chip: Chip, dtype: str) -> float | None:
     peak, bandwidth = chip.peak_flops(dtype), chip.memory_bandwidth
     if not peak or not bandwidth:
         return None
-    alone = work.flops / (peak * EFFICIENCY["arithmetic"]) + work.other_bytes / (bandwidth * EFFICIENCY["memory"])
+    moved = bandwidth * EFFICIENCY["memory"]
+    products = max(work.flops / (peak * EFFICIENCY["arithmetic"]), (work.bytes - work.other_bytes) / moved)
+    alone = products + work.other_bytes / moved
     hidden, exposed = (
         sum(talk.seconds for talk in work.talks if talk.hides is hides) / EFFICIENCY["network"]
         for hides in (True, False)

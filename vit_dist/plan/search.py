@@ -1,7 +1,8 @@
 """The quickest layout that fits: all layouts of a target ranked by arithmetic, the best of them compiled.
 
-The compiler is asked in the order that `layouts` gives, until a few are found to fit: what it says of memory wins. The
-first that fits is the choice. The order depends on nothing but the config and the target.
+The compiler is asked about the config's own layout and then in the order that `layouts` gives, until a few are found
+to fit: what it says of memory wins. The choice is the one of these whose compiled program is the quickest; where no
+time is known, the first. The order depends on nothing but the config and the target.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from vit_dist.plan.targets import Target
 
 Account = dict[str, Any]
 
-FRONT = 3  # how many are to be found to fit
+FRONT = 3  # how many are to be found to fit, beside the config's own
 SECONDS = 480.0  # after which no more compilations begin
 SHOWN = 10
 DOUBT = 1.1  # the compiler is asked about what the estimate puts no further above a device's memory than this
@@ -52,18 +53,19 @@ def search(
 ) -> Account:
     """The quickest layouts of a config on all devices of a target, at its batch size.
 
-    account_of: compiles a config and says {fits, peak_bytes, step_ms}. No compilation begins once `front` layouts were
-    found to fit, or after so many `seconds`; where none of those compiled fits, the smallest of all has its turn.
+    account_of: compiles a config and says {fits, peak_bytes, step_ms}. No compilation begins once `front` other layouts
+    were found to fit, or after so many `seconds`; where none of those compiled fits, the smallest of all has its turn.
 
     Returns choice: {overrides, step_ms, peak_bytes}, the compiler's figures, None where nothing was found to fit.
     smallest: {overrides, peak_bytes} of the least memory that any layout takes. ranking: the best, as {overrides,
-    step_ms (estimated), peak_bytes (the compiler's where it was asked), note}. fallen: {reason, count, example}.
-    overrides: `key=value` where a layout is not the config's own.
+    step_ms (estimated), compiled_step_ms, peak_bytes (the compiler's where it was asked), note}. fallen: {reason,
+    count, example}. overrides: `key=value` where a layout is not the config's own.
     """
     found, refused = layouts(settings, target, devices)
     limit = target.chip.memory_bytes
     asked = _ask(found, limit, account_of, front, time.monotonic() + seconds)
-    choice = next((one for one in found if asked.fits(one)), None)
+    fitting = [one for one in found if asked.fits(one)]
+    choice = min(fitting, key=lambda one: asked.accounts[one.overrides]["step_ms"] or 0.0, default=None)
     notes = {one.overrides: _note(one, one is choice, asked, limit) for one in found}
     shown = [one for one in found if not notes[one.overrides].startswith("too large by estimate")][:SHOWN]
     smallest = min(found, key=lambda one: _peak(one, asked), default=None)
@@ -78,10 +80,10 @@ def search(
 def _ask(
     found: list[Layout], limit: int | None, account_of: Callable[[Config], Account], front: int, deadline: float
 ) -> _Asked:
-    """Compiles the first layouts until `front` of them fit; one at least."""
-    asked, refused = _Asked({}, set(), {}), dict[Any, int]()
-    for one in found:
-        if sum(map(asked.fits, found)) == front or (asked.begun and time.monotonic() > deadline):
+    """Compiles the config's own layout and the first others, until `front` fit; one at least."""
+    asked, refused, fitting = _Asked({}, set(), {}), dict[Any, int](), 0
+    for one in sorted(found, key=lambda one: one.overrides != ()):
+        if fitting == front or (asked.begun and time.monotonic() >= deadline):
             break
         size = one.found.peak_bytes
         if limit is not None and size > DOUBT * limit:
@@ -94,6 +96,7 @@ def _ask(
         except ConfigError as error:  # of this layout, which is then none
             asked.failed[one.overrides] = str(error)
             continue
+        fitting += asked.fits(one) and one.overrides != ()
         if not asked.fits(one):
             refused[one.kind] = size
     smallest = min(found, key=lambda one: one.found.peak_bytes, default=None)
@@ -114,7 +117,7 @@ def _note(one: Layout, is_choice: bool, asked: _Asked, limit: int | None) -> str
         return f"cannot be compiled: {asked.failed[one.overrides]}"
     if one.overrides in asked.passed_over:
         return "larger than one like it that the compiler found too large"
-    return "slower by estimate, not compiled"
+    return "not compiled" if one.seconds is None else "slower by estimate, not compiled"
 
 
 def _fallen(
@@ -140,7 +143,13 @@ def _fallen(
 
 def _row(one: Layout, asked: _Asked, note: str) -> Account:
     step_ms = None if one.seconds is None else one.seconds * 1000
-    return {"overrides": list(one.overrides), "step_ms": step_ms, "peak_bytes": _peak(one, asked), "note": note}
+    return {
+        "overrides": list(one.overrides),
+        "step_ms": step_ms,
+        "compiled_step_ms": asked.accounts.get(one.overrides, {}).get("step_ms"),
+        "peak_bytes": _peak(one, asked),
+        "note": note,
+    }
 
 
 def _of_account(one: Layout, asked: _Asked) -> Account:

@@ -1,7 +1,7 @@
 """`plan`: what a config would need, and how fast it would be, on hardware that is not here."""
 
+import contextlib
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -12,10 +12,11 @@ import jax
 
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
-from vit_dist.mesh import layout, processes
+from vit_dist.describe import CLASSES
+from vit_dist.mesh import layout, processes, topology
 from vit_dist.plan import targets
 from vit_dist.plan.account import account, account_of_too_large, of_run
-from vit_dist.plan.compile import CLASSES, TooLarge, compile_step, make_program
+from vit_dist.plan.compile import TooLarge, compile_step, make_program
 from vit_dist.plan.largest import largest_multiple
 from vit_dist.plan.search import search as search_layouts
 from vit_dist.plan.targets import Target
@@ -39,10 +40,11 @@ def plan(
     own. largest_batch: plans the largest batch that fits. examples: how many the data have, for the length of a run in
     epochs; no data are opened.
 
-    Returns what `account` does, and target, device_kind, devices, mesh, batch_size, overrides (what differs from the
-    config), images_per_second_per_host, steps, hours, device_hours (None where the length of the run or the chip's
+    Returns what `account` does, and target, device_kind, devices, mesh, batch_size, dtype, overrides (what differs from
+    the config), images_per_second_per_host, steps, hours, device_hours (None where the length of the run or the chip's
     rates are not known); with `search` also its ranking, fallen and smallest, which is what is planned where nothing
-    fits. What is too large is an answer: `fits` is False. Raises `ConfigError`.
+    fits. What is too large is an answer: `fits` is False. Raises `ConfigError`. The process is then one for planning:
+    jax is left with CPU devices alone and, unless the target is one, without its cache of compiled programs.
     """
     if search and largest_batch:
         raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
@@ -77,9 +79,10 @@ def plan(
         "device_kind": where.chip.kind,
         "devices": where.count,
         "batch_size": chosen.batch_size,
+        "dtype": chosen.model.dtype,
         "overrides": overrides(settings, chosen),
         **made_of,
-        **of_run(chosen, made_of, math.prod(made_of["mesh"].values()), hosts, examples),
+        **of_run(chosen, made_of, where.count, hosts, examples),
         **found,
     }
 
@@ -87,8 +90,7 @@ def plan(
 def overrides(settings: Config, changed: Config) -> list[str]:
     """What turns one config into the other, as `key=value`."""
     flat = config.flatten(config.to_dict(changed))
-    values = {key: flat[key] for key in config.differences(settings, changed)}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    return [recipes.assignment(key, flat[key]) for key in config.differences(settings, changed)]
 
 
 def overridden(settings: Config, assignments: Sequence[str]) -> Config:
@@ -101,11 +103,8 @@ def _devices(where: Target) -> list[jax.Device]:
     count = where.count if where.chip.platform == "cpu" else 1
     if where.chip.platform != "cpu":
         jax.config.update("jax_enable_compilation_cache", False)  # jax can keep what it cannot run, but not read it
-    try:
+    with contextlib.suppress(ConfigError):  # jax runs already, perhaps with as many as are needed
         processes.pretend(count)
-    except ConfigError:  # jax runs already, which is as good if it has them
-        if len(jax.devices("cpu")) < count:
-            raise
     return targets.devices(where)
 
 
@@ -116,6 +115,8 @@ def _compiled_account(settings: Config, where: Target, devices: Sequence[jax.Dev
         found = account(compile_step(program), where.chip)
     except TooLarge as error:
         found = account_of_too_large(program, error, where.chip)
+    except ValueError as error:
+        raise ConfigError(f"--target={where.name}: the compiled program cannot be read: {error}") from error
     return {"mesh": dict(program.mesh.shape), **found, "compile_seconds": round(time.perf_counter() - begun, 1)}
 
 
@@ -126,8 +127,8 @@ def _with_largest_batch(
     limit = where.chip.memory_bytes
     if limit is None:
         raise ConfigError(f"--batch-size=max: the memory of {where.chip.name} is not known")
-    sizes = dict(make_program(settings, devices).mesh.shape)
-    unit = settings.accumulate_steps * math.prod(sizes.get(axis, 1) for axis in layout.TABLE["batch"])
+    sizes = topology.axis_sizes(settings.mesh, len(devices))
+    unit = settings.accumulate_steps * math.prod(sizes[axis] for axis in layout.TABLE["batch"])
 
     def of_size(multiple: int) -> Config:
         return dataclasses.replace(settings, batch_size=unit * multiple)
