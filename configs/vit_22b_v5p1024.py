@@ -13,7 +13,8 @@ that share the batch.
 Expected: the paper's results were had with JFT; for other images there are none. Not yet run. Time: 19 days, if half of
 the chips' 459 TFLOP/s each were used.
 
-Compiled for v5p:8x8x16, 2026-11-24, jax 0.10.2: 47.1 GiB a chip of its 95, of which 0.9 are parameters and optimizer.
+Compiled for v5p:8x8x16 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 47.1 GiB a chip of its 95, of which 0.9 are
+parameters and optimizer.
 """
 
 from vit_dist.config import default_config

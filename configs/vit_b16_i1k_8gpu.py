@@ -10,7 +10,8 @@ weight decay 0.1, batch 512, RandAugment). Gradients are not clipped here. Not y
 quick as in NVIDIA's own B/16 in JAX, which trains 1,459 images of 224 pixels a second on each of 8 H100; one of 192 has
 0.73 of the arithmetic. The host must then decode some 16,000 images a second: 32 cores of the kind that does 500.
 
-Compiled for 8 H100, 2026-11-24, jax 0.10.2: 19.1 GiB a GPU of its 79, of which 1.0 are parameters and optimizer.
+Compiled for h100:8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 16.7 GiB a GPU of the 59 that jax takes of its 79, of
+which 1.0 are parameters and optimizer.
 """
 
 from vit_dist.config import default_config

@@ -153,6 +153,9 @@ def test_no_layout_by_hand_is_better_than_what_the_search_finds(target):
     assert choice["overrides"] == plan["overrides"] and choice["peak_bytes"] == plan["peak_bytes"]
     compiled = [row for row in plan["ranking"] if row["note"] in ("the choice", "fits")]
     assert choice["compiled_step_ms"] == min(row["compiled_step_ms"] for row in compiled) == plan["step_ms"]
+    for row in compiled:
+        assert 0.7 < row["estimated_bytes"] / row["peak_bytes"] < 1.4
+        assert 0.7 < row["step_ms"] / row["compiled_step_ms"] < 1.4
     lines = run_python("-c", ESTIMATES, target, json.dumps(BY_HAND[target])).stdout.splitlines()
     by_hand = [json.loads(line) for line in lines]
     assert len(by_hand) == 20

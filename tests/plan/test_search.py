@@ -69,12 +69,15 @@ def test_of_what_was_compiled_and_fits_the_quickest_is_the_choice():
         "fits", "the choice", "fits", "slower by estimate, not compiled"
     ]  # fmt: skip
     assert found["ranking"][0]["step_ms"] == pytest.approx(ranked[0].seconds * 1000)
+    assert found["ranking"][0]["estimated_bytes"] == ranked[0].found.peak_bytes
     assert [row["compiled_step_ms"] for row in found["ranking"]][:4] == [2.0, 0.5, 4.0, None]
 
 
 def test_a_config_that_is_quicker_than_what_was_estimated_to_be_is_left_as_it_is():
     found = search_of(Compiler(quick=[settings()]))
     assert found["choice"]["overrides"] == []
+    # Far down by estimate, it is shown all the same.
+    assert [row["note"] for row in found["ranking"] if row["overrides"] == []] == ["the choice"]
 
 
 def test_where_the_compiler_refuses_two_the_third_is_the_choice():

@@ -57,9 +57,10 @@ def search(
     were found to fit, or after so many `seconds`; where none of those compiled fits, the smallest of all has its turn.
 
     Returns choice: {overrides, step_ms, peak_bytes}, the compiler's figures, None where nothing was found to fit.
-    smallest: {overrides, peak_bytes} of the least memory that any layout takes. ranking: the best, as {overrides,
-    step_ms (estimated), compiled_step_ms, peak_bytes (the compiler's where it was asked), note}. fallen: {reason,
-    count, example}. overrides: `key=value` where a layout is not the config's own.
+    smallest: {overrides, peak_bytes} of the least memory that any layout takes. ranking: the best by estimate and all
+    that were compiled, as {overrides, step_ms, estimated_bytes (both estimated), compiled_step_ms, peak_bytes (the
+    compiler's where it was asked), note}. fallen: {reason, count, example}. overrides: `key=value` where a layout is not
+    the config's own.
     """
     found, refused = layouts(settings, target, devices)
     limit = target.chip.memory_bytes
@@ -67,7 +68,8 @@ def search(
     fitting = [one for one in found if asked.fits(one)]
     choice = min(fitting, key=lambda one: asked.accounts[one.overrides]["step_ms"] or 0.0, default=None)
     notes = {one.overrides: _note(one, one is choice, asked, limit) for one in found}
-    shown = [one for one in found if not notes[one.overrides].startswith("too large by estimate")][:SHOWN]
+    likely = [one for one in found if not notes[one.overrides].startswith("too large by estimate")]
+    shown = [one for place, one in enumerate(likely) if place < SHOWN or one.overrides in asked.accounts]
     smallest = min(found, key=lambda one: _peak(one, asked), default=None)
     return {
         "choice": None if choice is None else _of_account(choice, asked),
@@ -148,6 +150,7 @@ def _row(one: Layout, asked: _Asked, note: str) -> Account:
         "step_ms": step_ms,
         "compiled_step_ms": asked.accounts.get(one.overrides, {}).get("step_ms"),
         "peak_bytes": _peak(one, asked),
+        "estimated_bytes": one.found.peak_bytes,
         "note": note,
     }
 
