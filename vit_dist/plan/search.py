@@ -59,8 +59,8 @@ def search(
     Returns choice: {overrides, step_ms, peak_bytes}, the compiler's figures, None where nothing was found to fit.
     smallest: {overrides, peak_bytes} of the least memory that any layout takes. ranking: the best by estimate and all
     that were compiled, as {overrides, step_ms, estimated_bytes (both estimated), compiled_step_ms, peak_bytes (the
-    compiler's where it was asked), note}. fallen: {reason, count, example}. overrides: `key=value` where a layout is not
-    the config's own.
+    compiler's where it was asked), note}. fallen: {reason, count, example}. overrides: `key=value` where a layout is
+    not the config's own.
     """
     found, refused = layouts(settings, target, devices)
     limit = target.chip.memory_bytes
