@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A minute of vit-dist as a user would run it: trains twenty steps, asks again, evaluates, classifies a picture, and
+# A minute of vit-dist as a user would run it: plans and trains twenty steps, asks again, evaluates, classifies a picture, and
 # trains from prepared records.
 # The one argument is the command to try; `make smoke` gives that of its environment.
 set -euo pipefail
@@ -18,6 +18,8 @@ check() {
 train() { "$command" train --config=configs/digits.py --workdir="$folder/run" --config.total_steps=20 "$@"; }
 
 "$command" configs | grep digits >/dev/null
+"$command" plan --config=configs/digits.py --target=cpu:4 --json |
+  check "plan says that four devices are enough, and who talks" "result['fits'] and result['collectives']"
 train | tee "$folder/first" | check "train takes 20 steps and evaluates 360 digits" "result['step'] == 20 and result['count'] == 360"
 train | check "train on a finished run prints its summary again" "result == json.loads(open('$folder/first').readlines()[-1])"
 "$command" eval --workdir="$folder/run" | check "eval counts 360 of 360" "result['count'] == 360 and 0 < result['loss'] < 10"

@@ -1,7 +1,8 @@
 """Train, evaluate and use Vision Transformers on any device mesh: `from vit_dist import ViT, train, evaluate, predict`.
 
 Names are imported when they are asked for: the data loader's worker processes import this package and must not start
-jax. `train`, `evaluate` and others are modules too, and `vit_dist.train` is always the function.
+jax. `train`, `evaluate`, `plan` and others are modules too, and `vit_dist.train` is always the function; what is in the
+package `plan` is had by `from vit_dist.plan import targets`.
 """
 
 import importlib
@@ -37,7 +38,10 @@ class _Package(types.ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Importing a submodule ends by setting it on the package, where it would hide the function of its name.
-        super().__setattr__(name, getattr(value, name) if name in __all__ else value)
+        if name not in __all__:
+            super().__setattr__(name, value)
+        elif hasattr(value, name):  # `plan` is a package, and holds its function further down
+            super().__setattr__(name, getattr(value, name))
 
 
 sys.modules[__name__].__class__ = _Package
