@@ -64,7 +64,8 @@ def test_l16_is_planned(target, options, devices):
 def test_22b_is_planned():
     plan = planned(V22, "v5p:8x8x16")
     assert_sound(plan)
-    assert plan["flops"]["hardware"] > 1.2 * plan["flops"]["model"]  # blocks are computed again
+    # Blocks are computed again but for the projections out of them: of the three passes' products a fifth more.
+    assert 1.15 < plan["flops"]["hardware"] / plan["flops"]["model"] < 1.25
     assert plan["memory"]["parameters"] == pytest.approx(4 * 22_338_131_283 / 256, rel=0.05)
     tokens = 65536 // 256 * 256 * 6144 * 2  # of one device, 256 patches of an image, in bfloat16
     in_blocks = [one for one in plan["collectives"] if one["axes"] == ["tensor"] and one["bytes"] == tokens]
@@ -115,7 +116,7 @@ BY_HAND = {
     ],
     "v5e:16x16": [
         (1, 16, 16, 1, "names", 1), (1, 16, 16, 1, "block", 1), (1, 16, 16, 1, "none", 1), (1, 16, 16, 1, "none", 2),
-        (1, 16, 16, 1, "names", 2), (1, 1, 256, 1, "names", 1), (1, 1, 256, 1, "block", 1), (1, 1, 256, 1, "none", 1),
+        (1, 16, 16, 1, "names", 2), (1, 2, 128, 1, "names", 1), (1, 2, 128, 1, "block", 1), (1, 2, 128, 1, "none", 1),
         (1, 256, 1, 1, "block", 1), (1, 256, 1, 1, "names", 1), (1, 4, 64, 1, "names", 1), (1, 8, 32, 1, "names", 1),
         (1, 32, 8, 1, "names", 1), (1, 64, 4, 1, "names", 1), (1, 16, 8, 2, "names", 1), (1, 16, 4, 4, "names", 1),
         (1, 1, 64, 4, "none", 1), (1, 1, 128, 2, "names", 1), (1, 16, 1, 16, "none", 1), (1, 4, 16, 4, "block", 1),
@@ -129,6 +130,7 @@ from vit_dist.mesh import processes, topology
 from vit_dist.plan import roofline, targets
 from vit_dist.plan.estimate import estimate, wires_of
 from vit_dist.plan.load import held_of
+from vit_dist.program import check_model
 
 processes.pretend(1)
 target = targets.parse(sys.argv[1])
@@ -138,6 +140,7 @@ held = held_of(settings)
 for dcn_data, data, fsdp, tensor, remat, times in json.loads(sys.argv[2]):
     sizes = {"dcn_data": dcn_data, "data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
     model = dataclasses.replace(settings.model, remat=remat)
+    check_model(model, sizes)
     one = dataclasses.replace(settings, mesh=config.Mesh(**sizes), model=model, accumulate_steps=times)
     found = estimate(one, target.chip, wires_of(topology.make_mesh(sizes, devices), target.chip), held)
     step_ms = roofline.step_seconds(found.work, target.chip, one.model.dtype) * 1000
