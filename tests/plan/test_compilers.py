@@ -54,9 +54,8 @@ def test_l16_is_planned(target, options, devices):
     assert sums(plan, "all-gather", ["fsdp"]) == pytest.approx(blocks + head, rel=0.1)
     across = [one for one in plan["collectives"] if one["crosses"]]
     assert bool(across) is target.startswith("h200")
-    if (
-        across
-    ):  # a node has the parameters once, and each of its GPUs sums its eighth of the gradients with three others
+    if across:
+        # A node has the parameters once, and each of its GPUs sums its eighth of the gradients with three others.
         assert {one["crosses"] for one in across} == {"nodes"}
         assert sums(plan, "all-reduce", ["dcn_data"]) == pytest.approx(4 * PARAMETERS / 8, rel=0.01)
 
