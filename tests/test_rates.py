@@ -82,7 +82,7 @@ def test_a_slow_decoder_is_told_from_a_slow_disk(caplog, monkeypatch):
 
 
 def test_a_step_that_is_slower_than_its_data_says_nothing(caplog):
-    found = measured(seconds=0.0, step_seconds=0.03)
+    found = measured(seconds=0.0, step_seconds=0.1)
     assert found.waited < rates.SLOW_DATA * found.seconds
     assert "waiting for data" not in caplog.text
 
