@@ -134,6 +134,22 @@ def test_a_search_says_what_to_use_and_all_of_it_can_be_shown(monkeypatch, capfd
     assert sorted(nothing["overrides"]) == sorted(nothing["smallest"]["overrides"])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("XLA's compiler cannot make this program: INTERNAL"), "^XLA's compiler cannot make"),
+        (ValueError("groups of no axes"), "--target=cpu:8: the compiled program cannot be read: groups of no axes"),
+    ],
+)
+def test_what_cannot_be_compiled_or_read_is_said_as_it_is(error, said, monkeypatch):
+    def fails(program):
+        raise error
+
+    monkeypatch.setattr(verb, "compile_step", fails)
+    with pytest.raises(ConfigError, match=said):
+        plan(settings(*CPU, "mesh.data=8"), "cpu:8")
+
+
 def test_no_data_are_opened():
     asked = settings("model.num_classes=10", "mesh.data=8", "data.source=folder", "data.path=/no/such/folder")
     assert plan(asked, "cpu:8")["fits"] is True

@@ -115,6 +115,8 @@ def _compiled_account(settings: Config, where: Target, devices: Sequence[jax.Dev
         found = account(compile_step(program), where.chip)
     except TooLarge as error:
         found = account_of_too_large(program, error, where.chip)
+    except ConfigError:  # a ValueError too, and says what is wrong already
+        raise
     except ValueError as error:
         raise ConfigError(f"--target={where.name}: the compiled program cannot be read: {error}") from error
     return {"mesh": dict(program.mesh.shape), **found, "compile_seconds": round(time.perf_counter() - begun, 1)}
