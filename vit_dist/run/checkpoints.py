@@ -20,6 +20,10 @@ from vit_dist.config import ConfigError
 
 Trees = Mapping[str, Any]  # name -> a tree of arrays, or of jax.ShapeDtypeStructs
 
+# Where several devices hold an array whole, Orbax lets each device write a slice of it, and compiles a function for
+# each slice of each shape. With slices below so many bytes, compiling takes longer than one device takes to write all.
+SMALLEST_SLICE = 2**18
+
 
 class Checkpoints:
     """The steps saved in one directory. In a job of several processes, each calls every method.
@@ -37,8 +41,11 @@ class Checkpoints:
         self._directory = directory
         self._best_metric = best_metric
         policies = ocp.training.preservation_policies
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
         self._checkpointer = ocp.training.Checkpointer(
             directory.resolve(),
+            context=context,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep_last),
