@@ -145,7 +145,7 @@ def test_buffers_may_be_donated_straight_after_save(tmp_path):
 
 
 def test_small_tensors_are_saved_without_compiling_anything(tmp_path):
-    """Left alone, Orbax compiles each device's slice of each shape: 88 programs in the first save of a run of tiny.py."""
+    """Left alone, Orbax compiles each device's slice of each shape: 88 programs in a first save of tiny.py."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
     shapes = [(8, 9), (16, 3), (24, 5, 2)]  # of no other test, so that nothing is compiled already
     tree = {str(shape): jax.device_put(np.ones(shape), NamedSharding(mesh, P())) for shape in shapes}
