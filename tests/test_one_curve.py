@@ -5,8 +5,9 @@ import math
 import cv2
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 from system import NO_DROPOUT, examples, largest_difference, losses, train_here
+
+from vit_dist.data.formats.idx import read_digits
 
 TOLERANCE = 1e-4
 MESHES = {
@@ -64,7 +65,7 @@ def no_dropout(tmp_path_factory):
 def pngs(tmp_path_factory):
     """200 digits as PNG files, to be decoded, cropped and flipped on the host; the loader knows no such pixels."""
     folder = tmp_path_factory.mktemp("pngs")
-    images, labels = (load_digits().images * 255 / 16).astype(np.uint8), load_digits().target
+    images, labels = read_digits("train")
     for number, (image, label) in enumerate(zip(images[:200], labels[:200], strict=True)):
         path = folder / "train" / f"{label}" / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,15 @@
-"""IDX: the class names of sets that come in MNIST's files and are not MNIST."""
+"""Small sets in memory: the digits, and the class names of sets that come in MNIST's files and are not MNIST."""
 
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vit_dist.config import ConfigError, Data
+from vit_dist.data.formats.idx import read_digits
 from vit_dist.data.sources import open_source
 
 
@@ -46,3 +49,22 @@ def test_a_text_file_names_the_classes(tmp_path: Path) -> None:
     (tmp_path / "mnist/classes.txt").write_text("o\nki\n")
     with pytest.raises(ConfigError, match="mnist: labels of 0..2, but 2 class names; name every class"):
         _class_names(tmp_path / "mnist")
+
+
+def test_digits_are_those_that_scikit_learn_loads() -> None:
+    from sklearn.datasets import load_digits  # here: it takes a second
+
+    images, labels = load_digits(return_X_y=True)
+    every_fifth = np.arange(len(labels)) % 5 == 0
+    for split, chosen in (("test", every_fifth), ("train", ~every_fifth)):
+        found, found_labels = read_digits(split)
+        count = {"test": 360, "train": 1437}[split]
+        assert (found.shape, found.dtype, found_labels.dtype) == ((count, 8, 8, 1), np.uint8, np.int32)
+        np.testing.assert_array_equal(found_labels, labels[chosen])
+        np.testing.assert_allclose(found.reshape(count, 64) * (16 / 255), images[chosen], atol=16 / 255 / 2)
+
+
+def test_digits_are_read_without_importing_scikit_learn() -> None:
+    code = "import sys; from vit_dist.data.formats.idx import read_digits; read_digits('test'); print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "numpy" in shown and not {"sklearn", "scipy"} & set(shown)
