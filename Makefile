@@ -7,6 +7,9 @@ RUN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
 # Compiled programs are kept from one run to the next. `bench` does without: it times the compilation too.
 train test test-slow smoke: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+# The tests start a hundred processes: small programs are kept too, and the package's byte code.
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
 # What the environment is made from; its stamp is the checksum, so it is made again when one of these changes.
 MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
@@ -53,7 +56,7 @@ train: setup
 	@$(RUN)/vit-dist train --config=configs/digits.py --workdir=runs/digits
 
 test: setup
-	@$(RUN)/pytest -n 2 --dist loadfile
+	@$(RUN)/pytest -n 2 --dist loadfile --durations=40
 
 # The compilers for TPUs and GPUs, which need neither. In a folder of their own, for the `PYTHONPATH` of `vit-dist plan`
 # alone: whatever else imports jax beside them would look for the hardware. (nvimgcodec is no part of jax's.)
