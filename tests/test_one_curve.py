@@ -46,6 +46,11 @@ SPLIT_TOKENS = {
 }
 
 
+def names(cases, slow):
+    """The cases to run; those in `slow`, whose axes other cases have too, in the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in cases]
+
+
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
     return train_here(tmp_path_factory.mktemp("one"), *ONE_DEVICE)
@@ -93,17 +98,17 @@ def test_every_step_sees_other_examples(one_device):
     assert len(set(examples(one_device))) == 20
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", names(MESHES, slow={"tensor=2", "data=4 x tensor=2"}))
 def test_the_curve_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *MESHES[mesh]), one_device, record_property)
 
 
-@pytest.mark.parametrize("mesh", SPLIT_TOKENS)
+@pytest.mark.parametrize("mesh", names(SPLIT_TOKENS, slow={"fsdp=2 x context=4"}))
 def test_the_curve_of_split_tokens_is_that_of_one_device(mesh, five_tokens, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *SPLIT_TOKENS[mesh], *FIVE_TOKENS), five_tokens, record_property)
 
 
-@pytest.mark.parametrize("mesh", ACCUMULATED)
+@pytest.mark.parametrize("mesh", names(ACCUMULATED, slow={"context=8"}))
 def test_the_curve_of_four_micro_batches_is_that_of_one(mesh, no_dropout, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *ACCUMULATED[mesh], *NO_DROPOUT), no_dropout, record_property)
 
