@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from system import checkpoint_steps, command, rows, started, train_here, until
+from system import NO_AUGMENTATION, NO_DROPOUT, checkpoint_steps, command, rows, started, train_here, until
 
 from vit_dist.config import ConfigError
 from vit_dist.evaluate import evaluate
@@ -16,6 +16,7 @@ BAD = {"train": {3, 17, 40, 41, 77}, "test": {5, 9}}
 RUN = (
     *("data.source=folder", "data.on_bad=skip", "batch_size=32", "total_steps=9", "log_every=1", "mesh.data=8"),
     *("model.num_classes=null", "data.max_bad_fraction=0.1", "checkpoint.every_steps=3", "evaluate.every_steps=6"),
+    *("model.depth=1", *NO_DROPOUT, *NO_AUGMENTATION),
 )
 
 

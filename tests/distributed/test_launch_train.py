@@ -1,5 +1,6 @@
-"""`vit-dist launch` for real: four processes of two devices are one run, and so they are when one of them is killed."""
+"""`vit-dist launch` for real: processes of eight devices in all are one run, and so they are when one is killed."""
 
+import functools
 import os
 import re
 import signal
@@ -22,28 +23,35 @@ from system import (
     until,
 )
 
-STEPS, EVERY = 30, 10
+STEPS, EVERY = 20, 10
 RUN = (f"total_steps={STEPS}", f"checkpoint.every_steps={EVERY}", "evaluate.every_steps=15", "mesh.data=-1")
 
 
-def launch(workdir, *overrides, **options):
-    """The command of a job of four processes with two devices each."""
+def launch(workdir, *overrides, processes=4, **options):
+    """The command of a job of so many processes with eight devices in all."""
+    options = {"processes": processes, "devices-per-process": 8 // processes, **options}
     words = [f"--{name}={value}" for name, value in options.items()]
     python, dash_m, package, *verb = command(workdir, *overrides)
-    return [python, dash_m, package, "launch", "--processes=4", "--devices-per-process=2", *words, "--", *verb]
+    return [python, dash_m, package, "launch", *words, "--", *verb]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The workdir of a whole run of the job, and its launcher, ended."""
-    folder = tmp_path_factory.mktemp("launched")
-    code, running = run(launch(folder / "run", *RUN), folder / "launcher")
-    assert code == 0, running.said()[-3000:]
-    return folder / "run", running
+    """A function of the number of processes: the workdir of a whole run of theirs, and its launcher, ended."""
+
+    @functools.cache
+    def ended(processes):
+        folder = tmp_path_factory.mktemp("launched")
+        code, running = run(launch(folder / "run", *RUN, processes=processes), folder / "launcher")
+        assert code == 0, running.said()[-3000:]
+        return folder / "run", running
+
+    return ended
 
 
-def test_the_curve_of_four_launched_processes_is_that_of_one_device(undisturbed, tmp_path, record_property):
-    workdir, running = undisturbed
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_curve_of_launched_processes_is_that_of_one_device(processes, undisturbed, tmp_path, record_property):
+    workdir, running = undisturbed(processes)
     found, expected = rows(workdir), train_here(tmp_path, *RUN, "mesh.data=1")
     difference = largest_difference(losses(found), losses(expected))
     record_property("largest_relative_difference", difference)
@@ -51,11 +59,11 @@ def test_the_curve_of_four_launched_processes_is_that_of_one_device(undisturbed,
     assert len(losses(found)) == running.result()["step"] == STEPS
     assert examples(found) == examples(expected)
     assert difference < 1e-4
-    assert "[0] mesh data=8, device cpu, processes 4" in running.said()
+    assert f"[0] mesh data=8, device cpu, processes {processes}" in running.said()
 
 
 def test_standard_output_of_the_job_is_the_result_alone(undisturbed):
-    _, running = undisturbed
+    _, running = undisturbed(2)
     assert len(running.stdout.read_text().splitlines()) == 1
     assert list(running.result()) == ["step", "count", "loss", "top1", "seconds", "workdir"]
 
@@ -68,7 +76,7 @@ def test_a_killed_process_ends_all_is_named_and_with_a_restart_the_run_is_bitwis
 ):
     workdir = tmp_path / "run"
     with started(launch(workdir, *RUN, restarts=1), tmp_path / "launcher") as running:
-        until(lambda: len(checkpoint_steps(workdir)) > 0 and rows(workdir)[-1]["step"] > EVERY + 2, running)
+        until(lambda: len(checkpoint_steps(workdir)) > 0 and rows(workdir)[-1]["step"] > EVERY, running)
         numbers = ranks(running)
         assert sorted(numbers) == [0, 1, 2, 3]
         os.kill(numbers[rank], signal.SIGKILL)
@@ -83,7 +91,7 @@ def test_a_killed_process_ends_all_is_named_and_with_a_restart_the_run_is_bitwis
     assert said.count("launch: the job failed; starting again in 1 s (restart 1 of 1)") == 1
     saved = int(re.search(r"^\[0\] going on from step (\d+)$", said, re.MULTILINE)[1])
     assert EVERY <= saved < STEPS
-    assert_same_run(workdir, undisturbed[0], STEPS, *RUN)
+    assert_same_run(workdir, undisturbed(4)[0], STEPS, *RUN)
 
 
 @pytest.mark.slow
@@ -102,11 +110,12 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on_bitwise(undi
     code, again = run(launch(workdir, *RUN), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
     assert f"[0] going on from step {saved}\n" in again.said()
-    assert_same_run(workdir, undisturbed[0], STEPS, *RUN)
+    assert_same_run(workdir, undisturbed(4)[0], STEPS, *RUN)
 
 
 def test_a_mistake_is_said_by_the_launcher_with_2_and_not_tried_again(tmp_path):
-    code, running = run(launch(tmp_path / "run", "model.dpeth=3", restarts=3), tmp_path / "launcher")
+    words = launch(tmp_path / "run", "model.dpeth=3", processes=2, restarts=3)
+    code, running = run(words, tmp_path / "launcher")
     assert code == 2
     assert "] error: unknown key model.dpeth (did you mean model.depth?)\n" in running.said()
     assert "starting again" not in running.said()

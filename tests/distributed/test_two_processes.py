@@ -1,22 +1,14 @@
-"""Law 1 across processes: two of four devices each, joined by jax.distributed, train as one of eight does."""
+"""Law 1 across processes: two of four devices each, joined by jax.distributed, train as one of eight does.
 
-import pytest
+Here along three axes; `test_launch_train.py` has data=8.
+"""
+
 from system import as_two, examples, largest_difference, losses, rows, train_here
 
-MESHES = {
-    "data=8": ("mesh.data=-1",),
-    "data=2 x fsdp=2 x tensor=2": ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
-}
 
-
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return train_here(tmp_path_factory.mktemp("one"), "mesh.data=1")
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_the_curve_of_two_processes_is_that_of_one_device(mesh, one_device, tmp_path, record_property):
-    first, second = as_two(tmp_path, *MESHES[mesh])
+def test_the_curve_of_two_processes_is_that_of_one_device(tmp_path, record_property):
+    one_device = train_here(tmp_path / "one", "mesh.data=1")
+    first, second = as_two(tmp_path, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     assert (first.wait(), second.wait()) == (0, 0), first.said()[-3000:] + second.said()[-3000:]
     assert "{" not in second.stdout.read_text()  # results are process 0's to print; gloo says some lines of its own
     found, summary = rows(tmp_path / "run"), first.result()
