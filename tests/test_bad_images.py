@@ -13,10 +13,11 @@ from vit_dist.config import ConfigError
 from vit_dist.evaluate import evaluate
 
 BAD = {"train": {3, 17, 40, 41, 77}, "test": {5, 9}}
+PLAIN = ("model.depth=1", *NO_DROPOUT, *NO_AUGMENTATION)
 RUN = (
     *("data.source=folder", "data.on_bad=skip", "batch_size=32", "total_steps=9", "log_every=1", "mesh.data=8"),
     *("model.num_classes=null", "data.max_bad_fraction=0.1", "checkpoint.every_steps=3", "evaluate.every_steps=6"),
-    *("model.depth=1", *NO_DROPOUT, *NO_AUGMENTATION),
+    *PLAIN,
 )
 
 
@@ -64,22 +65,17 @@ def test_what_is_read_ahead_does_not_count(folder, whole, tmp_path, ahead):
     assert (found, listed(tmp_path / "run")) == whole[:2]
 
 
-def test_a_run_that_was_cut_lists_and_counts_the_same(folder, whole, tmp_path):
+def test_a_run_that_was_cut_lists_and_counts_the_same_and_notes_anew_what_lies_past_its_step(folder, whole, tmp_path):
     train_here(tmp_path / "run", *RUN, f"data.path={folder}", "total_steps=3", "evaluate.every_steps=0")
+    file = tmp_path / "run/failures/bad_images.jsonl"
+    assert listed(tmp_path / "run") == [row for row in whole[1] if row["split"] == "train" and row["step"] <= 3]
+    later = {"step": 7, "split": "train", "id": 77, "name": "as a killed session had it", "reason": "x"}
+    file.write_text(file.read_text() + json.dumps(later) + "\n")
     found = train_here(tmp_path / "run", *RUN, f"data.path={folder}")
     assert listed(tmp_path / "run") == whole[1]
     assert [row.get("skipped") for row in found if row["split"] == "train"] == [
         row.get("skipped") for row in whole[0] if row["split"] == "train"
     ]
-
-
-def test_rows_past_the_step_resumed_from_are_noted_anew(folder, whole, tmp_path):
-    train_here(tmp_path / "run", *RUN, f"data.path={folder}", "total_steps=3", "evaluate.every_steps=0")
-    file = tmp_path / "run/failures/bad_images.jsonl"
-    later = {"step": 7, "split": "train", "id": 77, "name": "as a killed session had it", "reason": "x"}
-    file.write_text(file.read_text() + json.dumps(later) + "\n")
-    train_here(tmp_path / "run", *RUN, f"data.path={folder}")
-    assert listed(tmp_path / "run") == whole[1]
 
 
 def test_too_many_stop_the_run_at_a_step_that_follows_from_the_data_alone(folder, whole, tmp_path):
@@ -118,10 +114,10 @@ def test_a_signal_to_all_processes_of_a_job_is_answered_by_the_first_while_its_w
         file = tmp_path / f"set/train/{number % 2}/{number:02}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (500, 500), np.uint8)).save(file, quality=95)
-    run = (*RUN[:1], "batch_size=64", "fake_devices=1", "mesh.data=1", "model.num_classes=null", "total_steps=100000")
-    arguments = command(
-        tmp_path / "run", *run, f"data.path={tmp_path}/set", "data.workers=2", "data.read_ahead_mb=0.02"
-    )
+    one_device = ("fake_devices=1", "mesh.data=1", *PLAIN)
+    data = ("data.source=folder", f"data.path={tmp_path}/set", "data.workers=2", "data.read_ahead_mb=0.02")
+    run = ("model.num_classes=null", "batch_size=64", "total_steps=100000", *one_device, *data)
+    arguments = command(tmp_path / "run", *run)
     with started(arguments, tmp_path / "said", start_new_session=True) as running:
         until(lambda: "step 3/" in running.said(), running)
         os.killpg(running.process.pid, signal.SIGTERM)
