@@ -7,13 +7,13 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from system import NO_AUGMENTATION, NO_DROPOUT, checkpoint_steps, command, rows, started, train_here, until
+from system import NOTHING_RANDOM, checkpoint_steps, command, rows, started, train_here, until
 
 from vit_dist.config import ConfigError
 from vit_dist.evaluate import evaluate
 
 BAD = {"train": {3, 17, 40, 41, 77}, "test": {5, 9}}
-PLAIN = ("model.depth=1", *NO_DROPOUT, *NO_AUGMENTATION)
+PLAIN = ("model.depth=1", *NOTHING_RANDOM)
 RUN = (
     *("data.source=folder", "data.on_bad=skip", "batch_size=32", "total_steps=9", "log_every=1", "mesh.data=8"),
     *("model.num_classes=null", "data.max_bad_fraction=0.1", "checkpoint.every_steps=3", "evaluate.every_steps=6"),

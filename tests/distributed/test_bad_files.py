@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from system import NO_AUGMENTATION, NO_DROPOUT, as_two, rows
+from system import NOTHING_RANDOM, as_two, rows
 
 BAD = {3, 17, 40, 41, 77}  # their ids too: two classes of 48, by name
 
@@ -27,7 +27,7 @@ def folder(tmp_path):
 def arguments(folder):
     return (
         *("data.source=folder", f"data.path={folder}", "data.on_bad=skip", "batch_size=32", "total_steps=9"),
-        *("log_every=3", "model.num_classes=null", "mesh.data=-1", "model.depth=1", *NO_DROPOUT, *NO_AUGMENTATION),
+        *("log_every=3", "model.num_classes=null", "mesh.data=-1", "model.depth=1", *NOTHING_RANDOM),
     )
 
 

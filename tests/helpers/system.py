@@ -30,6 +30,7 @@ NO_AUGMENTATION = (
     *(f"data.{name}=0" for name in ("rotate", "scale", "shear", "shift")),
     *("data.flip=false", "data.crop_area=null", "mixup=0", "cutmix=0"),
 )
+NOTHING_RANDOM = (*NO_DROPOUT, *NO_AUGMENTATION)  # a step that compiles in a third of the time
 # What a row says of the machine and not of the run.
 TIMINGS = {"images_per_second", "images_per_second_per_device", "step_ms", "data_wait_fraction", "mfu", "memory_bytes"}
 

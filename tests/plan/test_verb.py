@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 from compiled import compiled_step, program_on
-from system import RECIPE, settings
+from system import NOTHING_RANDOM, RECIPE, settings
 
 import vit_dist
 from vit_dist import cli
@@ -15,7 +15,7 @@ from vit_dist.plan import report, targets, verb
 from vit_dist.plan.verb import overridden, overrides, plan
 from vit_dist.program import Program
 
-CPU = ("model.num_classes=10",)
+CPU = ("model.num_classes=10", *NOTHING_RANDOM)
 LAYOUTS = {
     "data=8": ("mesh.data=8",),
     "fsdp=8": ("mesh.data=1", "mesh.fsdp=8"),
@@ -113,7 +113,7 @@ def test_the_largest_batch_is_a_multiple_of_what_divides(monkeypatch):
 
 
 def test_a_search_says_what_to_use_and_all_of_it_can_be_shown(monkeypatch, capfd, tmp_path):
-    words = ["plan", f"--config={RECIPE}", "--target=cpu:8", "--config.model.num_classes=10", "--config.model.depth=1"]
+    words = ["plan", f"--config={RECIPE}", "--target=cpu:8", *(f"--config.{one}" for one in CPU)]
     assert cli.main([*words, "--json"]) == 0
     own = json.loads(capfd.readouterr().out)
     made = {name: own[name] for name in (*KEYS, "mesh", "flops", "binds", "network_ms", "efficiencies")}
@@ -151,12 +151,12 @@ def test_what_cannot_be_compiled_or_read_is_said_as_it_is(error, said, monkeypat
 
 
 def test_no_data_are_opened():
-    asked = settings("model.num_classes=10", "mesh.data=8", "data.source=folder", "data.path=/no/such/folder")
+    asked = settings(*CPU, "mesh.data=8", "data.source=folder", "data.path=/no/such/folder")
     assert plan(asked, "cpu:8")["fits"] is True
 
 
 def test_classes_that_are_left_to_the_data_are_assumed_and_said(caplog):
-    plan(settings("mesh.data=8", "model.num_classes=null"), "cpu:8")
+    plan(settings(*CPU, "mesh.data=8", "model.num_classes=null"), "cpu:8")
     assert "1000 assumed" in caplog.text
 
 
@@ -178,7 +178,7 @@ def test_search_and_largest_batch_exclude_each_other():
 
 
 def test_the_command_prints_a_table_json_and_a_page(capfd, tmp_path):
-    words = ["plan", f"--config={RECIPE}", "--target=cpu:8", "--config.model.num_classes=10"]
+    words = ["plan", f"--config={RECIPE}", "--target=cpu:8", *(f"--config.{one}" for one in CPU)]
     page = tmp_path / "plan.html"
     assert cli.main([*words, f"--html={page}"]) == 0
     shown = capfd.readouterr().out
