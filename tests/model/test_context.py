@@ -83,8 +83,15 @@ def across(tokens: int, kind: str, dtype: Any = jnp.float32, **sizes: int) -> li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize("tokens", [197, 1024, 4099])
+@pytest.mark.parametrize(
+    ("tokens", "parts"),
+    [
+        *((197, 2), (197, 4), (197, 8)),
+        (1024, 4),  # without padding
+        (4099, 4),  # in chunks
+        *(pytest.param(tokens, parts, marks=pytest.mark.slow) for tokens in (1024, 4099) for parts in (2, 8)),
+    ],
+)
 def test_attention_over_split_tokens_is_full_attention_in_value_and_gradient(
     tokens: int, parts: int, kind: str, record_property: Any
 ) -> None:
