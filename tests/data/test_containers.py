@@ -15,6 +15,8 @@ from vit_dist.data.loader import train_batches
 from vit_dist.data.prepare import prepare
 from vit_dist.data.sources import open_source
 
+pytestmark = pytest.mark.slow  # the tests of each format have small sets
+
 AUGMENTED = Data(crop_area=(0.3, 1.0), flip=True, color_jitter=0.3, randaugment_layers=2)
 BATCH = 500
 
