@@ -1,10 +1,12 @@
 """Batches are pure functions of seed, step and row: of nothing else."""
 
+import contextlib
 import dataclasses
 import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -285,6 +287,16 @@ def test_a_worker_that_is_killed_is_said_and_leaves_no_other(source: Source) -> 
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_worker_loads_no_jax(source: Source) -> None:
+    """Nor Grain, which imports jax and Orbax: 150 MB and more than half a second in every worker."""
+    with contextlib.closing(_train(source, dataclasses.replace(AUGMENTED, workers=1))) as batches:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        loaded = Path(f"/proc/{worker.pid}/maps").read_text()
+    assert "numpy" in loaded and "jaxlib" not in loaded and "tensorstore" not in loaded
+
+
 def test_evaluation_counts_a_skipped_file_out(bad_set: Path) -> None:
     batches = _evaluate(_open(bad_set), dataclasses.replace(AUGMENTED, on_bad="skip", max_bad_fraction=0.2))
     mask = np.concatenate([batch["mask"] for batch in batches])
@@ -310,33 +322,52 @@ def test_a_closed_loader_leaves_no_thread_or_process(source: Source, workers: in
     batches.close()
     with pytest.raises(StopIteration):
         next(batches)
-    deadline = time.monotonic() + 10
-    while [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+    _wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")])
     assert not multiprocessing.active_children()
 
 
 @dataclasses.dataclass
 class _CountingImages:
-    """Encoded images that count how often they are read."""
+    """Encoded images that count their reads, and how many of these were ahead of the batches asked for."""
 
     data: bytes
     reads: int = 0
+    asked: int = 0
+    furthest: int = 0
+    lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def read(self, index: int) -> bytes:
-        self.reads += 1
+        with self.lock:
+            self.reads += 1
+            self.furthest = max(self.furthest, self.reads - 8 * self.asked)
         return self.data
 
 
-def test_reading_ahead_is_bounded(source: Source, encode: Callable[..., bytes]) -> None:
+@pytest.mark.parametrize(
+    ("size", "ahead_mb", "batches_ahead"), [((8, 6), 0.0045, 4), ((64, 96), 1.0, 7), ((64, 96), 0.1, 1)]
+)
+def test_reading_ahead_is_bounded_in_bytes(
+    source: Source, encode: Callable[..., bytes], size: tuple[int, int], ahead_mb: float, batches_ahead: int
+) -> None:
+    batch_bytes = 8 * size[0] * size[1] * 3
+    assert batches_ahead == max(1, ahead_mb * 2**20 // batch_bytes)
     images = _CountingImages(encode(0))
-    ahead = dataclasses.replace(AUGMENTED, read_ahead_mb=4 * 8 * 8 * 6 * 3 / 2**20)  # four pieces of eight 8x6 images
-    batches = _train(dataclasses.replace(source, images=images), ahead, stop_step=1000)  # type: ignore[arg-type]
-    next(batches)
-    time.sleep(0.3)
-    batches.close()
-    assert images.reads == 8 * (1 + 4)  # the batch taken, and what may be read ahead of it
+    data = dataclasses.replace(AUGMENTED, read_ahead_mb=ahead_mb)
+    counted = dataclasses.replace(source, images=images)  # type: ignore[arg-type]
+    with contextlib.closing(_train(counted, data, image_size=size, stop_step=1000)) as batches:
+        for asked in range(1, 31):
+            images.asked = asked
+            next(batches)
+            if asked % 10 == 0:  # all of it is used, and while the consumer waits no more
+                _wait_until(lambda asked=asked: images.reads == 8 * (asked + batches_ahead))
+    assert images.furthest == 8 * batches_ahead
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_more_than_a_million_mnist_images_a_second() -> None:

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import grain
 import numpy as np
 
 from vit_dist import config
@@ -233,6 +232,8 @@ def _batches(
     numbered, count = _Numbered(make, steps.start, local, starts), len(steps) * len(starts)
     if data.workers and isinstance(source, FileSource):
         return Batches(Workers(numbered, count, data.workers, ahead), starts, len(local), data.workers)
+    import grain  # here: it imports jax, and worker processes, which import this module, need neither
+
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
     pieces = iter(grain.MapDataset.range(count).map(numbered).to_iter_dataset(options))
     return Batches(pieces, starts, len(local), threads)
