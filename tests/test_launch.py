@@ -1,5 +1,6 @@
 """The launcher over small processes: what it prints, whom it blames, whom it ends, and when it starts again."""
 
+import contextlib
 import os
 import re
 import signal
@@ -167,22 +168,43 @@ STOPS = "os.kill(os.getpid(), signal.SIGSTOP)"
 FAILS = "watch.say_failed('no space', 1); print('error: no space', file=sys.stderr); sys.exit(1)"
 
 
-@pytest.mark.parametrize(
-    "rank, then, how",
-    [
-        (0, FAILS, "failed with code 1"),
-        (2, FAILS, "failed with code 1"),
-        (0, "os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
-        (2, STOPS, "had to be killed"),
-        (2, "watch.alive(1); time.sleep(60)", "failed with code 1"),
-    ],
-    ids=["process 0 fails", "process 2 fails", "process 0 is killed", "process 2 is cut off", "process 2 is stuck"],
+BLAMED = {
+    "process 0 fails": (0, FAILS, "failed with code 1"),
+    "process 2 fails": (2, FAILS, "failed with code 1"),
+    "process 0 is killed": (0, "os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
+    "process 2 is cut off": (2, STOPS, "had to be killed"),
+    "process 2 is stuck": (2, "watch.alive(1); time.sleep(60)", "failed with code 1"),
+}
+CRASHES = ("sys.exit(75)", "sys.exit(1)", "os.abort()")
+CRASHES_TWICE = (
+    "mine = f'FOLDER/{{rank}}-'; tries = sum(os.path.exists(f'{{mine}}{{n}}') for n in range(9));"
+    "open(f'{{mine}}{{tries}}', 'w').write(os.environ['VIT_DIST_COORDINATOR']);"
+    "time.sleep(0.5); {how} if rank == 1 and tries < 2 else 0; print('tries', tries)"
 )
-def test_peers_that_end_because_one_has_failed_are_not_blamed(rank, then, how, tmp_path):
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(the launcher, its folder) of each of `BLAMED` and `CRASHES`, all begun at once: they mostly wait."""
+    with contextlib.ExitStack() as open_:
+
+        def start(code, processes, **options):
+            folder = tmp_path_factory.mktemp("begun")
+            code = code.replace("FOLDER", str(folder))
+            return open_.enter_context(started(launcher(code, processes, **options), folder / "launcher")), folder
+
+        yield {
+            name: start("\n" + WATCHED.format(then=f"if rank == {rank}: {then}"), 3, last_words=1.0, grace=6.0)
+            for name, (rank, then, _) in BLAMED.items()
+        } | {how: start(CRASHES_TWICE.format(how=how), 2, restarts=5) for how in CRASHES}
+
+
+@pytest.mark.parametrize("case", BLAMED)
+def test_peers_that_end_because_one_has_failed_are_not_blamed(case, begun):
     """Process 0 outlasts the others even when it is itself at fault, and one that hangs never ends by itself."""
-    code = "\n" + WATCHED.format(then=f"if rank == {rank}: {then}")
-    number, _, err = launched(tmp_path, code, 3, last_words=1.0, grace=6.0)
-    assert number == 1
+    (rank, then, how), running = BLAMED[case], begun[case][0]
+    assert running.wait(60) == 1
+    err = running.said()
     blamed, *last = err[err.index("\nerror: ") + 1 :].splitlines()
     assert blamed.startswith(f"error: process {rank} of 3 (on {HOST}, pid ") and how in blamed
     if then == FAILS:
@@ -214,22 +236,17 @@ def test_what_is_done_mistaken_or_interrupted_is_not_started_again(code, tmp_pat
     assert found == code and "starting again" not in err
 
 
-@pytest.mark.parametrize("how", ["sys.exit(75)", "sys.exit(1)", "os.abort()"])
-def test_all_are_started_again_after_a_preemption_or_crash_until_the_job_is_done(how, tmp_path):
+@pytest.mark.parametrize("how", CRASHES)
+def test_all_are_started_again_after_a_preemption_or_crash_until_the_job_is_done(how, begun):
     """Each start leaves a file; the third gets through. Every start has a meeting point of its own."""
-    code = (
-        f"mine = f'{tmp_path}/{{rank}}-'; tries = sum(os.path.exists(f'{{mine}}{{n}}') for n in range(9));"
-        "open(f'{mine}{tries}', 'w').write(os.environ['VIT_DIST_COORDINATOR']);"
-        f"time.sleep(0.5); {how} if rank == 1 and tries < 2 else 0; print('tries', tries)"
-    )
-    number, out, err = launched(tmp_path, code, 2, restarts=5)
-    assert (number, out.splitlines()[-1]) == (0, "tries 2")
+    running, folder = begun[how]
+    assert running.wait(60) == 0 and running.stdout.read_text().splitlines()[-1] == "tries 2"
     why = "was preempted" if "75" in how else "failed"
-    assert [line for line in err.splitlines() if "starting again" in line] == [
+    assert [line for line in running.said().splitlines() if "starting again" in line] == [
         f"launch: the job {why}; starting again in 1 s (restart 1 of 5)",
         f"launch: the job {why}; starting again in 2 s (restart 2 of 5)",
     ]
-    met = [{(tmp_path / f"{rank}-{tries}").read_text() for rank in (0, 1)} for tries in (0, 1, 2)]
+    met = [{(folder / f"{rank}-{tries}").read_text() for rank in (0, 1)} for tries in (0, 1, 2)]
     assert all(len(one) == 1 for one in met) and len(set.union(*met)) == 3
 
 

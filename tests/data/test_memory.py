@@ -59,7 +59,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.mark.parametrize("steps", [500, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_decoded_batches_take_no_more_memory_than_100(photos: Path, steps: int) -> None:
     code = """
 data = Data(source="folder", path=sys.argv[1], crop_area=(0.1, 1.0), flip=True, color_jitter=0.3, threads=2,

@@ -50,16 +50,21 @@ def ended(processes):
     return [one.process.returncode for one in processes], time.monotonic() - first
 
 
+@pytest.fixture(scope="module", autouse=True)
+def begun(tmp_path_factory):
+    """The jobs that wait for ten seconds and more, all begun before the first test: each by its `WHAT`."""
+    with contextlib.ExitStack() as open_:
+        jobs = (("linger", 1, 2), ("stop", 2, 3), ("sleep", 1, 3))
+        yield {
+            what: open_.enter_context(job(tmp_path_factory.mktemp(what), what, at_fault, count=count))
+            for what, at_fault, count in jobs
+        }
+
+
 def test_a_job_whose_processes_all_end_well_says_nothing(tmp_path):
     with job(tmp_path, "end", 0) as processes:
         assert [one.wait() for one in processes] == [0, 0, 0]
         assert [errors(one) for one in processes] == [[], [], []]
-
-
-def test_a_process_that_opens_its_data_for_long_is_not_taken_for_stuck(tmp_path):
-    with job(tmp_path, "linger", 1, count=2) as processes:
-        assert [one.wait() for one in processes] == [0, 0]
-        assert [errors(one) for one in processes] == [[], []]
 
 
 @pytest.mark.parametrize("at_fault", [0, 2])
@@ -73,17 +78,6 @@ def test_a_process_that_is_killed_is_named_by_all_others(tmp_path, at_fault):
                 (said,) = errors(process)
                 pid = processes[at_fault].process.pid
                 assert re.search(rf"process {at_fault} \(.*, pid {pid}\) was lost: its connection has closed", said)
-
-
-def test_a_process_that_falls_silent_is_named_by_all_others(tmp_path):
-    with job(tmp_path, "stop", 2) as processes:
-        codes, _ = ended(processes[:2])
-        assert codes == [1, 1]
-        for process in processes[:2]:
-            (said,) = errors(process)
-            assert re.search(
-                r"process 2 \(.*\) was lost: it has said nothing for \d+ s, .*deadlines.peer_seconds", said
-            )
 
 
 @pytest.mark.parametrize("at_fault", [0, 2])
@@ -130,18 +124,6 @@ def test_a_process_that_crashes_shows_its_own_traceback_and_the_others_name_it(t
             assert "Traceback" not in process.said()
 
 
-def test_a_process_that_is_stuck_is_named_with_what_it_was_doing(tmp_path):
-    with job(tmp_path, "sleep", 1) as processes:
-        codes, _ = ended(processes)
-        assert codes == [1, 1, 1]
-        for process in processes:
-            (said,) = errors(process)
-            assert re.search(
-                r"no process has come further for \d+ s, since step 2 began; process 1( \(.*\))? did not come", said
-            )
-        assert 'part.py", line' in processes[1].said() and "in sleep" in processes[1].said()
-
-
 def test_processes_that_do_not_come_are_named(tmp_path):
     with job(tmp_path, "end", 0, count=4, come=(0, 2), START_SECONDS="3") as processes:
         codes, _ = ended(processes)
@@ -163,3 +145,32 @@ def test_two_processes_of_one_number_are_refused(tmp_path):
         codes, _ = ended(processes)
         assert codes == [1, 1, 1]
         assert all("process 1 has come twice, from process 1 (" in errors(one)[0] for one in processes)
+
+
+# Those that are begun before all others
+
+
+def test_a_process_that_is_stuck_is_named_with_what_it_was_doing(begun):
+    processes = begun["sleep"]
+    codes, _ = ended(processes)
+    assert codes == [1, 1, 1]
+    for process in processes:
+        (said,) = errors(process)
+        assert re.search(
+            r"no process has come further for \d+ s, since step 2 began; process 1( \(.*\))? did not come", said
+        )
+    assert 'part.py", line' in processes[1].said() and "in sleep" in processes[1].said()
+
+
+def test_a_process_that_opens_its_data_for_long_is_not_taken_for_stuck(begun):
+    assert [one.wait() for one in begun["linger"]] == [0, 0]
+    assert [errors(one) for one in begun["linger"]] == [[], []]
+
+
+def test_a_process_that_falls_silent_is_named_by_all_others(begun):
+    others = begun["stop"][:2]
+    codes, _ = ended(others)
+    assert codes == [1, 1]
+    for process in others:
+        (said,) = errors(process)
+        assert re.search(r"process 2 \(.*\) was lost: it has said nothing for \d+ s, .*deadlines.peer_seconds", said)
