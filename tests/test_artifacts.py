@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from system import rows, settings, train_here
+from system import NOTHING_RANDOM, rows, settings, train_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    train_here(folder, "total_steps=4", "evaluate.every_steps=4", "ema_decay=0.9")
+    train_here(folder, "total_steps=4", "evaluate.every_steps=4", "ema_decay=0.9", *NOTHING_RANDOM)
     return folder
 
 

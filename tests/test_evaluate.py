@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from system import DATA, rows, settings, train_here
+from system import DATA, NOTHING_RANDOM, rows, settings, train_here
 
 from vit_dist import cli
 from vit_dist.data.formats.idx import read_digits
@@ -24,7 +24,7 @@ DIGITS = 360  # every fifth of 1,797
 def workdir(tmp_path_factory):
     """A run of a few steps, evaluated at its end; it keeps an average."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    train_here(folder, "mesh.data=8", "total_steps=12", "ema_decay=0.5", "evaluate.every_steps=12")
+    train_here(folder, "mesh.data=8", "total_steps=12", "ema_decay=0.5", "evaluate.every_steps=12", *NOTHING_RANDOM)
     return folder
 
 

@@ -75,7 +75,7 @@ def pngs(tmp_path_factory):
         path = folder / "train" / f"{label}" / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), image)
-    return ("data.source=folder", f"data.path={folder}")
+    return (*NO_DROPOUT, "mixup=0", "cutmix=0", "data.source=folder", f"data.path={folder}")
 
 
 def assert_same_curve(found, expected, record_property):
@@ -108,7 +108,7 @@ def test_the_curve_of_split_tokens_is_that_of_one_device(mesh, five_tokens, tmp_
     assert_same_curve(train_here(tmp_path, *SPLIT_TOKENS[mesh], *FIVE_TOKENS), five_tokens, record_property)
 
 
-@pytest.mark.parametrize("mesh", names(ACCUMULATED, slow={"context=8"}))
+@pytest.mark.parametrize("mesh", names(ACCUMULATED, slow={"data=8", "context=8"}))
 def test_the_curve_of_four_micro_batches_is_that_of_one(mesh, no_dropout, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *ACCUMULATED[mesh], *NO_DROPOUT), no_dropout, record_property)
 

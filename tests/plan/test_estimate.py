@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 from compiled import compiled_step, program_on
-from system import settings
+from system import NOTHING_RANDOM, settings
 
 from vit_dist.describe import bytes_per_device
 from vit_dist.model.flops import hardware_flops, training_flops
@@ -17,8 +17,6 @@ from vit_dist.plan.targets import Chip
 
 # 1 GB/s over the wires within, 0.1 GB/s over the network.
 GPU = Chip("one", "NVIDIA H200", "gpu", 10**9, 1e12, "NVLink", 1e9, 0, 1e8, "none")
-OFF = ("model.dropout=0", "model.attention_dropout=0", "model.embedding_dropout=0", "model.drop_path=0")
-PLAIN = (*OFF, "mixup=0", "cutmix=0")
 
 
 def load_on(sizes, *overrides, platform="gpu"):
@@ -76,19 +74,19 @@ def test_activations_by_hand():
 
 
 def test_products_are_split_but_for_the_head_and_the_embedding():
-    asked = settings("model.remat=block", *PLAIN)
+    asked = settings("model.remat=block", *NOTHING_RANDOM)
     model = asked.model
     outside = 3 * 2 * (4 * 16 * 32 + 32 * 10)  # 4 patches of 16 pixels; 10 classes; forward once, backward twice
     blocks = hardware_flops(model) - outside
     assert training_flops(model) < hardware_flops(model)
-    assert estimate_on({}, "model.remat=block", *PLAIN).work.flops == 64 * (blocks + outside)
-    on_eight = estimate_on({"data": 2, "tensor": 4}, "model.remat=block", *PLAIN).work.flops
+    assert estimate_on({}, "model.remat=block", *NOTHING_RANDOM).work.flops == 64 * (blocks + outside)
+    on_eight = estimate_on({"data": 2, "tensor": 4}, "model.remat=block", *NOTHING_RANDOM).work.flops
     assert on_eight == 32 * (blocks / 4 + outside)
 
 
 def test_the_update_reads_and_writes_the_state():
-    asked, one = settings(*PLAIN), estimate_on({}, *PLAIN, "batch_size=8").work.other_bytes
-    two = estimate_on({}, *PLAIN, "batch_size=16").work.other_bytes
+    asked, one = settings(*NOTHING_RANDOM), estimate_on({}, *NOTHING_RANDOM, "batch_size=8").work.other_bytes
+    two = estimate_on({}, *NOTHING_RANDOM, "batch_size=16").work.other_bytes
     held = held_of(asked)
     parameters = sum(held.blocks.values()) + sum(held.others.values())
     state = parameters + sum(held.optimizer.values())
@@ -96,17 +94,17 @@ def test_the_update_reads_and_writes_the_state():
 
 
 def test_a_tensor_group_sums_activations_four_times_a_block():
-    load = load_on({"tensor": 4}, *PLAIN, "model.remat=none")
+    load = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=none")
     one = 64 * 4 * 32 * 4  # examples, tokens, width, bytes
     assert exchanged(load) == [Collective("all-reduce", ("tensor",), one, 4 * 2, 1)]
-    again = load_on({"tensor": 4}, *PLAIN, "model.remat=block", "accumulate_steps=2")
+    again = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "accumulate_steps=2")
     assert exchanged(again) == [Collective("all-reduce", ("tensor",), one // 2, 5 * 2 * 2, 2)]
-    parallel = load_on({"tensor": 4}, *PLAIN, "model.remat=block", "model.parallel=true")
+    parallel = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "model.parallel=true")
     assert exchanged(parallel) == [Collective("all-reduce", ("tensor",), one, 3 * 2, 1)]
 
 
 def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
-    load = load_on({"dcn_data": 2, "data": 2, "fsdp": 2}, *PLAIN, "accumulate_steps=4")
+    load = load_on({"dcn_data": 2, "data": 2, "fsdp": 2}, *NOTHING_RANDOM, "accumulate_steps=4")
     sums = [one for one in exchanged(load) if one.axes == ("dcn_data", "data")]
     own = load.own(load.held.blocks) + load.own(load.held.others)
     assert sums == [Collective("all-reduce", ("dcn_data", "data"), round(own), 1, 0)]
@@ -115,7 +113,7 @@ def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
 @pytest.mark.parametrize("extra", [("model.remat=none",), ("model.remat=block", "accumulate_steps=2")])
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"tensor": 4}, {"data": 2, "fsdp": 2}])
 def test_devices_send_what_the_compiled_step_sends(sizes, extra):
-    overrides = (*PLAIN, *extra, "optimizer.clip=null", "model.width=64", "model.mlp=256")
+    overrides = (*NOTHING_RANDOM, *extra, "optimizer.clip=null", "model.width=64", "model.mlp=256")
     program = program_on(sizes, *overrides)
     found = collectives(compiled_step(program).as_text(), dict(program.mesh.shape))
     load = load_on(sizes, *overrides, platform="cpu")
@@ -133,13 +131,13 @@ def test_devices_send_what_the_compiled_step_sends(sizes, extra):
 
 
 def test_what_is_said_between_blocks_hides_and_what_a_product_waits_for_does_not():
-    talks = estimate_on({"fsdp": 2, "tensor": 2}, *PLAIN, "model.remat=none").work.talks
+    talks = estimate_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none").work.talks
     assert [talk.hides for talk in talks] == [True, True, False, False, False]  # blocks, then embedding and head; sums
-    load = load_on({"fsdp": 2, "tensor": 2}, *PLAIN, "model.remat=none")
+    load = load_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none")
     gathered, summed = exchanged(load)[0], exchanged(load)[-1]
     assert talks[0].seconds == pytest.approx(gathered.count * gathered.bytes / 2 / 1e9)
     assert talks[-1].seconds == pytest.approx(summed.count * summed.bytes / 1e9)
-    unrolled = estimate_on({"fsdp": 2}, *PLAIN, "model.scan=false").work.talks
+    unrolled = estimate_on({"fsdp": 2}, *NOTHING_RANDOM, "model.scan=false").work.talks
     assert all(talk.hides for talk in unrolled)
 
 
