@@ -82,7 +82,16 @@ def test_a_slow_decoder_is_told_from_a_slow_disk(caplog, monkeypatch):
 
 
 def test_a_step_that_is_slower_than_its_data_says_nothing(caplog):
-    found = measured(seconds=0.0, step_seconds=0.1)
+    with stream(0.0) as (host, placed):
+        next(placed)
+        window = rates.Window(0, host, placed)
+        for _ in range(8):
+            time.sleep(0.05)
+            while not placed._ready.full():  # however busy the machine is
+                time.sleep(0.005)
+            next(placed)
+        found = window.rates(8)
+        window.say_slow_data(found, 8)
     assert found.waited < rates.SLOW_DATA * found.seconds
     assert "waiting for data" not in caplog.text
 
@@ -122,6 +131,7 @@ def test_windows_do_not_overlap():
         for _ in range(4):
             next(placed)
         second = window.rates(8)
+        read, waited = host.stages.read, placed.waited
     assert first.steps == second.steps == 4
-    assert 0 < first.stages.read < 3 * second.stages.read and 0 < second.stages.read < 3 * first.stages.read
-    assert first.stages.copy > 0
+    assert min(first.stages.read, second.stages.read, first.stages.copy, first.waited, second.waited) > 0
+    assert first.stages.read + second.stages.read <= read and first.waited + second.waited <= waited
