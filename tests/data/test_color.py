@@ -1,7 +1,9 @@
 """Colour operations, against Pillow and against arithmetic by hand."""
 
 import colorsys
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,20 +47,23 @@ def difference(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.55, 1.0, 1.45, 2.8])
-def test_blends_are_pillows(factor: float, shape: tuple[int, int], channels: int) -> None:
-    image = picture(shape, channels)
-    beyond = 1 if factor <= 1 else 2  # beyond the image, what Pillow rounded before the blend is scaled up by it
-    for ours, pillows in (
+@pytest.mark.parametrize(
+    ("ours", "pillows"),
+    [
         (color.brightness, ImageEnhance.Brightness),
         (color.contrast, ImageEnhance.Contrast),
         (color.saturation, ImageEnhance.Color),
         (color.sharpness, ImageEnhance.Sharpness),
-    ):
-        expected = with_pillow(image, lambda picture, kind=pillows: kind(picture).enhance(factor))
-        assert difference(ours(image, factor), expected) <= beyond, pillows
+    ],
+    ids=["brightness", "contrast", "saturation", "sharpness"],
+)
+def test_blends_are_pillows(ours: Any, pillows: Any, factor: float) -> None:
+    beyond = 1 if factor <= 1 else 2  # beyond the image, what Pillow rounded before the blend is scaled up by it
+    for shape, channels in itertools.product(SHAPES, (1, 3)):
+        image = picture(shape, channels)
+        expected = with_pillow(image, lambda picture: pillows(picture).enhance(factor))
+        assert difference(ours(image, factor), expected) <= beyond, (shape, channels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -145,23 +150,22 @@ def test_blur_is_gaussian(sigma: float) -> None:
         assert np.abs(color.blur(photo, sigma).astype(int) - pillows).mean() < 1.5
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("shape", [*SHAPES, (37, 53)])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_operation_leaves_its_input_and_keeps_shape_and_type(
-    name: str, shape: tuple[int, int], channels: int
+    operation: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    operation, image = OPERATIONS[name], picture(shape, channels)
-    expected = operation(image)
-    assert expected.dtype == np.uint8 and expected.shape == image.shape
-    frozen = image.copy()
-    frozen.setflags(write=False)
-    mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
-    cut = np.pad(image, ((2, 3), (1, 4), (0, 0)))[2:-3, 1:-4]
-    turned = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
-    for same in (frozen, mirrored, cut, turned):
-        np.testing.assert_array_equal(operation(same), expected)
-        np.testing.assert_array_equal(same, image)
+    for shape, channels in itertools.product(SHAPES, (1, 2, 3, 4, 6)):
+        image = picture(shape, channels)
+        expected = operation(image)
+        assert expected.dtype == np.uint8 and expected.shape == image.shape
+        frozen = image.copy()
+        frozen.setflags(write=False)
+        mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+        cut = np.pad(image, ((2, 3), (1, 4), (0, 0)))[2:-3, 1:-4]
+        turned = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
+        for same in (frozen, mirrored, cut, turned):
+            np.testing.assert_array_equal(operation(same), expected, err_msg=f"{shape}, {channels} channels")
+            np.testing.assert_array_equal(same, image)
 
 
 def test_jitter_factors_fill_their_range_evenly() -> None:
