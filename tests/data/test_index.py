@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peak import PEAK_BYTES
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data import index
@@ -209,15 +210,15 @@ def test_an_index_of_1_200_000_files_is_read_in_seconds_and_within_a_gigabyte(tm
             os.link(originals[(label * 1200 + number) % 40], folder / f"n{label:08}_{number}.JPEG")
         os.utime(folder, ns=(1, 1))
     os.utime(tmp_path / "set/train", ns=(1, 1))
-    code = (
-        "import resource, sys, time\n"
+    code = PEAK_BYTES + (
+        "import sys, time\n"
         "begun = time.perf_counter()\n"
         "from vit_dist.config import Data\n"
         "from vit_dist.data.sources import open_source\n"
         "from vit_dist.data.examples import fingerprint\n"
         "source = open_source(Data(source='folder', path=sys.argv[1], cache_dir=sys.argv[2]), 'train')\n"
         "print(len(source), source.names[777_777], fingerprint(source), time.perf_counter() - begun, "
-        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        "peak_bytes())\n"
     )
     said = []
     for _ in range(2):

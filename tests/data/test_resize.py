@@ -6,6 +6,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from peak import PEAK_BYTES
 from PIL import Image
 
 from vit_dist.data.resize import Box, Interpolation, resize
@@ -70,16 +71,17 @@ def test_half_the_size_has_pillows_pixels() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(1, 1_000_000), (1_000_000, 1)])
-def test_a_thin_image_takes_no_memory_but_its_own(shape: tuple[int, int], interpolation: Interpolation) -> None:
-    code = (
-        "import resource, numpy as np; from vit_dist.data.resize import resize\n"
+def test_a_thin_image_takes_a_few_times_its_own_memory(shape: tuple[int, int], interpolation: Interpolation) -> None:
+    code = PEAK_BYTES + (
+        "import numpy as np; from vit_dist.data.resize import resize\n"
         f"image = np.full({(*shape, 3)}, 77, np.uint8); resize(image[:9, :9], (8, 8))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_bytes()\n"
         f"assert (resize(image, (224, 224), {interpolation!r}) == 77).all()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(peak_bytes() - before)"
     )
     more = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(more) * (1 if sys.platform == "darwin" else 1024) < 32 * 1_000_000  # the image has 3 million bytes
+    # The image has 3 million bytes, and OpenCV's filter takes 75 beside it. Grown to 224 a side, it would have 672.
+    assert int(more) < 120e6
 
 
 def test_each_side_of_a_thin_image_is_resized_as_it_needs() -> None:
