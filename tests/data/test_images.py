@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
 from vit_dist.data import images
 from vit_dist.data.images import BadImage, centre_box, convert_channels, decode, decode_box, whole
+from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.resize import Interpolation, resize
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)

@@ -16,12 +16,12 @@ import math
 import statistics
 from typing import Any
 
-import cv2
 import numpy as np
 
 from vit_dist import config
 from vit_dist.config import Interval
 from vit_dist.data import color
+from vit_dist.data.libraries import cv2
 from vit_dist.data.randaugment import randaugment
 from vit_dist.data.resize import Box
 

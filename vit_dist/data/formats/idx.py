@@ -19,6 +19,7 @@ from vit_dist.data.examples import ArraySource
 from vit_dist.data.files import open_stream
 from vit_dist.data.formats.arrays import class_names_beside, class_names_for
 from vit_dist.data.formats.listing import NoSplit, find_split
+from vit_dist.data.libraries import sklearn_datasets
 
 _UNSIGNED_BYTE = 8
 _SPLITS = ("train", "test")
@@ -65,9 +66,7 @@ def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Every fifth example is in the split `test` (360), the others in `train` (1,437).
     """
-    from sklearn.datasets import load_digits  # here: it takes a second, which other sources need not pay
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = sklearn_datasets.load_digits(return_X_y=True)
     images = np.rint(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     is_test = np.arange(len(labels)) % _DIGITS_TEST_EVERY == 0
     chosen = is_test if split == "test" else ~is_test
