@@ -47,20 +47,25 @@ class Ours:
 
     def __init__(self, settings: config.Config, images: np.ndarray, labels: np.ndarray):
         assert settings.model.num_classes is not None
-        self._program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
+        self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
         with self.in_use():
-            self._state = self._program.new_state()
-            sharding = feed.batch_sharding(self._program.mesh)
+            self._state = self.program.new_state()
+            sharding = feed.batch_sharding(self.program.mesh)
             self._batch = feed.place({"image": images, "label": labels}, sharding, settings.batch_size)
         self._metrics: dict[str, jax.Array] = {}
 
     def in_use(self) -> contextlib.AbstractContextManager:
         """What the steps are to be called in."""
-        return self._program.in_use()
+        return self.program.in_use()
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles the step; the first one finds it made."""
+        with self.in_use():
+            return self.program.train_step.lower(self._state, self._batch).compile()
 
     def step(self) -> None:
         """Dispatches one step."""
-        self._state, self._metrics = self._program.train_step(self._state, self._batch)
+        self._state, self._metrics = self.program.train_step(self._state, self._batch)
 
     def block(self) -> float:
         """Waits for all steps; returns the last one's loss."""
