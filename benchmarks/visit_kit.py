@@ -1,11 +1,11 @@
 """Makes the kit of a GPU visit, `.visit/`: all that the machine lacks and that has to be made beforehand.
 
-    make visit-kit          # all of it, some minutes; make gpu-visit makes `--only=golden,photos` alone
+    make visit-kit          # all of it: some minutes, and once the compilers
 
 - wheels: for Python 3.12 on x86-64 Linux, of the versions in constraints.txt, all that vit_dist's steps and runs import
   but jax, jaxlib, NumPy, SciPy, ml_dtypes, Pillow and matplotlib, which are the machine's own
 - golden: the rows of twenty steps on this CPU, and their data
-- plans: of the steps that are timed, for one H100, one H200 and this CPU, by the compilers of `make compilers`
+- plans: of the steps that are timed, for one H100 and one H200, by the compilers of `make compilers`
 - photos: for the loader's part, from ../shared/data/photos
 
 It ends with the size of all that travels, the repository included, and fails where that is above 64 MiB.
@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -25,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 COMPILERS = ROOT / ".cache" / "compilers"
 LIMIT = 64 * 2**20  # bytes: the repository and the kit
-TARGETS = ("h100:1", "h200:1", "cpu:1")
+TARGETS = "h100:1,h200:1"
+ITEMS = ("wheels", "golden", "plans", "photos")
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 # Those that the machine lacks, then those that it has in versions that nobody here has tried with the first.
@@ -65,11 +67,9 @@ def golden(kit: Path) -> None:
     _run("visit.golden", str(kit))
 
 
-def plans(kit: Path) -> None:
-    """Plans the steps that are timed, a process for each target. Takes minutes."""
-    if not COMPILERS.is_dir():
-        sys.exit(f"error: no compilers in {COMPILERS}; make compilers, or leave the plans out: --only=wheels,golden")
-    found = [json.loads(_run("visit.plans", target, path=[COMPILERS])) for target in TARGETS]
+def plans(kit: Path, targets: str) -> None:
+    """Plans the steps that are timed, a process for each target: a minute or two for a GPU, seconds for `cpu:1`."""
+    found = [json.loads(_run("visit.plans", target, path=[COMPILERS])) for target in targets.split(",")]
     (kit / "plans.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -108,30 +108,26 @@ def check_size(size: int) -> None:
         sys.exit("error: too much to travel; leave out photos or wheels, or what is large in the repository")
 
 
-def _run(module: str, *arguments: str, path: list[Path] | None = None) -> str:
+def _run(module: str, *arguments: str, path: Sequence[Path] = ()) -> str:
     """What `python -m MODULE` prints, on the CPU."""
-    folders = [*(path or []), ROOT / "benchmarks", ROOT]
+    folders = [*path, ROOT / "benchmarks", ROOT]
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders)), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-MAKERS = {maker.__name__: maker for maker in (wheels, golden, photos, plans)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / ".visit", help="the folder (.visit)")
-    parser.add_argument("--only", default=",".join(MAKERS), help=f"some of {','.join(MAKERS)}")
+    parser.add_argument("--only", nargs="+", default=ITEMS, choices=ITEMS, help="some of it")
+    parser.add_argument("--targets", default=TARGETS, help=f"of the plans ({TARGETS})")
     options = parser.parse_args()
-    asked = options.only.split(",")
-    if unknown := [name for name in asked if name not in MAKERS]:
-        parser.error(f"--only: {unknown[0]!r} is none of {', '.join(MAKERS)}")
     kit = options.out.resolve()
     kit.mkdir(parents=True, exist_ok=True)
-    for name in asked:
+    makers = {"wheels": wheels, "golden": golden, "plans": lambda kit: plans(kit, options.targets), "photos": photos}
+    for name in options.only:
         print(f"{name} ...", file=sys.stderr)
-        MAKERS[name](kit)
+        makers[name](kit)
     describe(kit)
     check_size(travelling(ROOT, kit))
 

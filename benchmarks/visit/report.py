@@ -176,9 +176,7 @@ def _kernels(record: Record) -> list[str]:
         "",
     ]
     for title, rows in (("kind", found["families"]), ("kernel", found["top"])):
-        cells = [
-            [f"`{one['name']}`", f"{one['per_step']:g}", f"{one['ms']:.4g}", f"{one['share']:.1%}"] for one in rows
-        ]
+        cells = [[f"`{row['name']}`", *(f"{row[key]:.4g}" for key in ("per_step", "ms", "percent"))] for row in rows]
         lines += _table("", (title, "a step", "ms a step", "% of busy"), cells)
     return lines
 

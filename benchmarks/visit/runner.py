@@ -55,6 +55,7 @@ class Visit:
         self.budget, self.dry_run = budget, dry_run
         self._begun = time.monotonic()
         self._packed: tuple[int, int] | None = None  # files and bytes of the cache that is in the archive
+        self.page_is_whole = False  # whether `visit.md` says what `visit.json` does
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "log.txt").write_text("", encoding="utf-8")
         (self.scratch / "cache").mkdir()
@@ -80,15 +81,20 @@ class Visit:
         """Since the visit began."""
         return time.monotonic() - self._begun
 
-    def take_over(self, earlier: dict[str, Any]) -> None:
-        """Takes what went well in an earlier visit to the same kind of device, so that it is not done again."""
+    def take_over(self, earlier: dict[str, Any], parts: Iterable[Part]) -> None:
+        """Takes what went well in an earlier visit to the same kind of device, so that it is not done again.
+
+        earlier: its record. A part whose arguments have changed since is not taken.
+        """
         kinds = [one["parts"].get("machine", {}).get("result", {}).get("device_kind") for one in (self.record, earlier)]
         if kinds[0] != kinds[1] or earlier["dry_run"] != self.dry_run:
             _say(f"the earlier visit was to {kinds[1]}, and this is {kinds[0]}: all is done again")
             return
-        for name, part in earlier["parts"].items():
-            if part["status"] in ("ok", "earlier") and name not in self.parts:
-                self.parts[name] = part | {"status": "earlier", "reason": part.get("reason") or earlier["time"]}
+        for part in parts:
+            before = earlier["parts"].get(part.name, {"status": "not begun"})
+            if before["status"] in ("ok", "earlier") and before["arguments"] == part.sizes(self.dry_run):
+                when = before["reason"] if before["status"] == "earlier" else f"in the visit of {earlier['time']}"
+                self.parts[part.name] = before | {"status": "earlier", "reason": when}
 
     def run_all(self, parts: Iterable[Part]) -> None:
         """Runs those for which the budget has room, in their order; the others are noted as left out."""
@@ -97,6 +103,7 @@ class Visit:
             self.parts[part.name] = {"status": "not begun", "expected_seconds": part.seconds}
         for part in parts:
             self.run(part)
+        self._write()
 
     def run(self, part: Part) -> dict[str, Any]:
         """Runs one part, unless it does not fit in what is left of the budget; returns what is noted of it."""
@@ -171,7 +178,8 @@ class Visit:
         # The page too is made by a process of its own: a figure that it stumbles over must not end the visit.
         with page.open("w", encoding="utf-8") as output:
             code = _wait([sys.executable, "-m", "visit.report", str(file)], self._environment(), output, 60.0)
-        if code == 0:
+        self.page_is_whole = code == 0
+        if self.page_is_whole:
             _replace(page, self.out / page.name)
         else:
             _say(f"the page could not be written: {page.read_text(encoding='utf-8')[-500:]}")
@@ -182,7 +190,7 @@ class Visit:
         files = sorted((one for one in folder.rglob("*") if one.is_file()), key=lambda one: one.stat().st_mtime)
         files.sort(key=lambda one: one.relative_to(folder).parts[0] != "jax")  # a stable sort: jax's own first
         sizes = {file: file.stat().st_size for file in files}
-        if self._packed == (len(sizes), sum(sizes.values())):
+        if not sizes or self._packed == (len(sizes), sum(sizes.values())):
             return
         self._packed = len(sizes), sum(sizes.values())
         partial, packed, left_out = self.scratch / "cache.tar.gz", 0, 0
