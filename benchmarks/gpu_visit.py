@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from visit import parts
+from visit.job import GPU
 from visit.runner import Part, Visit
 
 DONE, FAILED, MISTAKE = 0, 1, 2
@@ -65,7 +66,7 @@ def _run(visit: Visit, chosen: list[Part], earlier: Path | None) -> int:
     if machine["status"] != "ok":
         return _mistake(f"jax cannot be used here: {machine['reason']}")
     needs_gpu = any(part is not parts.LOADER for part in chosen)
-    if machine["result"]["platform"] != "gpu" and needs_gpu and not visit.dry_run:
+    if machine["result"]["platform"] not in GPU and needs_gpu and not visit.dry_run:
         return _mistake(f"jax sees no GPU here, but a {machine['result']['device_kind']}; see --dry-run")
     if earlier is not None:
         visit.take_over(json.loads(earlier.read_text(encoding="utf-8")), parts.BY_NAME.values())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from visit.job import Job
+from visit.job import GPU, Job
 from vit_dist.model.attention import attend
 
 NAMES = ("output", "query", "key", "value")  # and the gradients of these three
@@ -20,7 +20,7 @@ _WORSE = 2.0  # times XLA's own error
 
 def run(job: Job) -> None:
     """Keeps the errors of both, for each number of tokens."""
-    told, on_gpu = job.arguments, job.device().platform == "gpu"
+    told, on_gpu = job.arguments, job.device().platform in GPU
     errors: dict[str, Any] = {}
     for number, tokens in enumerate(told["tokens"]):
         shape = told["examples"], tokens, told["heads"], told["head_size"]

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+GPU = ("gpu", "cuda")  # what jax calls the platform
+
 
 class Skipped(Exception):
     """The part has nothing to run on here, and that is no failure; says why."""
@@ -68,7 +70,7 @@ class Job:
         import jax
 
         device = jax.devices()[0]
-        if not self.dry_run and device.platform != "gpu":
+        if not self.dry_run and device.platform not in GPU:
             raise RuntimeError(f"jax sees no GPU, but {jax.devices()}")
         return device
 

@@ -42,7 +42,7 @@ PARTS = (
         {"tokens": [197, 196, 198], "examples": 8, "heads": 12, "head_size": 64},
         {"tokens": [17, 16, 18], "examples": 2, "heads": 2},
     ),
-    Part("resume", "visit.resume:run", 60, {"steps": 300}, {"steps": 60}),
+    Part("resume", "visit.resume:run", 75, {"steps": 300}, {"steps": 60}),
     _ours("s16", 40, "S/16", 512, rounds=4),
     _ours("l16", 70, "L/16", 128, rounds=4),
     Part("profile", _PROFILE, 30, {"model": "B/16", "batch": 256, "image": 224, "steps": 10}, _TINY),

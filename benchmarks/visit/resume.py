@@ -1,6 +1,8 @@
 """A run of the real command, killed by -9 and started again, beside one that was not: are they the same to the bit?
 
-This process leaves the GPU to the command, and reads the checkpoints on the CPU.
+Each start compiles for itself, as on a machine without a cache of compiled programs: the promise is of
+`deterministic=True` and not of one binary. This process leaves the GPU to the command, and reads the checkpoints on
+the CPU.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ _TIMINGS = ("images_per_second", "images_per_second_per_device", "step_ms", "dat
 
 def run(job: Job) -> None:
     """Keeps what both runs have in common, and the memory of the one that was not killed, early and late."""
-    environment = dict(os.environ)  # the command's, before this process is told to leave the GPU alone
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # before `pretend` changes this process's own
     processes.pretend(1)
     folder = job.scratch / "resume"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The run that a visit kills and resumes: small, in bf16, with everything random that a step can have on.
+"""The run that a visit kills and resumes: small, in bf16, with dropout, mixup, crops and an average.
 
     vit-dist train --config=benchmarks/visit/resume_recipe.py --config.data.path=FILE.npz --workdir=DIR
 
@@ -15,7 +15,7 @@ def get_config():
     config.log_every = 5
     config.log_examples = True
     config.deterministic = True
-    config.label_smoothing, config.mixup, config.cutmix = 0.1, 0.2, 0.5
+    config.label_smoothing, config.mixup = 0.1, 0.2
     config.ema_decay = 0.99
     config.mesh.data = 1
 
@@ -27,7 +27,7 @@ def get_config():
 
     data = config.data
     data.source = "npz"
-    data.flip, data.crop_area, data.rotate = True, (0.5, 1.0), 10.0
+    data.flip, data.crop_area = True, (0.5, 1.0)
 
     optimizer = config.optimizer
     optimizer.learning_rate, optimizer.weight_decay, optimizer.warmup_steps, optimizer.clip = 1e-3, 0.1, 20, 1.0
