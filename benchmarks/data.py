@@ -163,8 +163,8 @@ def in_memory_sides(examples: int) -> Iterator[Side]:
         yield Side(f"in memory, 28x28, batch {batch}", made, batch, max(1, examples // batch))
 
 
-def compare(sides: list[Side], rounds: int) -> None:
-    """Warms all up, then takes turns, from the first side and from the last."""
+def compare(sides: list[Side], rounds: int, then: Callable[[], None] = lambda: None) -> None:
+    """Warms all up, then takes turns, from the first side and from the last. then: called after each round."""
     for side in sides:
         side.round(0)
         side.seconds.clear()
@@ -172,6 +172,7 @@ def compare(sides: list[Side], rounds: int) -> None:
     for number in range(1, rounds + 1):
         for side in sides if number % 2 else reversed(sides):
             side.round(number)
+        then()
 
 
 def ratio(side: Side, other: Side, cpu: bool = False) -> float:

@@ -55,8 +55,8 @@ LOADER = Part(
     "loader",
     "visit.loader:run",
     60,
-    {"steps": 16, "rounds": 5, "more_on_all": 8},
-    {"steps": 1, "rounds": 1, "more_on_all": 2},
+    {"steps": 16, "rounds": 5},
+    {"steps": 1, "rounds": 1},
 )
 BY_NAME = {part.name: part for part in (*PARTS, LOADER)}
 
