@@ -13,6 +13,7 @@ import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from vit_dist import config, recipes
 from vit_dist.mesh import feed, processes
 from vit_dist.model import vit
 from vit_dist.program import Program
+from vit_dist.step.state import State
 
 LESSON = Path(__file__).parent.parent / "configs" / "d2l_fashion_mnist.py"
 
@@ -45,11 +47,18 @@ class Ours:
 
     name = "vit_dist"
 
-    def __init__(self, settings: config.Config, images: np.ndarray, labels: np.ndarray):
+    def __init__(
+        self,
+        settings: config.Config,
+        images: np.ndarray,
+        labels: np.ndarray,
+        new_state: Callable[[Program], State] = Program.new_state,
+    ):
+        """new_state: makes the state before the first step, with the mesh in use."""
         assert settings.model.num_classes is not None
         self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
         with self.in_use():
-            self._state = self.program.new_state()
+            self._state = new_state(self.program)
             sharding = feed.batch_sharding(self.program.mesh)
             self._batch = feed.place({"image": images, "label": labels}, sharding, settings.batch_size)
         self._metrics: dict[str, jax.Array] = {}

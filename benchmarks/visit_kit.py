@@ -128,8 +128,8 @@ def main() -> None:
     for name in options.only:
         print(f"{name} ...", file=sys.stderr)
         makers[name](kit)
-    describe(kit)
     check_size(travelling(ROOT, kit))
+    describe(kit)
 
 
 if __name__ == "__main__":

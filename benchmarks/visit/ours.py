@@ -82,7 +82,7 @@ def make(told: dict[str, Any]) -> Ours:
     settings = models.settings(told["model"], told["batch"], told["image"], told.get("scan", False))
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (told["batch"], told["image"], told["image"], 3), np.uint8)
-    return Ours(settings, images, draw.integers(0, 1000, told["batch"], np.int32))
+    return Ours(settings, images, draw.integers(0, 1000, told["batch"], np.int32), models.drawn_state)
 
 
 def _bytes_of(compiled: jax.stages.Compiled) -> int | None:

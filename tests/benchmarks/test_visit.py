@@ -91,7 +91,7 @@ def test_the_results_are_a_few_files_and_the_page_names_every_part(mixed):
 
 
 def test_a_part_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
-    visit_to(tmp_path, budget=3.0).run_all([part("hangs")])
+    visit_to(tmp_path, budget=5.0).run_all([part("hangs")])
     noted = record(tmp_path)["parts"]["hangs"]
     assert noted["status"] == "failed" and noted["reason"].startswith("stopped after ")
     assert noted["seconds"] < 10

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.profiler import ProfileData
-from visit import attention, golden, peer, report, resume, trace
+from visit import attention, golden, models, ours, peer, report, resume, trace
 from visit.job import Job, Skipped
 
 # Ten microseconds of a GPU: two streams, whose kernels overlap, and a line that was derived from them.
@@ -215,3 +215,18 @@ def test_whatever_part_of_a_record_is_missing_there_is_a_page():
             assert f"| {name} | {part['status']} | - | 1 |  |" in page
     bare = {"time": "2026-12-01", "dry_run": True, "seconds": 0.0, "budget_seconds": 1.0, "parts": {}}
     assert report.markdown(bare).startswith("# A dry run on a machine that did not say what it is")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_drawn_state_is_of_the_kind_that_the_program_makes_and_trains(scan):
+    trainer = ours.make({"model": "mu/16", "batch": 8, "image": 32, "scan": scan})
+    with trainer.in_use():
+        made, drawn = trainer.program.new_state(), models.drawn_state(trainer.program)
+        assert jax.tree.map(jax.typeof, made) == jax.tree.map(jax.typeof, drawn)
+        scales = [leaf for path, leaf in jax.tree.leaves_with_path(drawn.parameters) if "scale" in str(path[-1])]
+        assert len(scales) >= 1 and all((leaf == 1).all() for leaf in scales)
+        trainer.step()
+        first = trainer.block()
+        for _ in range(10):
+            trainer.step()
+        assert trainer.block() < first
