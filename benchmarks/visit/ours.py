@@ -73,6 +73,7 @@ def profile(job: Job) -> None:
         jax.profiler.stop_trace()
     (file,) = folder.rglob("*.xplane.pb")
     _keep_trace(file, job.out / "profile.xplane.pb.gz")
+    job.keep(outline=trace.outline(file))
     job.keep(**trace.summary(trace.kernels(file), told["steps"]))
     job.check("the trace holds kernels", bool(job.found["kernels_per_step"]), f"{job.found['kernels_per_step']} a step")
 

@@ -5,10 +5,9 @@ copies and fills that ran there. A CPU's trace has no such planes: there the eve
 Loops among those hold other events, so that a CPU's shares may add up to more than one.
 """
 
-import collections
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,12 @@ class Kernel:
 def kernels(file: Path) -> list[Kernel]:
     """All that ran on devices, in the order of beginning."""
     return of_data(ProfileData.from_file(str(file)))
+
+
+def outline(file: Path) -> list[str]:
+    """`plane / line: events` of every line, for whoever looks for kernels that `kernels` has not found."""
+    planes = ProfileData.from_file(str(file)).planes
+    return [f"{plane.name} / {line.name}: {len(list(line.events))}" for plane in planes for line in plane.lines]
 
 
 def of_data(data: ProfileData) -> list[Kernel]:
@@ -94,14 +99,13 @@ def family(name: str) -> str:
     return next((kind for kind, pattern in _FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def _sums(found: Iterable[Kernel], key: Any) -> dict[str, tuple[int, float]]:
-    """(count, nanoseconds) by name."""
-    counts: collections.Counter[str] = collections.Counter()
-    times: collections.Counter[str] = collections.Counter()
+def _sums(found: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str, tuple[int, float]]:
+    """(count, nanoseconds) by what `key` says of a kernel."""
+    sums: dict[str, tuple[int, float]] = {}
     for one in found:
-        counts[key(one)] += 1
-        times[key(one)] += one.ns  # type: ignore[assignment]
-    return {name: (counts[name], times[name]) for name in counts}
+        count, ns = sums.get(key(one), (0, 0.0))
+        sums[key(one)] = count + 1, ns + one.ns
+    return sums
 
 
 def _rows(sums: dict[str, tuple[int, float]], steps: int, busy: float) -> list[dict[str, Any]]:

@@ -99,6 +99,7 @@ def test_a_trace_of_this_cpu_has_the_operations_that_ran(tmp_path):
             x = product(x)
         jax.block_until_ready(x)
     (file,) = tmp_path.rglob("*.xplane.pb")
+    assert any(line.startswith("/host:CPU / ") for line in trace.outline(file))
     found = trace.summary(trace.kernels(file), steps=3)
     assert [one["per_step"] for one in found["top"] if "tanh" in one["name"]] == [1]
     assert 0 < found["busy_ms"] <= found["span_ms"]
