@@ -115,6 +115,8 @@ class Data:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased
     crop_decode: bool = False  # of JPEG, the rows and columns of a crop alone: needs vit-dist[crop-decode]
     flip: bool = False  # left-right, one time in two
+    augment_on: Literal["auto", "host", "device"] = "auto"  # what crops and flips; auto: the device does where the
+    # images are in memory and nothing is asked for that only the host can do
     color_jitter: float = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of 0.7 to 1.3
     hue_jitter: float = 0.0  # largest turn of the hue, as a share of the colour circle
     randaugment_layers: int = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
@@ -172,7 +174,7 @@ class Evaluate:
 class Checkpoint:
     every_steps: int = 0  # 0: only at the end
     keep_last: int = 1
-    keep_best: int = 0  # by top-1 of the first split of `evaluate.splits`
+    keep_best: int = 0  # by top-1 of the first split of `evaluate.splits`; a best one is saved when it is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,11 +384,6 @@ def _check(config: Config) -> None:
                 f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
                 "give one a channel, or a single number for all"
             )
-    if config.checkpoint.keep_best and not config.evaluate.every_steps:
-        raise ConfigError(
-            f"checkpoint.keep_best: {config.checkpoint.keep_best} are to be kept by their accuracy, but "
-            "evaluate.every_steps=0 measures none; set one of them"
-        )
     model = config.model
     if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
         raise ConfigError(

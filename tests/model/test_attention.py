@@ -160,6 +160,37 @@ def test_cudnn_asked_for_where_it_cannot_be_had_is_an_error_that_says_what_to_se
     platform: str, dtype: Any, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        ConfigError, match="model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16"
+        ConfigError, match="model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8 up to 128, "
     ):
         takes_cudnn(monkeypatch, platform, dtype, rate, implementation="cudnn")
+
+
+def test_scores_in_bfloat16_are_not_rounded_before_the_softmax() -> None:
+    # Scores of 20 + i/64: of neighbours bfloat16 makes one number, and of their weights one weight.
+    size, keys = 64, 8
+    q = jnp.zeros((1, 1, 1, size), jnp.bfloat16).at[..., :2].set(1).at[..., 2:].set(0) * size**0.5
+    k = jnp.zeros((1, keys, 1, size), jnp.bfloat16).at[..., 0].set(20)
+    k = k.at[0, :, 0, 1].set((jnp.arange(keys) / 64).astype(jnp.bfloat16))
+    v = jnp.eye(keys, size, dtype=jnp.bfloat16)[None, :, None]
+    weights = np.asarray(attend(q, k, v, "xla"), np.float64)[0, 0, 0, :keys]
+    expected = np.exp(np.arange(keys) / 64)
+    np.testing.assert_allclose(weights, expected / expected.sum(), rtol=4e-3)  # half a unit of bfloat16
+    assert weights[-1] / weights[0] > 1.08
+
+
+def test_attention_in_bfloat16_keeps_the_error_of_its_gradients_below_two_percent() -> None:
+    arrays = [random(4, 24, 2, 16, seed=seed) for seed in range(4)]
+
+    def gradients(dtype: Any) -> Any:
+        q, k, v, g = (jnp.asarray(array, dtype) for array in arrays)
+        return jax.grad(lambda q, k, v: jnp.sum(attend(3 * q, k, v, "xla") * g), argnums=(0, 1, 2))(q, k, v)
+
+    for found, expected in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+        assert error < 0.02
+
+
+@pytest.mark.parametrize(("size", "taken"), [(128, True), (136, False), (100, False)])
+def test_auto_takes_cudnn_for_heads_within_its_limit_alone(size: int, taken: bool) -> None:
+    assert attention.fits_cudnn(on_gpu=True, dtype="bfloat16", head_size=size, drops=False) == taken

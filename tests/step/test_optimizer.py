@@ -316,10 +316,20 @@ def test_warm_up_starts_above_zero_and_each_shape_ends_where_it_should() -> None
     assert rsqrt == pytest.approx([1, 2, *(2 / np.sqrt(1 + s / 3) for s in range(6)), 0])
 
 
-def test_a_warm_up_longer_than_the_run_is_clipped_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    schedule = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=50), 5)
-    assert [float(schedule(step)) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert "optimizer.warmup_steps: 50 is clipped to the 5 steps" in caplog.text
+def test_a_warmup_and_cooldown_longer_than_the_run_are_scaled_together_to_half_of_it(caplog: Any) -> None:
+    rising = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=50, schedule="linear"), 8)
+    assert [float(rising(step)) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert "a warm-up of 50 and a cool-down of 0 steps do not fit into the run's 8; they are scaled to 4 and 0" in (
+        caplog.text
+    )
+    both = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=30, cooldown_steps=10, schedule="constant"), 16)
+    assert [float(both(step)) for step in range(17)] == pytest.approx(
+        [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1] * 9, 1, 0.5, 0]
+    )
+    caplog.clear()
+    just = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=3, cooldown_steps=1, schedule="constant"), 4)
+    assert [float(just(step)) for step in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0])
+    assert caplog.text == ""
 
 
 def test_the_optimizer_follows_its_schedule_step_by_step() -> None:

@@ -34,14 +34,18 @@ _log = logging.getLogger(__name__)
 
 def holds_run(workdir: Path) -> bool:
     """Whether there is something to go on from: a start that failed before its first checkpoint is no run yet."""
-    return (workdir / "config.json").is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
+    return (workdir / "config.json").is_file() and bool(checkpoint_steps(workdir))
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints are whole, in order; one that is half-written lies under a longer name."""
+    return sorted(int(one.name) for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
 
 
 def check_shared(workdir: Path) -> None:
     """Raises `ConfigError` where not all processes see the same run in `workdir`; all call it, after `write_run`."""
     for _ in range(_LATE_SECONDS):  # counted, not timed, so that all give up at the same look
-        steps = sorted(one.name for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
-        views = processes.gather([(workdir / "config.json").is_file(), steps])
+        views = processes.gather([(workdir / "config.json").is_file(), checkpoint_steps(workdir)])
         blind = [index for index, view in enumerate(views) if view != views[0]]
         if not blind:
             return
