@@ -117,6 +117,8 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
         ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, .* in 0..6; 424 of 1437"),
         ("data.mean=[0,0]", "data.mean: has 2 numbers, but model.channels is 1"),
+        ("binarize_targets=true", "binarize_targets: goes with loss=sigmoid, found loss=softmax"),
+        ("data.augment_on=device data.erase=0.5", "data.augment_on: device, but data.erase is done by the host alone"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(refused_train, overrides, message):

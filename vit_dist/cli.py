@@ -241,7 +241,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 # Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
 _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "on_bad")
-_OF_SOURCES = ("data.cache_dir", "data.download", "data.memory_limit_gb")
+_OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limit_gb")
 
 
 def _launch(options: argparse.Namespace) -> int:

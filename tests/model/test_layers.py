@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import layers
-from vit_dist.model.layers import Dense, Mlp, Norm, Scale, drop_path, dropout, lecun_normal, xavier_uniform
+from vit_dist.model.layers import Dense, Mlp, Norm, Scale, drop_path, dropout, lecun_normal, normal, xavier_uniform
 
 MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 NAMES = ("batch", None, "mlp")
@@ -81,6 +81,11 @@ def test_xavier_draws_each_matrix_of_a_fused_kernel_uniformly_with_its_own_fans(
 def test_xavier_of_two_contracted_dimensions_takes_their_product_for_its_fan() -> None:
     dense = Dense((4, 24), (32,), (None,) * 3, rngs=nnx.Rngs(0), initializer=xavier_uniform)
     assert np.asarray(dense.kernel[...]).var() == pytest.approx(2 / (96 + 32), rel=0.05)
+
+
+def test_normal_has_a_deviation_of_two_hundredths_whatever_the_fans() -> None:
+    kernel = np.asarray(normal(64, 999)(jax.random.key(0), (64, 400), jnp.float32, None))
+    assert kernel.std() == pytest.approx(0.02, rel=0.02)
 
 
 def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations() -> None:

@@ -32,8 +32,9 @@ MODELS: dict[str, Settings] = {
         "width": 512, "mlp": 2048, "heads": 8, "image_size": (96, 96), "patch_size": 16, "channels": 1,
         "num_classes": 10, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh",
     },
-    "cls, registers, pre-logits, oblong": {
+    "cls without a position, registers, pre-logits, oblong": {
         "image_size": (8, 12), "patch_size": (4, 2), "channels": 4, "registers": 2, "pre_logits": 24,
+        "cls_position": False,
     },
     "mean, sincos2d, registers, LayerScale, QK-norm": {
         "pool": "mean", "position": "sincos2d", "registers": 3, "layer_scale": 0.1, "qk_norm": True, "patch_size": 2,
@@ -86,7 +87,15 @@ def scored(function: Any) -> Any:
 
 def reference(settings: Settings) -> Any:
     """(parameters, images) -> logits: Dosovitskiy et al. 2021, equations 1 to 4, with the variations of `settings`."""
-    s = {"pool": "cls", "position": "learned", "registers": 0, "activation": "gelu", **TINY, **settings}
+    s = {
+        "pool": "cls",
+        "position": "learned",
+        "cls_position": True,
+        "registers": 0,
+        "activation": "gelu",
+        **TINY,
+        **settings,
+    }
     width, heads = s["width"], s["heads"]
 
     def linear(p: Tree, x: Any) -> Any:
@@ -157,7 +166,8 @@ def reference(settings: Settings) -> Any:
         position = p["position"] if s["position"] == "learned" else sincos(rows, columns)
         special = jnp.zeros((batch, 0, width))
         if s["pool"] == "cls":
-            special = jnp.tile(p["cls"] + (position[0] if s["position"] == "learned" else 0), (batch, 1, 1))
+            has_position = s["position"] == "learned" and s["cls_position"]
+            special = jnp.tile(p["cls"] + (position[0] if has_position else 0), (batch, 1, 1))
         x = x + position[-rows * columns :]
         if s["registers"]:
             special = jnp.concatenate([special, jnp.tile(p["registers"], (batch, 1, 1))], axis=1)
@@ -323,10 +333,15 @@ def test_randomness_needs_a_key_and_follows_it() -> None:
     assert np.abs(first - other).min(axis=1).max() > 1e-3 and np.abs(first - without).max() > 1e-2
 
 
-def test_drop_path_rises_linearly_with_depth_and_every_branch_of_every_block_draws_for_itself() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("linear", [0.0, 0.2, 0.4, 0.6]), ("constant", [0.3, 0.3, 0.3, 0.3])], ids=str
+)
+def test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_for_itself(
+    schedule: str, rates: list[float]
+) -> None:
     # Branches that add 1 to a channel of their own: what is missing afterwards was dropped.
-    depth, batch, rates = 4, 4000, [0.0, 0.2, 0.4, 0.6]
-    graph, state = abstract(depth=depth, drop_path=rates[-1])
+    depth, batch = 4, 4000
+    graph, state = abstract(depth=depth, drop_path=rates[-1], drop_path_schedule=schedule)
     parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
     blocks = parameters["blocks"]
     blocks["attention"]["projection"]["bias"][...] = jnp.eye(depth, 32)
@@ -339,7 +354,7 @@ def test_drop_path_rises_linearly_with_depth_and_every_branch_of_every_block_dra
     for i, rate in enumerate(2 * rates):
         np.testing.assert_allclose(branches[kept[:, i], i], 1 / (1 - rate), rtol=1e-5)
         assert (~kept[:, i]).mean() == pytest.approx(rate, abs=0.04)
-    random = [i for i in range(2 * depth) if i % depth]  # all but the first block's, which are never dropped
+    random = [i for i, rate in enumerate(2 * rates) if rate]
     correlation = np.corrcoef(kept[:, random].T) - np.eye(len(random))
     assert np.abs(correlation).max() < 5 / math.sqrt(batch)
 

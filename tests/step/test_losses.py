@@ -47,6 +47,11 @@ def test_smoothing_moves_its_share_evenly_to_all_classes() -> None:
     np.testing.assert_array_equal(losses.smooth(TARGETS, 0.0), TARGETS)
 
 
+def test_binarized_targets_are_of_every_class_in_the_mixture() -> None:
+    mixed = 0.3 * losses.one_hot(jnp.asarray([2, 1]), 4) + 0.7 * losses.one_hot(jnp.asarray([0, 1]), 4)
+    np.testing.assert_array_equal(losses.binarize(mixed), [[1, 0, 1, 0], [0, 1, 0, 0]])
+
+
 def test_a_label_outside_the_classes_has_no_target_and_is_never_correct() -> None:
     np.testing.assert_array_equal(losses.one_hot(jnp.asarray([-1, 4, 1]), 4), [[0] * 4, [0] * 4, [0, 1, 0, 0]])
     assert losses.top_k_correct(jnp.zeros((3, 4)), jnp.asarray([-1, 4, 1]), 9).tolist() == [False, False, True]

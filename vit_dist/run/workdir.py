@@ -22,8 +22,8 @@ from vit_dist.run.files import read_json, write_atomically
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",
-    "data.source", "data.path", "data.mixture", "data.download", "data.cache_dir", "data.workers", "data.threads",
-    "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction",
+    "data.source", "data.path", "data.mixture", "data.name", "data.download", "data.cache_dir", "data.workers",
+    "data.threads", "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction",
     "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
