@@ -23,8 +23,8 @@ MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",
     "data.source", "data.path", "data.mixture", "data.name", "data.download", "data.cache_dir", "data.workers",
-    "data.threads", "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction",
-    "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
+    "data.threads", "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad",
+    "data.max_bad_fraction", "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
 _LATE_SECONDS = 60  # a network's disk may show one host later what another has written
