@@ -194,6 +194,8 @@ class Session:
                         self._evaluate()
                     if saving or (evaluating and self.checkpoints.would_keep(self._measured())):
                         self._save()
+                    if evaluating:
+                        self._draw()  # a picture comes after what must not be lost
                     window.restart(self.step)
                 if stopping and not last:
                     self.checkpoints.wait()
@@ -234,6 +236,8 @@ class Session:
                 self._write(f"{split}/ema", row)
             if number == 0:
                 self.result = {"step": self.step, **row}
+
+    def _draw(self) -> None:
         if self.log is not None:
             self.log.flush()
             curves.draw(self.workdir)
@@ -289,8 +293,7 @@ class Session:
             "workdir": str(self.workdir),
         }
         if self.log is not None:
-            self.log.flush()
-            curves.draw(self.workdir)
+            self._draw()
             run_files.write_summary(self.workdir, summary)
         return summary
 
