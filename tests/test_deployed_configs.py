@@ -67,7 +67,7 @@ def test_the_parameters_are_the_variants_with_its_pooling_and_head(deployed):
     norms = (1 if shape.parallel else 2) * 2 * width + (2 * width // shape.heads if shape.qk_norm else 0)
     scales = 0 if settings.model.layer_scale is None else 2 * width
     embedding = (math.prod(shape.patch) * 3 + 1) * width + patches * width
-    pooled = 2 * width  # a class token and its position
+    pooled = (1 + settings.model.cls_position) * width  # a class token and its position
     if settings.model.pool == "map":
         pooled = width + 4 * (width * width + width) + mlp + 2 * width  # one query over all tokens, norm and MLP
     head = (width + 1) * settings.model.num_classes
