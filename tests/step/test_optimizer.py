@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from reference import nested
 
 from vit_dist.config import ConfigError, Optimizer, Rule
 from vit_dist.step.muon import RMS
@@ -37,17 +38,6 @@ Flat = dict[str, np.ndarray]
 def numbers(seed: int) -> Flat:
     rng = np.random.default_rng(seed)
     return {path: rng.normal(size=shape).astype(np.float32) for path, (shape, _) in SHAPES.items()}
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def flattened(tree: Any) -> Flat:
