@@ -30,9 +30,8 @@ TINY: Settings = {
     "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
 }  # fmt: skip
 MODELS: dict[str, Settings] = {
-    "the d2l.ai lesson's, at its full size": {
-        "width": 512, "mlp": 2048, "heads": 8, "image_size": (96, 96), "patch_size": 16, "channels": 1,
-        "num_classes": 10, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh",
+    "as the d2l.ai lesson's": {
+        "channels": 1, "qkv_bias": False, "projection_bias": False, "activation": "gelu_tanh",
     },
     "cls without a position, registers, pre-logits, oblong": {
         "image_size": (8, 12), "patch_size": (4, 2), "channels": 4, "registers": 2, "pre_logits": 24,
@@ -57,13 +56,13 @@ def abstract(**settings: Any) -> tuple[Any, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: ViT(**{**TINY, **settings}, rngs=nnx.Rngs(0))))
 
 
-def filled(state: nnx.State, width: int = 32) -> nnx.State:
-    """Normal numbers of a deviation that keeps activations near one, scales around one; of a model of this width."""
+def filled(state: nnx.State) -> nnx.State:
+    """Normal numbers of a deviation that keeps activations near one, scales around one."""
     numbers = np.random.default_rng(0)
 
     def fill(path: tuple, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        values = numbers.normal(size=leaf.shape) * 1.2 / math.sqrt(width)
+        values = numbers.normal(size=leaf.shape) * 1.2 / math.sqrt(TINY["width"])
         return jnp.asarray(values + 1 if "scale" in name else values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(fill, state)
@@ -99,7 +98,7 @@ def expected_of(settings: Settings, parameters: Any, x: Any) -> tuple[np.ndarray
 def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
     settings = MODELS[name]
     graph, state = abstract(**settings)
-    parameters = filled(state, settings.get("width", 32))
+    parameters = filled(state)
     size = settings.get("image_size", (8, 8))
     x = images(3, size, settings.get("channels", 3))
     (_, logits), gradient = scored(logits_of(graph))(parameters, x)
@@ -265,17 +264,6 @@ def test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_fo
     random = [i for i, rate in enumerate(2 * rates) if rate]
     correlation = np.corrcoef(kept[:, random].T) - np.eye(len(random))
     assert np.abs(correlation).max() < 5 / math.sqrt(batch)
-
-
-def test_dropout_draws_anew_in_every_block() -> None:
-    graph, state = abstract(dropout=0.5)
-    parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
-    parameters["blocks"]["mlp"]["down"]["bias"][...] = jnp.ones((2, 32)) * jnp.array([[1.0], [4.0]])
-    encode = jit(lambda parameters, x, key: nnx.merge(graph, parameters).encode(x, key))
-    y = np.asarray(encode(parameters, jnp.zeros((64, 8, 32)), jax.random.key(0)))
-    values, counts = np.unique(y, return_counts=True)  # neither, the first, the second, both; scaled up twofold
-    np.testing.assert_array_equal(values, [0, 2, 8, 10])
-    np.testing.assert_allclose(counts / y.size, 0.25, atol=0.02)
 
 
 def test_parameters_and_random_logits_are_the_same_on_every_mesh() -> None:

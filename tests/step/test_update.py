@@ -12,16 +12,15 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
 from reference import Flat, flattened, gradient_of, nested
 from reference import State as Reference
 from reference import train_step as reference_step
+from states import batch_of, random_parameters, state_of
 
 from vit_dist import config
-from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import Program
 from vit_dist.step import augment
-from vit_dist.step.state import State, make_state
+from vit_dist.step.state import make_state
 
 STEPS, TOTAL, BATCH, CLASSES = 4, 6, 16, 7
 FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2}
@@ -56,31 +55,12 @@ def settings(keys: dict[str, Any]) -> config.Config:
     return config.resolve(nested({key.replace(".", "/"): item for key, item in flat.items()}))
 
 
-def batch_of(step: int) -> dict[str, np.ndarray]:
+def examples(step: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     return {
         "image": rng.integers(0, 256, (BATCH, 8, 8, 2), dtype=np.uint8),
         "label": rng.integers(0, CLASSES, BATCH, dtype=np.int32),
     }
-
-
-def numbers(like: Any, seed: int) -> Flat:
-    """Normal numbers for parameters of these shapes; scales are around one."""
-    rng = np.random.default_rng(seed)
-    return {
-        path: (0.3 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32)
-        for path, leaf in flattened(like).items()
-    }
-
-
-def put(tree: Any, like: Any) -> Any:
-    """The arrays, laid out on the mesh in use as these abstract ones are."""
-
-    def one(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        spec = PartitionSpec() if abstract.sharding is None else abstract.sharding.spec
-        return jax.device_put(np.asarray(array, abstract.dtype), spec)
-
-    return jax.tree.map(one, tree, like)
 
 
 def fetched(tree: Any) -> Flat:
@@ -126,14 +106,10 @@ def run(name: str) -> Run:
     program = Program(asked, classes=CLASSES, steps=TOTAL, crop_on_device=True)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "mix", spied)
-        abstract = program.abstract_state()
-        parameters, average = numbers(abstract.parameters, 0), numbers(abstract.parameters, 1)
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), abstract.optimizer)
-        state = put(State(np.zeros(()), nested(parameters), zeros, nested(average)), abstract)
-        steps = []
+        parameters, average = random_parameters(program, 0), random_parameters(program, 1)
+        state, steps = state_of(program, nested(parameters), nested(average)), []
         for number in range(STEPS):
-            batch = place(batch_of(number), batch_sharding(program.mesh), BATCH)
-            state, metrics = program.train_step(state, batch)
+            state, metrics = program.train_step(state, batch_of(program, **examples(number)))
             moments = [optax.tree_utils.tree_get(state.optimizer, part) for part in ("mu", "nu")]
             trees = [fetched(tree) for tree in (state.parameters, state.ema, *moments)]
             steps.append(Step(*trees, {key: float(found) for key, found in metrics.items()}))
@@ -146,7 +122,7 @@ def expected(name: str) -> list[tuple[Reference, dict[str, float]]]:
     ours, states = run(name), []
     state = ours.start
     for number, weights in enumerate(ours.drawn.values()):
-        batch = batch_of(number)
+        batch = examples(number)
         state, metrics = reference_step(ours.settings, TOTAL, state, batch["image"], batch["label"], weights)
         states.append((state, metrics))
     return states
@@ -187,7 +163,7 @@ def test_the_four_steps_clip_some_gradients_and_not_others_and_warm_up_before_th
 @pytest.mark.parametrize("keys", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_the_references_gradient_is_the_slope_of_its_loss(keys: dict[str, Any]) -> None:
     asked, rng = settings(keys), np.random.default_rng(5)
-    parameters = numbers(Program(asked, classes=CLASSES, steps=1, crop_on_device=True).abstract_state().parameters, 6)
+    parameters = random_parameters(Program(asked, classes=CLASSES, steps=1, crop_on_device=True), 6)
     images, targets = rng.normal(size=(BATCH, 8, 8, 2)), rng.dirichlet(np.ones(CLASSES), BATCH)
     direction = {path: rng.normal(size=leaf.shape) for path, leaf in parameters.items()}
 
@@ -226,11 +202,11 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         for name in ("bernoulli", "uniform", "beta"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
-        abstract = program.abstract_state()
-        state = put(jax.tree.map(lambda leaf: np.zeros(leaf.shape), abstract), abstract)
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), program.abstract_state().parameters)
+        state = state_of(program, zeros)
         for number in range(2):
-            batch = {name: array[:rows] for name, array in batch_of(number).items()}
-            state, _ = program.train_step(state, place(batch, batch_sharding(program.mesh), rows))
+            batch = {name: array[:rows] for name, array in examples(number).items()}
+            state, _ = program.train_step(state, batch_of(program, **batch))
         jax.effects_barrier()
 
     # Once a step: the flips, and of the mix which one, how much and where. In each micro-batch: dropout of the
