@@ -183,24 +183,25 @@ def test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed() -> None:
 
 
 def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -> None:
-    draws: list[tuple[bytes, np.ndarray]] = []
+    keys: list[bytes] = []  # each that is drawn from or split
+    draws: list[np.ndarray] = []
 
-    def spied(draw: Any) -> Any:
-        def drawn(key: jax.Array, *arguments: Any, **keywords: Any) -> jax.Array:
-            found = draw(key, *arguments, **keywords)
-            jax.debug.callback(
-                lambda data, found: draws.append((data.tobytes(), np.asarray(found))), jax.random.key_data(key), found
-            )
+    def spied(function: Any) -> Any:
+        def spy(key: jax.Array, *arguments: Any, **keywords: Any) -> jax.Array:
+            jax.debug.callback(lambda data: keys.append(data.tobytes()), jax.random.key_data(key))
+            found = function(key, *arguments, **keywords)
+            if not jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key):
+                jax.debug.callback(lambda numbers: draws.append(np.asarray(numbers)), found)
             return found
 
-        return drawn
+        return spy
 
     rows, micro = 12, 6  # sizes that no other dimension has
     rates = {f"model.{name}": 0.5 for name in ("dropout", "embedding_dropout", "attention_dropout", "drop_path")}
     asked = {"batch_size": rows, "accumulate_steps": rows // micro, "mixup": 0.5, "cutmix": 0.5, "data.flip": True}
     program = Program(settings(asked | rates), classes=CLASSES, steps=TOTAL, crop_on_device=True)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
-        for name in ("bernoulli", "uniform", "beta"):
+        for name in ("split", "bernoulli", "uniform", "beta"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), program.abstract_state().parameters)
         state = state_of(program, zeros)
@@ -212,8 +213,8 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
     # Once a step: the flips, and of the mix which one, how much and where. In each micro-batch: dropout of the
     # embedding, and in each of two blocks two in the attention, two in the MLP and the paths of both.
     assert len(draws) == 2 * (4 + rows // micro * (1 + 2 * 6))
-    assert len({key for key, _ in draws}) == len(draws)
-    of_examples = [found for _, found in draws if found.ndim > 1]
+    assert len(set(keys)) == len(keys) > len(draws)
+    of_examples = [found for found in draws if found.ndim > 1]
     assert len(of_examples) == len(draws) - 2 * 3  # the mix's alone are for all
     for found in of_examples:
         count = rows if rows in found.shape else micro
