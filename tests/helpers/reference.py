@@ -7,6 +7,7 @@ is mixed is an argument.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -219,6 +220,8 @@ def train_step(
     targets = targets * weights.mean() + targets[::-1] * (1 - weights.mean())
 
     gradient, loss = gradient_of(settings, state.parameters, images, targets)
+    rules = {path: _rule_of(path, asked.rules) for path in gradient}
+    gradient = {path: leaf for path, leaf in gradient.items() if not rules[path]["frozen"]}
     norm = _norm_of(gradient)
     if asked.clip is not None and norm > asked.clip:
         gradient = {path: leaf * asked.clip / norm for path, leaf in gradient.items()}
@@ -232,18 +235,28 @@ def train_step(
 
     new = State(parameters={}, average={}, step=state.step + 1)
     keep = min(settings.ema_decay, (1 + state.step) / (10 + state.step))
-    for path, old in state.parameters.items():
+    for path in gradient:
         new.first[path] = asked.b1 * state.first.get(path, 0.0) + (1 - asked.b1) * gradient[path]
         new.second[path] = asked.b2 * state.second.get(path, 0.0) + (1 - asked.b2) * gradient[path] ** 2
         mean, square = new.first[path] / (1 - asked.b1**new.step), new.second[path] / (1 - asked.b2**new.step)
         direction = mean / (np.sqrt(square) + asked.eps)
-        if path.endswith("kernel"):
-            direction = direction + asked.weight_decay * old
-        new.parameters[path] = old - rate * direction
+        decay = asked.weight_decay * rules[path]["weight_decay"] * state.parameters[path]
+        new.parameters[path] = state.parameters[path] - rate * rules[path]["learning_rate"] * (direction + decay)
+    for path, old in state.parameters.items():
+        new.parameters.setdefault(path, old)
         new.average[path] = keep * state.average[path] + (1 - keep) * new.parameters[path]
     return new, {
         "loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": _norm_of(new.parameters)
     }  # fmt: skip
+
+
+def _rule_of(path: str, rules: Any) -> dict[str, Any]:
+    """The first that matches; decay is for kernels where none says otherwise."""
+    rule = next((dataclasses.asdict(rule) for rule in rules if re.search(rule.path, path)), {})
+    rule = {"learning_rate": 1.0, "weight_decay": None, "frozen": False} | rule
+    if rule["weight_decay"] is None:
+        rule["weight_decay"] = float(path.endswith("kernel"))
+    return rule
 
 
 def _norm_of(tree: Flat) -> float:

@@ -184,21 +184,6 @@ def test_the_state_is_split_as_the_parameters_are_both_abstract_and_after_steps(
     assert like_parameters >= len(SHAPES)
 
 
-def test_clipping_rules_and_frozen_parameters_are_the_same_on_one_device_and_on_eight() -> None:
-    settings = Optimizer(
-        learning_rate=0.1,
-        weight_decay=0.1,
-        warmup_steps=2,
-        clip=1.0,
-        rules=(Rule("^head", learning_rate=2.0), Rule("^patch", frozen=True)),
-    )
-    one, _ = trained(settings, make_mesh(data=1))
-    eight, _ = trained(settings, make_mesh(data=2, fsdp=2, tensor=2))
-    for path in SHAPES:
-        np.testing.assert_allclose(eight[path], one[path], rtol=2e-6, atol=2e-6, err_msg=path)
-        assert np.array_equal(one[path], numbers(0)[path]) == path.startswith("patch"), path
-
-
 @pytest.mark.parametrize("name", ["sgd", "muon"])  # the others' decay is part of their references above
 def test_weight_decay_takes_rate_times_decay_times_the_parameter_off_kernels_alone(name: str) -> None:
     settings = dataclasses.replace(PLAIN, name=name, warmup_steps=4)

@@ -32,6 +32,10 @@ SOFTMAX = {
 SIGMOID = {
     "loss": "sigmoid", "cutmix": 1.0, "label_smoothing": 0.2, "ema_decay": 0.9, "seed": 4, "accumulate_steps": 2,
     "model.pool": "mean", "model.activation": "gelu_tanh", "model.layer_scale": 0.5,
+    "optimizer.rules": [
+        {"path": "^patch", "frozen": True}, {"path": "head|norm1", "learning_rate": 2.0, "weight_decay": 1.0},
+    ],
+    "data.flip": True, "data.crop_area": (0.1, 0.2),  # which the host has done
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "softmax on one device": SOFTMAX,
@@ -64,7 +68,9 @@ def examples(step: int) -> dict[str, np.ndarray]:
 
 
 def fetched(tree: Any) -> Flat:
-    return flattened(jax.tree.map(np.asarray, tree))
+    """The arrays by path, without what the optimizer keeps in place of frozen ones."""
+    leaves = flattened(jax.tree.map(np.asarray, tree))
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
 
 
 @dataclasses.dataclass
@@ -103,7 +109,7 @@ def run(name: str) -> Run:
         return mix(images, targets, key, **alphas)
 
     mix, asked = augment.mix, settings(RUNS[name])
-    program = Program(asked, classes=CLASSES, steps=TOTAL, crop_on_device=True)
+    program = Program(asked, classes=CLASSES, steps=TOTAL, crop_on_device=not asked.data.flip)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "mix", spied)
         parameters, average = random_parameters(program, 0), random_parameters(program, 1)
@@ -218,6 +224,7 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
     assert len(of_examples) == len(draws) - 2 * 3  # the mix's alone are for all
     for found in of_examples:
         count = rows if rows in found.shape else micro
+        assert count in found.shape
         own = np.moveaxis(found, found.shape.index(count), 0)
         assert len({one.tobytes() for one in own}) == count
 
