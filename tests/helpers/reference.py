@@ -177,6 +177,28 @@ LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 # The step.
 
 
+def resized(images: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """[B, h, w, C] -> [B, *size, C]; antialiased: the kernel is as wide as the step between new pixels, if they shrink.
+
+    Bicubic: Keys 1981, with a = -1/2.
+    """
+
+    def kernel(x: np.ndarray) -> np.ndarray:
+        if interpolation == "bilinear":
+            return np.maximum(0, 1 - x)
+        near, far = 1 - 2.5 * x**2 + 1.5 * x**3, 2 - 4 * x + 2.5 * x**2 - 0.5 * x**3
+        return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+    def weights(old: int, new: int) -> np.ndarray:
+        """[new, old]: of each new pixel the shares of the old ones."""
+        places = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+        shares = kernel(np.abs(np.arange(old) - places) / max(1, old / new))
+        return shares / shares.sum(axis=1, keepdims=True)
+
+    height, width = images.shape[1:3]
+    return np.einsum("ij,bjkc,lk->bilc", weights(height, size[0]), images, weights(width, size[1]))
+
+
 @dataclasses.dataclass
 class State:
     """AdamW's (Loshchilov and Hutter 2019, arXiv:1711.05101) and a moving average of the parameters."""
@@ -210,11 +232,14 @@ def train_step(
     Args:
       settings: a `config.Config`, read for its numbers alone; of the optimizer `adamw` with the schedule `cosine`.
       steps: of the whole run.
-      pixels: `uint8 [B, H, W, C]`, as large as the model takes them. labels: `[B]`.
-      weights: `[H, W]`, what each pixel keeps of its own image; the rest is the image's at the mirrored row.
+      pixels: `uint8 [B, h, w, C]`. labels: `[B]`.
+      weights: `[H, W]`, as large as the model takes images: what each pixel keeps of its own image; the rest is that
+        of the image at the mirrored row.
     """
     asked, classes = settings.optimizer, settings.model.num_classes
-    images = (pixels / 255 - settings.data.mean) / settings.data.std
+    images = (
+        resized(pixels, weights.shape, settings.data.interpolation) / 255 - settings.data.mean
+    ) / settings.data.std
     targets = np.eye(classes)[labels] * (1 - settings.label_smoothing) + settings.label_smoothing / classes
     images = images * weights[:, :, None] + images[::-1] * (1 - weights[:, :, None])
     targets = targets * weights.mean() + targets[::-1] * (1 - weights.mean())

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import reference
-from reference import Flat, nested
+from reference import Flat, nested, resized
 from states import batch_of, random_parameters, state_of
 
 from vit_dist import config, predict
@@ -45,32 +45,24 @@ def pixels(seed: int, size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (BATCH, *size, 3), dtype=np.uint8)
 
 
-def shrinking(old: int, new: int) -> np.ndarray:
-    """[new, old]: of each new pixel the weights of the old ones, a triangle that falls to zero one new pixel away."""
-    step = old / new
-    places = (np.arange(new) + 0.5) * step - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.arange(old) - places[:, None]) / step)
-    return weights / weights.sum(axis=1, keepdims=True)
-
-
 def center(images: np.ndarray) -> np.ndarray:
     """Of [B, 14, 20, C]: the largest box of the shape 8:12 is 13.3 by 20, and 0.8 of it 10.7 by 16."""
-    return np.einsum("ij,bjkc,lk->bilc", shrinking(11, 8), images[:, 1:12, 2:18], shrinking(16, 12))
+    return resized(images[:, 1:12, 2:18], SIZE, "bilinear")
 
 
 def test_whole_images_are_cut_to_their_centre_and_resized_on_the_device() -> None:
-    images, asked = pixels(0, (14, 20)), settings("softmax", 0.8)
-    found = prepare(images, asked.data, asked.model, crop_on_device=True)
-    np.testing.assert_allclose(found, (center(images) / 255 - MEAN) / STD, atol=1e-5)
-    uncut = dataclasses.replace(asked.data, eval_crop=None)
-    whole = np.einsum("ij,bjkc,lk->bilc", shrinking(14, 8), images, shrinking(20, 12))
-    found = prepare(images, uncut, asked.model, crop_on_device=True)
-    np.testing.assert_allclose(found, (whole / 255 - MEAN) / STD, atol=1e-5)
-    np.testing.assert_allclose(  # the host has cut these already
-        prepare(pixels(0, SIZE), asked.data, asked.model, crop_on_device=False),
-        (pixels(0, SIZE) / 255 - MEAN) / STD,
-        atol=1e-5,
+    def found(images: np.ndarray, crop_on_device: bool, **data: Any) -> np.ndarray:
+        """What the network gets, as pixels."""
+        asked = settings("softmax", 0.8)
+        prepared = prepare(images, dataclasses.replace(asked.data, **data), asked.model, crop_on_device=crop_on_device)
+        return (np.asarray(prepared, np.float64) * STD + MEAN) * 255
+
+    whole, cut = pixels(0, (14, 20)), pixels(1, SIZE)
+    np.testing.assert_allclose(found(whole, True), center(whole), atol=1e-3)
+    np.testing.assert_allclose(
+        found(whole, True, eval_crop=None, interpolation="bicubic"), resized(whole, SIZE, "bicubic"), atol=1e-3
     )
+    np.testing.assert_allclose(found(cut, False), cut, atol=1e-3)  # the host has cut these already
 
 
 @pytest.mark.parametrize("loss", MESHES)
@@ -86,7 +78,9 @@ def test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count(los
             rng, images = np.random.default_rng(seed), pixels(seed, (14, 20))
             mask, labels = np.arange(BATCH) < 9 - 2 * seed, rng.integers(0, CLASSES, BATCH, dtype=np.int32)
             logits = logits_of(asked, parameters, center(images))
-            labels[0] = logits[0].argmax()  # a right answer at least
+            labels[[0, -1]] = logits[[0, -1]].argmax(
+                axis=1
+            )  # a right answer at least in a row that counts and in another
             batch = batch_of(program, image=images, label=labels, mask=mask)
             totals = program.evaluation_step(own, batch, totals)
             rank = (logits > logits[np.arange(BATCH), labels][:, None]).sum(axis=1)

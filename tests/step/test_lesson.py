@@ -7,12 +7,12 @@ import functools
 import gzip
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import lesson
 import numpy as np
 import pytest
+from reference import resized
 from states import batch_of, state_of
 from system import DATA, ROOT, largest_difference
 
@@ -40,10 +40,10 @@ def curves(batch_size: int, steps: int, dropout: float, *overrides: str) -> tupl
     """The losses of our steps and of the lesson's, from the lesson's parameters on the same images in one order."""
     images, labels = data()
     order = np.resize(np.random.default_rng(1).permutation(len(images)), (steps, batch_size))
-    large = [cv2.resize(image.astype(np.float32) / 255, (lesson.SIDE, lesson.SIDE))[..., None] for image in images]
+    large = resized(images / 255, (lesson.SIDE, lesson.SIDE), "bilinear").astype(np.float32)
     model = lesson.ViT(dropout)
     parameters = model.init(jax.random.key(0), jnp.zeros((1, lesson.SIDE, lesson.SIDE, 1)), False)["params"]
-    theirs = lesson.train(model, parameters, RATE, [(np.stack([large[i] for i in own]), labels[own]) for own in order])
+    theirs = lesson.train(model, parameters, RATE, [(large[own], labels[own]) for own in order])
 
     recipe = ROOT / "configs" / "d2l_fashion_mnist.py"
     asked = recipes.load(recipe, ["mesh.data=1", f"batch_size={batch_size}", *overrides])

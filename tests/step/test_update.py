@@ -27,6 +27,7 @@ FOUR_DEVICES = {"mesh.data": 2, "mesh.fsdp": 2}
 SOFTMAX = {
     "loss": "softmax", "mixup": 0.8, "label_smoothing": 0.1, "ema_decay": 0.2, "seed": 3,
     "model.pool": "cls", "model.activation": "gelu", "model.qkv_bias": True, "data.mean": 0.4, "data.std": 0.3,
+    "data.interpolation": "bicubic",
     "optimizer.clip": 3.3, "optimizer.warmup_steps": 2, "optimizer.end_factor": 0.1,
 }  # fmt: skip
 SIGMOID = {
@@ -59,10 +60,10 @@ def settings(keys: dict[str, Any]) -> config.Config:
     return config.resolve(nested({key.replace(".", "/"): item for key, item in flat.items()}))
 
 
-def examples(step: int) -> dict[str, np.ndarray]:
+def examples(step: int, size: tuple[int, int] = (11, 6)) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     return {
-        "image": rng.integers(0, 256, (BATCH, 8, 8, 2), dtype=np.uint8),
+        "image": rng.integers(0, 256, (BATCH, *size, 2), dtype=np.uint8),
         "label": rng.integers(0, CLASSES, BATCH, dtype=np.int32),
     }
 
