@@ -240,9 +240,12 @@ def train_step(
     images = (
         resized(pixels, weights.shape, settings.data.interpolation) / 255 - settings.data.mean
     ) / settings.data.std
-    targets = np.eye(classes)[labels] * (1 - settings.label_smoothing) + settings.label_smoothing / classes
+    targets = np.eye(classes)[labels]
     images = images * weights[:, :, None] + images[::-1] * (1 - weights[:, :, None])
     targets = targets * weights.mean() + targets[::-1] * (1 - weights.mean())
+    if settings.binarize_targets:  # Wightman et al. 2021, arXiv:2110.00476
+        targets = (targets > 0).astype(np.float64)
+    targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / classes
 
     gradient, loss = gradient_of(settings, state.parameters, images, targets)
     rules = {path: _rule_of(path, asked.rules) for path in gradient}

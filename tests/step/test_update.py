@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "softmax on data=2 x fsdp=2": {**SOFTMAX, **FOUR_DEVICES},
     "sigmoid in 2 micro-batches on one device": SIGMOID,
     "sigmoid in 4 micro-batches on data=2 x fsdp=2": {
-        **SIGMOID, **FOUR_DEVICES, "accumulate_steps": 4, "accumulate_gather": "step",
+        **SIGMOID, **FOUR_DEVICES, "accumulate_steps": 4, "accumulate_gather": "step", "binarize_targets": True,
     },
 }  # fmt: skip
 
