@@ -58,7 +58,7 @@ def curves(batch_size: int, steps: int, dropout: float, *overrides: str) -> tupl
 
 
 def test_ten_steps_without_dropout_have_the_lessons_losses() -> None:
-    ours, theirs = curves(16, 10, 0.0, *NO_DROPOUT)
+    ours, theirs = curves(8, 10, 0.0, *NO_DROPOUT)
     assert largest_difference(ours, theirs) < 1e-4
     assert theirs[0] < 3 and max(theirs) > 10  # at this rate the loss climbs; that it agrees then too says the more
 
@@ -71,7 +71,7 @@ def test_dropout_has_the_lessons_places_and_rates(monkeypatch: pytest.MonkeyPatc
         return jnp.asarray(place % 100 < 100 * p)
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
-    ours, theirs = curves(16, 3, DROPOUT)
+    ours, theirs = curves(8, 3, DROPOUT)
     assert largest_difference(ours, theirs) < 1e-4
 
 
