@@ -72,7 +72,7 @@ def test_dropout_has_the_lessons_places_and_rates(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
     ours, theirs = curves(8, 3, DROPOUT)
-    assert largest_difference(ours, theirs) < 1e-4
+    assert largest_difference(ours, theirs) < 2e-5  # the exact GELU is 1.5e-4 away
 
 
 @pytest.mark.slow

@@ -140,9 +140,9 @@ def largest_difference(found: Flat, wanted: Flat) -> float:
     return max(float(np.abs(found[path] - wanted[path]).max()) for path in wanted)
 
 
-# Float32 resolves 1.2e-7 of a parameter between 1 and 2, and of gradients near 1; where Adam's root is near zero, a rate
-# of 2e-2 over an epsilon of 1e-3 makes twenty times as much of the gradient's rounding. The largest difference seen is
-# 8.8e-7; a step moves parameters by 1e-2.
+# Float32 resolves 1.2e-7 of a parameter between 1 and 2, and of gradients near 1; where Adam's root is near zero, a
+# rate of 2e-2 over an epsilon of 1e-3 makes twenty times as much of the gradient's rounding. The largest difference
+# seen is 8.8e-7; a step moves parameters by 1e-2.
 TOLERANCE = 4e-6
 
 
