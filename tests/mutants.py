@@ -1,8 +1,8 @@
-"""Small wrong edits of the source, each with the tests that must fail for it: `make mutants`.
+"""Small wrong edits of the source, each with the test that must fail for it: `make mutants`.
 
-A test that passes whatever the code does holds no claim. Every row of `MUTANTS` is a slip that somebody could make.
-It is made in a copy of the checkout and its tests are run there; where they still pass, the mutant has survived, and
-the suite has a hole. First the same tests run on an untouched copy, where they must pass.
+A test that passes whatever the code does holds no claim. Every row of `mutant_table` is a slip that somebody could
+make. It is made in a copy of the checkout and its test is run there. Where the test still passes, the mutant has
+survived, and the suite has a hole. First the same tests run on an untouched copy, where they must pass.
 
     .venv/bin/python tests/mutants.py [WORD ...]     # those whose file or slip contains one of the words; none: all
 
@@ -20,9 +20,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mutant_table import TABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2  # mutants that are judged at a time
-LIMIT_S = 240  # for the tests of one mutant; one that takes longer is not judged
+LIMIT_S = 240  # for the test of one mutant; one that takes longer is not judged
 _LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
 _TESTS_FAILED = 1  # pytest's exit code; others say that no test could be run
 
@@ -35,10 +37,10 @@ class Mutant:
     slip: str  # what is wrong then, in words
     old: str
     new: str
-    tests: str  # pytest's names of tests below `tests/`, separated by blanks
+    test: str  # pytest's name of what must fail, below `tests/`
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS = [Mutant(file, slip, old, new, test) for file, rows in TABLE.items() for slip, old, new, test in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Verdict:
 
 
 def judge(mutant: Mutant) -> Verdict:
-    """Runs a mutant's tests in a copy of its own."""
+    """Runs a mutant's test in a copy of its own."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = copied(Path(folder))
@@ -62,7 +64,7 @@ def judge(mutant: Mutant) -> Verdict:
         if count != 1:
             return Verdict(mutant, f"NOT JUDGED: its text stands {count} times in {mutant.file}", 0.0, "")
         file.write_text(text.replace(mutant.old, mutant.new))
-        code, output = run(copy, mutant.tests.split())
+        code, output = run(copy, [mutant.test])
     words = {_TESTS_FAILED: "killed", 0: "SURVIVED", None: f"NOT JUDGED: more than {LIMIT_S} s"}
     word = words.get(code, f"NOT JUDGED: pytest ended with {code}")
     return Verdict(mutant, word, time.monotonic() - begun, output)
@@ -101,7 +103,7 @@ def main(words: Sequence[str]) -> int:
     chosen = [one for one in MUTANTS if not words or any(word in f"{one.file} {one.slip}" for word in words)]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
+        tests = sorted({mutant.test for mutant in chosen})
         code, output = run(copied(Path(folder)), tests)
     if code != 0:
         print(output, f"error: the tests do not pass without a mutant (pytest ended with {code})", sep="\n")

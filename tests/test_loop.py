@@ -74,10 +74,17 @@ def measured(monkeypatch):
     return accuracies
 
 
-def test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are(measured, tmp_path):
+def test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are(measured, tmp_path, monkeypatch):
+    saved, save = [], loop.Checkpoints.save
+    monkeypatch.setattr(
+        loop.Checkpoints,
+        "save",
+        lambda self, step, *trees, **more: saved.append(step) or save(self, step, *trees, **more),
+    )
     measured += [0.5, 0.9, 0.7, 0.6]
-    cadences = ("evaluate.every_steps=2", "checkpoint.every_steps=3", "checkpoint.keep_best=1", "total_steps=7")
+    cadences = ("evaluate.every_steps=2", "checkpoint.every_steps=5", "checkpoint.keep_best=1", "total_steps=7")
     train(settings(*cadences), tmp_path)
+    assert saved == [2, 4, 5, 7]  # a best, a better one, the cadence, the end; but not the third best at 6
     assert [row["top1"] for row in rows(tmp_path) if row["split"] == "test"] == [0.5, 0.9, 0.7, 0.6]
     assert checkpoint_steps(tmp_path) == [4, 7]
 

@@ -146,6 +146,13 @@ def test_changes_come_in_the_order_of_the_recipes() -> None:
         np.testing.assert_array_equal(changes(image, EVERYTHING, generator(0, i)), expected)
 
 
+@pytest.mark.parametrize("key", ["flip", "three_augment", "randaugment_layers", "color_jitter", "hue_jitter", "erase"])
+def test_each_kind_of_change_is_made_when_it_alone_is_asked_for(key: str) -> None:
+    asked = config.Data(**{key: {"flip": True, "three_augment": True, "randaugment_layers": 1}.get(key, 0.4)})
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert any((changes(image, asked, generator(0, i)) != image).any() for i in range(20))
+
+
 def test_nothing_asked_for_is_nothing_done_or_drawn() -> None:
     image, rng = np.zeros((4, 4, 3), np.uint8), generator(0, 0)
     assert changes(image, config.Data(), rng) is image
