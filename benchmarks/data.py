@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from vit_dist import config
-from vit_dist.data import augment
+from vit_dist.data import augment, crop
 from vit_dist.data.examples import ArraySource, Source
 from vit_dist.data.loader import train_batches
 from vit_dist.data.order import Order
@@ -79,7 +79,7 @@ def pillow(files: list[Path], steps: range) -> float:
             with files[index].open("rb") as stream:
                 image = Image.open(stream).convert("RGB")
             rng = augment.generator(SEED, int(position))
-            top, left, height, width = augment.crop_box(image.height, image.width, AREA, ASPECT, rng)
+            top, left, height, width = crop.random_crop(image.height, image.width, AREA, ASPECT, rng)
             image = image.crop((left, top, left + width, top + height))
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             if rng.random() < 0.5:
