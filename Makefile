@@ -13,7 +13,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow smoke lint bench bench-data bench-plan visit-kit gpu-visit visit-proof
+.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make train      trains the default recipe, configs/digits.py, into runs/digits'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
+	@echo 'make mutants    small wrong edits of the source, each of which a test must notice (WORDS=... chooses some)'
 	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
@@ -78,6 +79,9 @@ test-slow: setup
 	@$(MAKE) --no-print-directory compilers || \
 	  echo 'WARNING: the compilers could not be installed: the tests that need them will NOT run' >&2
 	@COMPILERS=$(COMPILERS) $(RUN)/pytest -n 2 --dist loadfile -m slow
+
+mutants: setup
+	@$(RUN)/python tests/mutants.py $(WORDS)
 
 smoke: setup
 	@tests/smoke.sh $(RUN)/vit-dist
