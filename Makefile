@@ -16,7 +16,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow smoke lint bench bench-data bench-plan
+.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -24,11 +24,15 @@ help:
 	@echo 'make train      trains the default recipe, configs/digits.py, into runs/digits'
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
+	@echo 'make mutants    small wrong edits of the source, each of which a test must notice (WORDS=... chooses some)'
 	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
+	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
+	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
+	@echo 'make visit-proof the dry run as on the GPU machine: its jax, the kit'"'"'s wheels (MACHINE_PYTHON=python3.12)'
 
 # It speaks on stderr alone, so that stdout is the job's: `make train` ends with the line of its summary.
 setup:
@@ -79,6 +83,9 @@ test-slow: setup
 	  echo 'WARNING: the compilers could not be installed: the tests that need them will NOT run' >&2
 	@COMPILERS=$(COMPILERS) $(RUN)/pytest -n 2 --dist loadfile -m slow
 
+mutants: setup
+	@$(RUN)/python tests/mutants.py $(WORDS)
+
 smoke: setup
 	@tests/smoke.sh $(RUN)/vit-dist
 
@@ -95,3 +102,35 @@ bench-data: setup
 
 bench-plan: compilers
 	@PYTHONPATH=$(COMPILERS) $(RUN)/python benchmarks/plan.py
+
+visit-kit: compilers
+	@$(RUN)/python benchmarks/visit_kit.py
+
+# A kit for this machine: without wheels, and with plans for the CPU of a dry run.
+KIT := .cache/visit-kit
+MAKE_KIT = $(RUN)/python benchmarks/visit_kit.py --out=$(KIT) --targets=cpu:1 --only
+
+$(KIT)/kit.json: $(shell find vit_dist benchmarks -name '*.py') | setup
+	@$(MAKE_KIT) golden plans photos
+
+gpu-visit: $(KIT)/kit.json
+	@$(RUN)/python benchmarks/gpu_visit.py --kit=$(KIT) --out=runs/gpu-visit $(ARGS)
+
+# What the GPU machine has of its own; all else travels, and is put in place as benchmarks/README.md says.
+MACHINE_HAS := jax==0.11.2 jaxlib==0.11.2 numpy==2.5.2 matplotlib pillow
+MACHINE_PYTHON ?= python3.12
+MACHINE := .cache/visit-machine
+
+visit-proof: $(KIT)/kit.json
+	@made_from=$$({ $(MACHINE_PYTHON) -VV && echo '$(MACHINE_HAS)' && cat constraints.txt benchmarks/visit_kit.py; } | cksum); \
+	if [ "$$made_from" != "$$(cat $(MACHINE)/made-from 2>/dev/null)" ]; then \
+	  set -e; \
+	  $(MAKE_KIT) wheels; \
+	  $(MACHINE_PYTHON) -m venv --clear $(MACHINE); \
+	  $(MACHINE)/bin/python -m pip install -q --disable-pip-version-check $(MACHINE_HAS); \
+	  $(MACHINE)/bin/python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+	    --target $(MACHINE)/site $(KIT)/wheels/*.whl; \
+	  echo "$$made_from" > $(MACHINE)/made-from; \
+	fi
+	@PYTHONPATH=$(MACHINE)/site:. $(MACHINE)/bin/python benchmarks/gpu_visit.py --dry-run --kit=$(KIT) \
+	  --out=runs/visit-proof

@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from vit_dist import config
-from vit_dist.data import augment
+from vit_dist.data import augment, crop
 from vit_dist.data.examples import ArraySource, Source
 from vit_dist.data.loader import train_batches
 from vit_dist.data.order import Order
@@ -43,6 +43,7 @@ PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 SIZE, BATCH, SEED = 224, 32, 0
 AREA, ASPECT = (0.05, 1.0), (3 / 4, 4 / 3)
 IN_MEMORY_BATCHES = (128, 512, 4096)
+_MORE = {"jpeg": 4, "raw": 10}  # times as many steps as of the originals
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ def pillow(files: list[Path], steps: range) -> float:
             with files[index].open("rb") as stream:
                 image = Image.open(stream).convert("RGB")
             rng = augment.generator(SEED, int(position))
-            top, left, height, width = augment.crop_box(image.height, image.width, AREA, ASPECT, rng)
+            top, left, height, width = crop.random_crop(image.height, image.width, AREA, ASPECT, rng)
             image = image.crop((left, top, left + width, top + height))
             image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             if rng.random() < 0.5:
@@ -124,20 +125,30 @@ def class_folder(photos: Path, place: Path) -> list[Path]:
     return links
 
 
-def photo_sides(photos: Path, place: Path, steps: int, worker: Executor) -> Iterator[Side]:
-    """Pillow and every way of ours; the prepared ones have more steps, for a round of theirs to take as long."""
+def photo_sides(
+    photos: Path,
+    place: Path,
+    steps: int,
+    worker: Executor,
+    several: int = 2,
+    encodings: Iterable[str] = ("jpeg", "raw"),
+) -> Iterator[Side]:
+    """Pillow and every way of ours, on one thread and on `several`.
+
+    The prepared ones have more steps, for a round of theirs to take as long. place: an empty folder to work in.
+    """
     files = class_folder(photos, place / "photos")
     yield Side("pillow", lambda steps: worker.submit(pillow, files, steps).result(), BATCH, steps)
     sets = {"originals": (config.Data(source="folder", path=str(place / "photos")), 1)}
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvimgcodec"):
         sets["originals, crop_decode"] = dataclasses.replace(sets["originals"][0], crop_decode=True), 1
-    for encode, more in (("jpeg", 4), ("raw", 10)):
+    for encode in encodings:
         prepare(str(place / "photos"), str(place / encode), kind="folder", resize=256, encode=encode)
-        sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(place / encode)), more
+        sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(place / encode)), _MORE[encode]
     for name, (data, more) in sets.items():
         data = dataclasses.replace(data, crop_area=AREA, crop_aspect=ASPECT, flip=True)
         source = open_source(data, "train")
-        for threads in (1, 2):
+        for threads in (1, several):
             made = ours(source, dataclasses.replace(data, threads=threads), BATCH, SIZE, 3)
             yield Side(f"{name}, {threads} thread{'s' if threads > 1 else ''}", made, BATCH, steps * more)
 
@@ -152,8 +163,8 @@ def in_memory_sides(examples: int) -> Iterator[Side]:
         yield Side(f"in memory, 28x28, batch {batch}", made, batch, max(1, examples // batch))
 
 
-def compare(sides: list[Side], rounds: int) -> None:
-    """Warms all up, then takes turns, from the first side and from the last."""
+def compare(sides: list[Side], rounds: int, then: Callable[[], None] = lambda: None) -> None:
+    """Warms all up, then takes turns, from the first side and from the last. then: called after each round."""
     for side in sides:
         side.round(0)
         side.seconds.clear()
@@ -161,6 +172,7 @@ def compare(sides: list[Side], rounds: int) -> None:
     for number in range(1, rounds + 1):
         for side in sides if number % 2 else reversed(sides):
             side.round(number)
+        then()
 
 
 def ratio(side: Side, other: Side, cpu: bool = False) -> float:

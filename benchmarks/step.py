@@ -13,6 +13,7 @@ import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from vit_dist import config, recipes
 from vit_dist.mesh import feed, processes
 from vit_dist.model import vit
 from vit_dist.program import Program
+from vit_dist.step.state import State
 
 LESSON = Path(__file__).parent.parent / "configs" / "d2l_fashion_mnist.py"
 
@@ -45,22 +47,34 @@ class Ours:
 
     name = "vit_dist"
 
-    def __init__(self, settings: config.Config, images: np.ndarray, labels: np.ndarray):
+    def __init__(
+        self,
+        settings: config.Config,
+        images: np.ndarray,
+        labels: np.ndarray,
+        new_state: Callable[[Program], State] = Program.new_state,
+    ):
+        """new_state: makes the state before the first step, with the mesh in use."""
         assert settings.model.num_classes is not None
-        self._program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
+        self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
         with self.in_use():
-            self._state = self._program.new_state()
-            sharding = feed.batch_sharding(self._program.mesh)
+            self._state = new_state(self.program)
+            sharding = feed.batch_sharding(self.program.mesh)
             self._batch = feed.place({"image": images, "label": labels}, sharding, settings.batch_size)
         self._metrics: dict[str, jax.Array] = {}
 
     def in_use(self) -> contextlib.AbstractContextManager:
         """What the steps are to be called in."""
-        return self._program.in_use()
+        return self.program.in_use()
+
+    def compile(self) -> jax.stages.Compiled:
+        """Compiles the step; the first one finds it made."""
+        with self.in_use():
+            return self.program.train_step.lower(self._state, self._batch).compile()
 
     def step(self) -> None:
         """Dispatches one step."""
-        self._state, self._metrics = self._program.train_step(self._state, self._batch)
+        self._state, self._metrics = self.program.train_step(self._state, self._batch)
 
     def block(self) -> float:
         """Waits for all steps; returns the last one's loss."""

@@ -29,7 +29,7 @@ def get_config():
     model.projection_dropout = 0.0
     model.scan = False  # two blocks compile soon enough one by one
 
-    config.data.source, config.data.path = "idx", "datasets/fashion_mnist"
+    config.data.source, config.data.name, config.data.path = "idx", "fashion_mnist", "datasets/fashion_mnist"
     config.data.mean, config.data.std = 0.0, 1.0  # pixels in [0, 1], as the lesson feeds them
 
     optimizer = config.optimizer

@@ -18,7 +18,7 @@ GIB = 2**30
 # recipe: (devices, bytes of one's memory, parameters, bytes of parameters and of optimizer state on one device)
 # The parameters are the variant's with its pooling and head: 12 (24, 40, 48) blocks and what is around them.
 DEPLOYED = {
-    "vit_b16_i1k_8gpu": (8, 80e9, 86_546_152, 4 + 8),
+    "vit_b16_i1k_8gpu": (8, 80e9, 86_545_384, 4 + 8),
     "vit_l16_i21k_v5e256": (256, 16 * GIB, 325_690_707, 10 / 16),
     "vit_g14_64gpu": (64, 80e9, 1_067_225_171, 10 / 8),
     "vit_22b_v5p1024": (1024, 95 * GIB, 22_338_131_283, 10 / 256),
@@ -67,7 +67,7 @@ def test_the_parameters_are_the_variants_with_its_pooling_and_head(deployed):
     norms = (1 if shape.parallel else 2) * 2 * width + (2 * width // shape.heads if shape.qk_norm else 0)
     scales = 0 if settings.model.layer_scale is None else 2 * width
     embedding = (math.prod(shape.patch) * 3 + 1) * width + patches * width
-    pooled = 2 * width  # a class token and its position
+    pooled = (1 + settings.model.cls_position) * width  # a class token and its position
     if settings.model.pool == "map":
         pooled = width + 4 * (width * width + width) + mlp + 2 * width  # one query over all tokens, norm and MLP
     head = (width + 1) * settings.model.num_classes

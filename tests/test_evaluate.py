@@ -1,6 +1,7 @@
 """Law 3: an evaluation counts every example of a split once, whatever the batch size and the mesh."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from system import DATA, NOTHING_RANDOM, rows, settings, train_here
 
 from vit_dist import cli
 from vit_dist.data.formats.idx import read_digits
+from vit_dist.data.loader import evaluation_batches
 from vit_dist.evaluate import evaluate, evaluate_source, open_split
 from vit_dist.program import Program
 
@@ -70,6 +72,16 @@ def test_all_360_digits_are_counted_at_batch_sizes_that_divide_nothing(mesh, bat
 
 def test_the_train_split_is_counted_whole_too(workdir):
     assert evaluate(workdir, split="train", overrides=["evaluate.batch_size=333"])["count"] == 1797 - DIGITS
+
+
+def test_an_evaluation_that_misses_an_example_is_an_error(workdir, monkeypatch):
+    def all_but_one(source, *arguments, **options):
+        some = dataclasses.replace(source, images=source.images[1:], labels=source.labels[1:])
+        return evaluation_batches(some, *arguments, **options)
+
+    monkeypatch.setattr(importlib.import_module("vit_dist.evaluate"), "evaluation_batches", all_but_one)
+    with pytest.raises(RuntimeError, match=f"evaluation counted {DIGITS - 1} examples of {DIGITS}, and skipped 0"):
+        evaluate(workdir)
 
 
 def test_accuracies_by_class_add_up_to_the_whole(expected):

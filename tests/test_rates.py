@@ -18,6 +18,12 @@ from vit_dist.data.loader import Batches, train_batches
 from vit_dist.data.stages import Stages
 from vit_dist.mesh import feed
 
+
+@pytest.fixture(autouse=True)
+def judged_at_once(monkeypatch):
+    monkeypatch.setattr(rates, "JUDGED_S", 0.0)
+
+
 RAW = b"P6 8 8 255\n" + bytes(8 * 8 * 3)
 
 
@@ -94,6 +100,24 @@ def test_a_step_that_is_slower_than_its_data_says_nothing(caplog):
         window.say_slow_data(found, 8)
     assert found.waited < rates.SLOW_DATA * found.seconds
     assert "waiting for data" not in caplog.text
+
+
+def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(caplog, monkeypatch):
+    monkeypatch.setattr(rates, "JUDGED_S", 10.0)
+
+    def said(*waited):
+        """After stretches of 4 s, of which so many were spent waiting."""
+        caplog.clear()
+        with stream(0.0) as (host, placed):
+            window = rates.Window(0, host, placed)
+            for step, seconds in enumerate(waited, 1):
+                window.say_slow_data(rates.Rates(4.0, 10, seconds, Stages(read=2.0)), 10 * step)
+        return [record.message.partition(" of the time")[0] for record in caplog.records]
+
+    assert said(4.0, 4.0) == []  # too short to say
+    assert said(1.0, 0.0, 0.0) == ["step 30: 8 %"]
+    assert said(0.3, 0.1, 0.1) == []  # one window of 7 % in a stretch of 4 %
+    assert said(0.3, 0.1, 0.1, 3.0, 0.0, 0.0) == ["step 60: 25 %"]
 
 
 def test_it_is_said_once_a_minute_at_most(caplog):

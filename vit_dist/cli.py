@@ -19,6 +19,7 @@ from vit_dist import arguments, config, recipes
 from vit_dist.config import ConfigError
 from vit_dist.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.mesh.peers import JobError
+from vit_dist.mesh.watch import end_now
 
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
 REFUSALS = {
@@ -41,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
     options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
-    code, said = FAILED, "an error of the program; see what it has said itself"
+    code, said, together = FAILED, "an error of the program; see what it has said itself", False
     try:
         code = options.run(options) or DONE
+        together = code != FAILED
     except ConfigError as error:
         code, said = MISTAKE, str(error)
         print(f"error: {said}", file=sys.stderr)
@@ -59,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, said = INTERRUPTED, "interrupted"
         print(said, file=sys.stderr)
     finally:
-        _leave(code, said)
+        _leave(code, said, together)
+    if code == INTERRUPTED and not together and argv is None:
+        end_now(code)  # without waiting for what threads are doing, such as a save
     return code
 
 
@@ -70,23 +74,26 @@ def _keep_stdout_for_results() -> None:
     os.dup2(2, 1)
 
 
-def _leave(code: int, said: str) -> None:
-    """Leaves the other processes of a job, if the verb joined any."""
+def _leave(code: int, said: str, together: bool) -> None:
+    """Leaves the other processes of a job, if the verb joined any; see `processes.leave`."""
     if "jax" in sys.modules:
         from vit_dist.mesh import processes
 
-        processes.leave(code, said)
+        processes.leave(code, said, together=together)
 
 
 def _train(options: argparse.Namespace) -> int:
     settings = recipes.load(options.config, options.overrides)
-    from vit_dist.train import Diverged, Preempted, train
+    from vit_dist.train import Diverged, Interrupted, Preempted, train
 
     try:
         _print_json(train(settings, options.workdir))
     except Preempted as stopped:
         print(f"preempted: {stopped}", file=sys.stderr)
         return PREEMPTED
+    except Interrupted as stopped:
+        print(f"interrupted: {stopped}", file=sys.stderr)
+        return INTERRUPTED
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -234,7 +241,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 # Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
 _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "on_bad")
-_OF_SOURCES = ("data.cache_dir", "data.download", "data.memory_limit_gb")
+_OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limit_gb")
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -54,19 +54,21 @@ class Model:
     pool: Literal["cls", "mean", "map"] = "cls"
     position: Literal["learned", "sincos2d"] = "learned"
     position_std: float = 0.02  # of the learned position embeddings at the start
+    cls_position: bool = True  # of learned positions: the class token has one, as in the paper; DeiT-III gives it none
     registers: int = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
     dropout: float = 0.0  # after each of the MLP's two layers and after the attention's projection
     projection_dropout: float | None = None  # after the attention's projection alone; None: as `dropout`
     embedding_dropout: float = 0.0  # on the sum of patch and position embeddings
     attention_dropout: float = 0.0  # on the attention weights
-    drop_path: float = 0.0  # stochastic depth: the last block's rate, rising linearly from 0 at the first
+    drop_path: float = 0.0  # stochastic depth (Huang et al. 2016, arXiv:1603.09382): the last block's rate
+    drop_path_schedule: Literal["linear", "constant"] = "linear"  # from 0 at the first block, or the same in all
     layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); None: no LayerScale
     qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442)
     qkv_bias: bool = True
     projection_bias: bool = True  # of the attention's output projection
     parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = None  # None, here and above: the variant's
-    kernel_init: Literal["xavier_uniform", "lecun_normal"] = "xavier_uniform"
+    kernel_init: Literal["xavier_uniform", "lecun_normal", "normal"] = "xavier_uniform"  # normal: N(0, 0.02^2)
     pre_logits: int | None = None  # width of a tanh layer before the head; None: none
     head_zero_init: bool = True
     head_bias: float = 0.0  # its initial value; -6.9 or -10 with a sigmoid loss
@@ -99,7 +101,8 @@ class Data:
     fraction: float = 1.0  # of each class's training examples; a smaller one's are among a larger one's
     repeats: int = 1  # times an example follows itself, augmented anew (arXiv:1902.05509); each counts for the epoch
     cache_dir: str | None = None  # for the indexes of large sets; None: the user's cache folder
-    download: bool = False  # fetch the files of an `idx` source where they are missing
+    name: Literal["mnist", "fashion_mnist"] | None = None  # which set an `idx` source is: it names the classes
+    download: bool = False  # fetch the files of the set that `name` says where they are missing
     in_memory: bool = False  # decode the whole split at the start and keep its pixels
     memory_limit_gb: float = 4.0  # of host memory, for pixels or a compressed tar kept in it
     on_bad: Literal["error", "skip"] = "error"  # what to do about a file that does not decode
@@ -115,6 +118,8 @@ class Data:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased
     crop_decode: bool = False  # of JPEG, the rows and columns of a crop alone: needs vit-dist[crop-decode]
     flip: bool = False  # left-right, one time in two
+    augment_on: Literal["auto", "host", "device"] = "auto"  # what crops and flips; auto: the device does where the
+    # images are in memory and nothing is asked for that only the host can do
     color_jitter: float = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of 0.7 to 1.3
     hue_jitter: float = 0.0  # largest turn of the hue, as a share of the colour circle
     randaugment_layers: int = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
@@ -172,7 +177,7 @@ class Evaluate:
 class Checkpoint:
     every_steps: int = 0  # 0: only at the end
     keep_last: int = 1
-    keep_best: int = 0  # by top-1 of the first split of `evaluate.splits`
+    keep_best: int = 0  # by top-1 of the first split of `evaluate.splits`; a best one is saved when it is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +207,7 @@ class Config:
     accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp: when parameters are gathered and
     # gradients scattered: once a step costs memory for both whole, once a micro-batch costs traffic
     loss: Literal["softmax", "sigmoid"] = "softmax"
+    binarize_targets: bool = False  # sigmoid loss: every class that is in the mixed image counts in full (DeiT-III)
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412); 0: none
     cutmix: float = 0.0  # likewise (Yun et al. 2019, arXiv:1905.04899); with both, each is taken one time in two
@@ -382,11 +388,8 @@ def _check(config: Config) -> None:
                 f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
                 "give one a channel, or a single number for all"
             )
-    if config.checkpoint.keep_best and not config.evaluate.every_steps:
-        raise ConfigError(
-            f"checkpoint.keep_best: {config.checkpoint.keep_best} are to be kept by their accuracy, but "
-            "evaluate.every_steps=0 measures none; set one of them"
-        )
+    if config.binarize_targets and config.loss != "sigmoid":
+        raise ConfigError(f"binarize_targets: goes with loss=sigmoid, found loss={config.loss}; set one of them")
     model = config.model
     if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
         raise ConfigError(

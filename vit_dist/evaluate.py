@@ -12,7 +12,7 @@ import numpy as np
 
 from vit_dist import config
 from vit_dist.data.bad import Bad, check_bad
-from vit_dist.data.examples import Source, check_labels
+from vit_dist.data.examples import Source, check_labels, distinct_names
 from vit_dist.data.loader import evaluation_batches
 from vit_dist.data.pixels import comes_whole
 from vit_dist.data.sources import open_source
@@ -35,7 +35,7 @@ class Result:
     loss: float  # mean over the examples, without label smoothing
     top1: float
     top5: float
-    class_top1: dict[str, float | None]  # by class name; None for a class of no examples
+    class_top1: dict[str, float | None]  # by `distinct_names`; None for a class of no examples
     bad: tuple[Bad, ...] = ()
 
     def row(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
     bad = everyones(batches.bad()) if settings.data.on_bad == "skip" else []
     if count + len(bad) != len(source):
         raise RuntimeError(f"evaluation counted {count} examples of {len(source)}, and skipped {len(bad)}")
-    each = zip(source.class_names, sums["class_top1"], sums["class_count"], strict=False)
+    each = zip(distinct_names(source.class_names), sums["class_top1"], sums["class_count"], strict=False)
     return Result(
         count=count,
         loss=float(sums["loss"]) / max(count, 1),

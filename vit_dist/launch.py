@@ -173,7 +173,7 @@ class _Attempt:
         self._passed_on = len(self.asked)
 
     def _look_for_failures(self, running: Sequence[Child]) -> None:
-        failed = [one for one in running if one.ended() and one.code not in CLEAN]
+        failed = [one for one in running if one.ended() and not self._ended_well(one)]
         if failed and self.first is None:
             self.first, self._first_at = min(failed, key=Child.innocence), time.monotonic()
             if any(one.code is None for one in running) and not self._was_stopped(self.first):
@@ -203,6 +203,10 @@ class _Attempt:
     def _insisted(self) -> bool:
         return self.asked.count(signal.SIGINT) > 1  # the second Ctrl-C will not wait
 
+    def _ended_well(self, child: Child) -> bool:
+        """Whether it has ended as all of its job do: after a Ctrl-C that was passed on, too, when it has saved."""
+        return child.code in CLEAN or (child.code == INTERRUPTED and signal.SIGINT in self.asked)
+
     def _was_stopped(self, child: Child) -> bool:
         """Whether it has ended only because the launcher was asked to."""
         return bool(self.asked) and (self._insisted() or child.code in (INTERRUPTED, *(-one for one in self.asked)))
@@ -210,7 +214,7 @@ class _Attempt:
     def _conclude(self) -> int:
         codes = [child.code for child in self.children]
         if self.first is None:
-            return PREEMPTED if PREEMPTED in codes else DONE
+            return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
         if self._was_stopped(self.first):
             say("launch: stopped before all had saved")
         else:

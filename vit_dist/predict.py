@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from vit_dist.config import ConfigError, Data, pair
+from vit_dist.data.examples import distinct_names
 from vit_dist.data.images import CHANNELS, BadImage
 from vit_dist.data.pixels import evaluation_image
 from vit_dist.mesh import processes
@@ -35,7 +36,7 @@ def predict(
     if top < 1:
         raise ConfigError(f"top: must be above 0, found {top}")
     settings = read_config(workdir, overrides)
-    names = class_names(workdir)
+    names = distinct_names(class_names(workdir))
     model = settings.model
     if model.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")

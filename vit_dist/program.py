@@ -6,6 +6,7 @@ devices, each split dimension against its axes. It allocates nothing and compile
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
 from vit_dist.step.state import Network, Parameters, State, make_state
 
+_log = logging.getLogger(__name__)
 UNUSED = 1_000_000  # a length for the schedule of a program that will not train
 
 
@@ -48,6 +50,7 @@ class Program:
         devices: Sequence[jax.Device] | None = None,
     ):
         """classes: of the data, where the config leaves them open. steps: of the whole run, for the schedule.
+        devices: None for those that are here.
 
         crop_on_device: the data are whole images in memory, for the device to crop and resize (`ArraySource`).
         """
@@ -58,6 +61,9 @@ class Program:
         self.settings, self.steps = settings, steps
         self.shape = vit.shape_of(model)
         self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
+        if devices is None and self.mesh.size < jax.device_count():
+            idle = jax.device_count() - self.mesh.size
+            _log.warning("mesh: %d of the %d devices stay idle; set one axis to -1", idle, jax.device_count())
         self.network = Network(model)
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)

@@ -21,6 +21,7 @@ from vit_dist.run.devices import memory_in_use
 
 _log = logging.getLogger(__name__)
 SLOW_DATA = 0.05  # of the time: more spent waiting for data is said, with the stage to blame
+JUDGED_S = 10.0  # seconds of steps that are judged together: in a few of a tiny set, a late thread is 5 % already
 _SAY_AGAIN_S = 60.0
 
 
@@ -33,6 +34,12 @@ class Rates:
     waited: float
     stages: Stages
 
+    def plus(self, other: "Rates") -> "Rates":
+        """Of both stretches together."""
+        stages = dataclasses.replace(self.stages)
+        stages.add(other.stages)
+        return Rates(self.seconds + other.seconds, self.steps + other.steps, self.waited + other.waited, stages)
+
 
 class Window:
     """The stretch of steps that a row's rates are of. It begins anew after a compilation, evaluation or save."""
@@ -40,6 +47,7 @@ class Window:
     def __init__(self, step: int, host: Batches, batches: Prefetch):
         self._host, self._batches = host, batches
         self._said_at: float | None = None
+        self._unjudged: Rates | None = None
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -57,7 +65,14 @@ class Window:
         return found if found.steps else None
 
     def say_slow_data(self, rates: Rates, step: int) -> None:
-        """Logs, once a minute at most, that the devices wait for data and which stage of making it is the slowest."""
+        """Logs, once a minute at most, that the devices wait for data and which stage of making it is the slowest.
+
+        rates: of the newest stretch; it is judged with those before it, once they make `JUDGED_S` together.
+        """
+        rates = self._unjudged.plus(rates) if self._unjudged is not None else rates
+        self._unjudged = rates if rates.seconds < JUDGED_S else None
+        if self._unjudged is not None:
+            return
         now = time.perf_counter()
         if rates.waited <= SLOW_DATA * rates.seconds or (self._said_at and now - self._said_at < _SAY_AGAIN_S):
             return

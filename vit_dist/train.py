@@ -42,9 +42,18 @@ from vit_dist.step.state import State
 
 _log = logging.getLogger(__name__)
 
+# What an account of a compiled program can raise, of a backend that reports less or other than those known.
+_PLAN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved everything."""
+    """The run was asked to stop by SIGTERM, and has saved everything."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run by Ctrl-C, and it has saved everything."""
 
 
 class Diverged(Exception):
@@ -56,7 +65,8 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
 
     Returns the summary: step, count, loss, top1 (of the last evaluation of the first split; None without one),
     seconds (of training, over all sessions), workdir. Raises `ConfigError` before anything is written, `Preempted`
-    after a SIGTERM and a complete save, `Diverged` for a loss that is not finite; no such state is ever saved.
+    after a SIGTERM and a complete save, `Interrupted` after a Ctrl-C and a complete save (a second Ctrl-C ends the run
+    without one, by `KeyboardInterrupt`), `Diverged` for a loss that is not finite; no such state is ever saved.
     """
     workdir = Path(workdir)
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
@@ -79,8 +89,13 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
     if processes.gather(run_files.holds_run(workdir))[0]:
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
         environment.check_same_data(workdir, prints)
-        done = processes.gather(run_files.summary(workdir))[0]
-        if done is not None and done["step"] >= steps:
+        done, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]
+        if saved[-1] > steps:
+            raise ConfigError(
+                f"total_steps: the run in {workdir} has done {saved[-1]} steps, more than the {steps} asked for; "
+                "ask for more or choose another --workdir"
+            )
+        if done is not None and done["step"] == steps:
             return done
     with program.in_use():
         program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
@@ -131,6 +146,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         processes.rest()
+        if kind is KeyboardInterrupt:  # the second Ctrl-C: what is being saved is not waited for
+            self._open.pop_all()
+            if self.progress is not None:
+                self.progress.close()
         self._open.__exit__(kind, error, trace)
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
@@ -162,34 +181,32 @@ class Session:
                         self.progress.update(self.step)  # the time left is reckoned from here
                 if last or self.step % settings.log_every == 0:
                     self.pending = Pending(self.step, metrics, window)
-                if self.profile is not None:
-                    jax.block_until_ready(metrics)  # or the trace would lack what is under way
+                if self.profile is not None and self.step in self.profile.edges:
+                    jax.block_until_ready(metrics)  # so that a trace holds whole steps
                     self.profile(self.step)
                 stopping = stop.requested(self.step)
                 evaluating = _due(settings.evaluate.every_steps, self.step, last)
                 saving = stopping or last or _due(settings.checkpoint.every_steps, self.step, last)
                 if evaluating or saving:
                     self._write_pending()
-                    _check_finite(self.step, jax.device_get(metrics))
+                    self._check_finite(self.step, jax.device_get(metrics))
                     if evaluating:
                         self._evaluate()
-                    if saving:
+                    if saving or (evaluating and self.checkpoints.would_keep(self._measured())):
                         self._save()
+                    if evaluating:
+                        self._draw()  # a picture comes after what must not be lost
                     window.restart(self.step)
                 if stopping and not last:
                     self.checkpoints.wait()
-                    raise Preempted(f"saved step {self.step} of {program.steps} in {self.workdir}")
+                    stopped = Interrupted if stop.by_user() else Preempted
+                    raise stopped(f"saved step {self.step} of {program.steps} in {self.workdir}")
         return self._finish()
 
     def _restore(self) -> tuple[State, float]:
         latest = self.checkpoints.latest()
         if latest is None:
             return self.program.new_state(), 0.0
-        if latest > self.program.steps:
-            raise ConfigError(
-                f"total_steps: the run in {self.workdir} has done {latest} steps already, more than the "
-                f"{self.program.steps} asked for; ask for more or choose another --workdir"
-            )
         _, trees = self.checkpoints.restore(_trees(self.program.abstract_state()), latest)
         seconds = float(self.checkpoints.metadata(latest)["seconds"])
         return State(**{"ema": None, **trees}), seconds
@@ -198,9 +215,14 @@ class Session:
         processes.alive()
         if self.log is not None:
             self.log.flush()
-        measured = self.result is not None and self.result["step"] == self.step
-        metrics = {"top1": self.result["top1"]} if self.result is not None and measured else None
-        self.checkpoints.save(self.step, _trees(self.state), metrics=metrics, metadata={"seconds": self._seconds()})
+        metadata = {"seconds": self._seconds()}
+        self.checkpoints.save(self.step, _trees(self.state), metrics=self._measured(), metadata=metadata)
+
+    def _measured(self) -> dict[str, float] | None:
+        """What the best checkpoint goes by, where this step was evaluated."""
+        if self.result is None or self.result["step"] != self.step:
+            return None
+        return {"top1": self.result["top1"]}
 
     def _evaluate(self) -> None:
         """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
@@ -214,6 +236,8 @@ class Session:
                 self._write(f"{split}/ema", row)
             if number == 0:
                 self.result = {"step": self.step, **row}
+
+    def _draw(self) -> None:
         if self.log is not None:
             self.log.flush()
             curves.draw(self.workdir)
@@ -239,7 +263,15 @@ class Session:
         if self.progress is not None:
             shown = ("loss", "learning_rate", "images_per_second")
             self.progress.update(pending.step, {name: row[name] for name in shown if name in row})
-        _check_finite(pending.step, row)
+        self._check_finite(pending.step, row)
+
+    def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+        wrong = {name: float(metrics[name]) for name in ("loss", "param_norm") if not math.isfinite(metrics[name])}
+        if wrong:
+            found = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+            saved = self.checkpoints.latest()
+            left = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
+            raise Diverged(f"step {step}: {found}; {left}; lower optimizer.learning_rate?")
 
     def _note_bad(self, step: int, split: str, bad: Sequence[Bad], source: Source) -> int:
         """Lists what was skipped, over all processes, and stops the run where it is too much; returns the count."""
@@ -261,8 +293,7 @@ class Session:
             "workdir": str(self.workdir),
         }
         if self.log is not None:
-            self.log.flush()
-            curves.draw(self.workdir)
+            self._draw()
             run_files.write_summary(self.workdir, summary)
         return summary
 
@@ -278,6 +309,11 @@ class Session:
         device = self.program.mesh.devices.flat[0]
         self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
         self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
+        if self.settings.data.crop_area is not None or self.settings.data.flip:
+            where = "device" if comes_whole(self.source, self.settings.data) else "host"
+            self.progress.line(f"crop and flip on the {where} (data.augment_on={self.settings.data.augment_on})")
+        if self.settings.checkpoint.keep_best and not self.splits:
+            self.progress.line("nothing is evaluated, so checkpoint.keep_best finds no best: the newest alone are kept")
         if self.step:
             self.progress.line(f"going on from step {self.step}")
 
@@ -287,17 +323,13 @@ class Session:
             return
         step = self.program.train_step
         executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
-        if executable.memory_analysis() is None:  # no backend of today, but jax may say nothing
+        try:
+            planned = lines(plan_here(self.program, executable, self.state, batch))
+        except _PLAN_ERRORS as error:  # a run does not end because nobody can say how long it will take
+            _log.warning("no plan of this run can be made (%s: %s); it goes on", type(error).__name__, error)
             return
-        for line in lines(plan_here(self.program, executable, self.state, batch)):
+        for line in planned:
             self.progress.line(line)
-
-
-def _check_finite(step: int, metrics: dict[str, Any]) -> None:
-    wrong = {name: float(metrics[name]) for name in ("loss", "param_norm") if not math.isfinite(metrics[name])}
-    if wrong:
-        said = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-        raise Diverged(f"step {step}: {said}; the last checkpoint is from before; lower optimizer.learning_rate?")
 
 
 def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:

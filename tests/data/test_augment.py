@@ -1,4 +1,4 @@
-"""Random crops, flips and all that follows them on the host."""
+"""Flips and all that follows them on the host."""
 
 import math
 
@@ -6,23 +6,17 @@ import numpy as np
 import pytest
 
 from vit_dist import config
+from vit_dist.config import ConfigError
 from vit_dist.data import color
 from vit_dist.data.augment import (
-    any_changes,
     changes,
-    crop_box,
     generator,
+    on_device,
     random_erase,
     random_flip,
     three_augment,
 )
 from vit_dist.data.randaugment import randaugment
-
-BOXES = [
-    (86, 42, 140, 121),
-    (72, 220, 246, 209),
-    (20, 27, 348, 371),
-]  # a run that goes on with a newer version must see the same crops
 
 
 def test_random_numbers_depend_on_seed_and_position_alone() -> None:
@@ -32,28 +26,6 @@ def test_random_numbers_depend_on_seed_and_position_alone() -> None:
     first = np.array([generator(0, position).random() for position in range(4000)])
     assert abs(first.mean() - 0.5) < 0.02 and abs(first.std() - math.sqrt(1 / 12)) < 0.01
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.06
-
-
-def test_crops_have_the_area_and_aspect_asked_for() -> None:
-    height, width = 300, 400
-    boxes = np.array([crop_box(height, width, (0.2, 0.6), (0.5, 2.0), generator(0, i)) for i in range(2000)])
-    top, left, box_height, box_width = boxes.T
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (top + box_height <= height).all() and (left + box_width <= width).all()
-    share, aspect = box_height * box_width / (height * width), box_width / box_height
-    assert 0.19 < share.min() < 0.21 and 0.58 < share.max() < 0.61 and abs(share.mean() - 0.4) < 0.02
-    assert 0.49 < aspect.min() < 0.55 and 1.85 < aspect.max() < 2.02
-    assert abs(np.log(aspect).mean()) < 0.1
-
-
-def test_where_no_box_fits_the_largest_centred_one_is_taken() -> None:
-    assert crop_box(10, 100, (0.9, 1.0), (1.0, 1.0), generator(0, 0)) == (0, 45, 10, 10)
-    assert crop_box(100, 10, (0.9, 1.0), (0.5, 1.0), generator(0, 0)) == (40, 0, 20, 10)
-
-
-def test_a_crop_of_everything_is_all_of_the_image_even_if_that_is_one_pixel() -> None:
-    assert crop_box(32, 32, (1.0, 1.0), (1.0, 1.0), generator(0, 0)) == (0, 0, 32, 32)
-    assert crop_box(1, 1, (0.05, 1.0), (3 / 4, 4 / 3), generator(0, 0)) == (0, 0, 1, 1)
 
 
 def test_one_image_in_two_is_flipped() -> None:
@@ -69,11 +41,6 @@ def test_a_generator_is_philox_with_the_seed_as_key_and_the_position_as_counter(
     first, second = generator(1, 1), generator(1, 2)
     second.random()
     assert first.random() == generator(1, 1).random()  # they share nothing
-
-
-def test_a_box_drawn_is_the_same_as_ever() -> None:
-    boxes = [crop_box(375, 500, (0.08, 1.0), (3 / 4, 4 / 3), generator(0, i)) for i in range(3)]
-    assert boxes == BOXES
 
 
 def test_a_flipped_image_is_its_mirror_image_in_every_layout() -> None:
@@ -179,15 +146,32 @@ def test_changes_come_in_the_order_of_the_recipes() -> None:
         np.testing.assert_array_equal(changes(image, EVERYTHING, generator(0, i)), expected)
 
 
+@pytest.mark.parametrize("key", ["flip", "three_augment", "randaugment_layers", "color_jitter", "hue_jitter", "erase"])
+def test_each_kind_of_change_is_made_when_it_alone_is_asked_for(key: str) -> None:
+    asked = config.Data(**{key: {"flip": True, "three_augment": True, "randaugment_layers": 1}.get(key, 0.4)})
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert any((changes(image, asked, generator(0, i)) != image).any() for i in range(20))
+
+
 def test_nothing_asked_for_is_nothing_done_or_drawn() -> None:
     image, rng = np.zeros((4, 4, 3), np.uint8), generator(0, 0)
     assert changes(image, config.Data(), rng) is image
     assert rng.random() == generator(0, 0).random()
 
 
-def test_flips_and_crops_need_no_host() -> None:
-    assert not any_changes(config.Data(flip=True, crop_area=(0.1, 1.0), shift=0.1, rotate=10.0))
-    assert not any_changes(config.Data(randaugment_magnitude=15.0, randaugment_std=0.5))
+def test_the_device_crops_and_flips_images_in_memory_unless_the_host_alone_can_do_what_is_asked() -> None:
+    plain = {"flip": True, "crop_area": (0.1, 1.0), "shift": 0.1, "randaugment_magnitude": 15.0}
+    assert on_device(config.Data(**plain), in_memory=True)
+    assert not on_device(config.Data(**plain), in_memory=False)
+    assert not on_device(config.Data(**plain, augment_on="host"), in_memory=True)
+    assert on_device(config.Data(**plain, augment_on="device"), in_memory=True)
     for asked in ({"three_augment": True}, {"randaugment_layers": 1}, {"color_jitter": 0.1}, {"hue_jitter": 0.1}):
-        assert any_changes(config.Data(**asked))
-    assert any_changes(config.Data(erase=0.1))
+        assert not on_device(config.Data(**asked), in_memory=True)
+    assert not on_device(config.Data(erase=0.1), in_memory=True)
+
+
+def test_what_only_the_host_can_do_is_not_done_on_the_device() -> None:
+    with pytest.raises(ConfigError, match=r"data.augment_on: device, but data.erase is done by the host alone"):
+        on_device(config.Data(augment_on="device", erase=0.1), in_memory=True)
+    with pytest.raises(ConfigError, match=r"data.augment_on: device, but the images are files"):
+        on_device(config.Data(augment_on="device"), in_memory=False)

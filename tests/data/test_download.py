@@ -24,12 +24,12 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_bytes(gzip.compress(header + bytes(48 if "images" in name else 3)))
     digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in download.MNIST.md5}
     known = dataclasses.replace(download.MNIST, base=folder.as_uri() + "/", md5=digests)
-    monkeypatch.setattr(download, "MNIST", known)
+    monkeypatch.setitem(download.KNOWN, "mnist", known)
     return folder
 
 
 def _data(tmp_path: Path) -> Data:
-    return Data(source="idx", path=str(tmp_path / "data" / "mnist"), download=True)
+    return Data(source="idx", name="mnist", path=str(tmp_path / "data" / "mnist"), download=True)
 
 
 def test_only_what_is_missing_is_fetched(tmp_path: Path, mirror: Path) -> None:
@@ -52,3 +52,17 @@ def test_an_address_that_does_not_answer_is_named(tmp_path: Path, mirror: Path) 
     (mirror / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ConfigError, match="data.download: cannot fetch .*train-labels-idx1-ubyte.gz"):
         open_source(_data(tmp_path), "train")
+
+
+def test_the_set_that_is_named_is_fetched_whatever_the_folder_is_called(tmp_path: Path, mirror: Path) -> None:
+    data = dataclasses.replace(_data(tmp_path), path=str(tmp_path / "fashion_mnist"))
+    assert open_source(data, "test").class_names == tuple("0123456789")
+    assert len(list((tmp_path / "fashion_mnist").iterdir())) == 2
+    with pytest.raises(ConfigError, match="data.download: set data.name to say what to fetch: mnist or fashion_mnist"):
+        open_source(dataclasses.replace(data, name=None), "train")
+
+
+def test_a_missing_folder_of_a_known_set_can_be_fetched_and_the_error_says_so(tmp_path: Path) -> None:
+    data = Data(source="idx", name="fashion_mnist", path=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"no such .*nowhere; set data.download=true to fetch fashion_mnist into it"):
+        open_source(data, "train")

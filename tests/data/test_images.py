@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
 from vit_dist.data import images
-from vit_dist.data.images import BadImage, centre_box, convert_channels, decode, decode_box, whole
+from vit_dist.data.images import BadImage, convert_channels, decode, decode_box, whole
+from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.resize import Interpolation, resize
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -259,14 +259,6 @@ def test_the_pixel_limit_holds_for_every_format(encode: Callable[..., bytes], mo
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     for format in ("JPEG", "PNG", "PPM"):
         _refused(encode(0, (32, 32), format), "32x32 is more than 100 pixels")
-
-
-def test_the_centre_box_has_the_targets_shape() -> None:
-    assert centre_box(100, 300, (40, 40), 0.8) == (10, 110, 80, 80)
-    assert centre_box(100, 300, (40, 40), 1.0) == (0, 100, 100, 100)
-    assert centre_box(100, 300, (10, 20), 1.0) == (0, 50, 100, 200)
-    assert centre_box(300, 100, (20, 10), 0.5) == (100, 25, 100, 50)
-    assert centre_box(1, 3, (8, 8), 0.1) == (0, 1, 1, 1)  # a box holds a pixel at least
 
 
 def test_channels_convert_as_decoding_does() -> None:

@@ -3,18 +3,16 @@
 import importlib.util
 import io
 import struct
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 from PIL import Image, ImageOps
 
-from vit_dist.config import ConfigError
 from vit_dist.data import jpeg
 from vit_dist.data.images import BadImage, decode, decode_box
+from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.resize import Box
 
 
@@ -161,12 +159,3 @@ def test_a_file_cut_short_below_the_crop_is_bad() -> None:
     data = _jpeg(75, 101)
     with pytest.raises(BadImage):
         decode_box(data[: len(data) * 9 // 10], 3, lambda height, width: (0, 0, 8, 8), (8, 8), crop_decode=True)
-
-
-def test_crop_decode_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    jpeg._crop_decoder.cache_clear()
-    with pytest.raises(ConfigError, match=r"data.crop_decode: .* pip install 'vit-dist\[crop-decode\]'"):
-        jpeg.crop_codec()
-    with pytest.raises(ConfigError, match="data.crop_decode"):
-        decode_box(_jpeg(20, 30), 3, lambda height, width: (0, 0, 8, 8), (8, 8), crop_decode=True)

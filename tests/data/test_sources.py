@@ -104,14 +104,11 @@ def test_idx_files_are_read_gzipped_or_not(idx_set: Path) -> None:
     assert np.array_equal(train.labels, rng.integers(0, 10, 20, np.uint8))
 
 
-def test_the_folders_name_tells_fashion_mnist(idx_set: Path) -> None:
-    assert _open("idx", idx_set).class_names == tuple("0123456789")
-    assert _open("idx", idx_set.rename(idx_set.with_name("Fashion-MNIST"))).class_names[9] == "ankle boot"
-
-
 def test_a_missing_idx_file_is_named_with_where_to_get_it(idx_set: Path) -> None:
     (idx_set / "t10k-labels-idx1-ubyte").unlink()
-    _fails(r"no t10k-labels-idx1-ubyte or .*download=True.*https://.*/mnist/t10k-labels", "idx", idx_set, "test")
+    _fails(r"no t10k-labels-idx1-ubyte or .*; give the folder that holds it", "idx", idx_set, "test")
+    with pytest.raises(ConfigError, match=r"no t10k-labels.*; set data.download=true, or fetch https://.*/t10k-labels"):
+        open_source(Data(source="idx", path=str(idx_set), name="mnist"), "test")
 
 
 def test_damaged_idx_files_are_named(idx_set: Path) -> None:

@@ -67,7 +67,7 @@ def main(what, at_fault):
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
     finally:
-        processes.leave(code, said)
+        processes.leave(code, said, together=code == 0)
     return code
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM: noticed inside the loop, left alone outside it, agreed upon by the processes of a job."""
+"""SIGTERM and Ctrl-C: noticed inside the loop, left alone outside it, agreed upon by the processes of a job."""
 
 import os
 import signal
@@ -7,7 +7,12 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+from system import Running, checkpoint_steps, command, rows, started, train_here, until
+
 from vit_dist.run.signals import StopRequest
+
+LONG = ("mesh.data=1", "fake_devices=1", "total_steps=100000", "evaluate.every_steps=0")
 
 
 def test_sigterm_is_noticed_and_the_handler_restored():
@@ -64,3 +69,65 @@ def test_two_processes_stop_at_one_step_when_one_is_asked():
         for process in processes:
             process.kill()
     assert steps[0] == steps[1] < 1999
+
+
+def test_the_first_ctrl_c_is_noticed_and_the_second_raises():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested(1) is True and stop.by_user() is True
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_saves_and_ends_with_130_and_the_same_command_goes_on(tmp_path):
+    with started(command(tmp_path / "run", *LONG), tmp_path / "first") as running:
+        until(lambda: rows(tmp_path / "run"), running)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+        said = running.said()
+    (saved,) = checkpoint_steps(tmp_path / "run")
+    assert rows(tmp_path / "run")[-1]["step"] == saved
+    assert said.endswith(f"interrupted: saved step {saved} of 100000 in {tmp_path / 'run'}\n")
+    assert "Traceback" not in said
+    longer = train_here(tmp_path / "run", *LONG[:1], f"total_steps={saved + 1}")
+    assert [row["step"] for row in longer] == list(range(1, saved + 2))
+
+
+def test_a_second_ctrl_c_ends_the_command_without_waiting_for_the_save(tmp_path):
+    script = f"""
+        import os, signal, sys, threading, time
+        from vit_dist import cli
+        from vit_dist.run.checkpoints import Checkpoints
+        def save(*arguments, **options):  # as Orbax does, in a thread that the interpreter waits for at its end
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            print("saving", file=sys.stderr, flush=True)
+            time.sleep(600)
+        Checkpoints.save = save
+        sys.argv = {["vit-dist", *command(tmp_path / "run", *LONG)[3:]]!r}
+        sys.exit(cli.main())
+    """
+    with started([sys.executable, "-c", textwrap.dedent(script)], tmp_path / "output") as running:
+        until(lambda: rows(tmp_path / "run"), running)
+        running.process.send_signal(signal.SIGINT)
+        until(lambda: "saving" in running.said(), running, 60)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(20) == 130
+    assert running.said().endswith("interrupted\n") and "Traceback" not in running.said()
+
+
+def test_ctrl_c_at_one_process_of_a_job_saves_and_ends_all_with_130(tmp_path):
+    launch = [sys.executable, "-m", "vit_dist", "launch", "--processes=2", "--devices-per-process=1", "--"]
+    words = command(tmp_path / "run", *LONG[2:], "mesh.data=2")[3:]
+    running = Running([*launch, *words], tmp_path / "job")
+    try:
+        until(lambda: len(rows(tmp_path / "run")) > 2, running)
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait(60) == 130
+    finally:
+        running.process.kill()
+    (saved,) = checkpoint_steps(tmp_path / "run")
+    assert rows(tmp_path / "run")[-1]["step"] == saved
+    for index in range(2):
+        assert f"[{index}] interrupted: saved step {saved} of 100000" in running.said()
+    assert "error" not in running.said() and "stopped before" not in running.said()

@@ -16,7 +16,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_shows_another_host_a_checkpoint_late_is_waited_for(run, monkeypatch):
-    late = iter([[True, []], [True, []], [True, ["20"]]])
+    late = iter([[True, []], [True, []], [True, [20]]])
     monkeypatch.setattr(processes, "gather", lambda view: [view, next(late)])
     run_files.check_shared(run)
     assert next(late, None) is None
@@ -26,3 +26,13 @@ def test_a_disk_that_the_hosts_do_not_share_is_refused(run, monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda view: [view, view, [False, []]])
     with pytest.raises(ConfigError, match=f"{run}: process 2 does not see there what process 0 sees"):
         run_files.check_shared(run)
+
+
+def test_a_first_checkpoint_that_is_half_written_makes_no_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert not run_files.holds_run(tmp_path)
+    (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert not run_files.holds_run(tmp_path) and run_files.checkpoint_steps(tmp_path) == []
+    (tmp_path / "checkpoints" / "10").mkdir()
+    (tmp_path / "checkpoints" / "9").mkdir()
+    assert run_files.holds_run(tmp_path) and run_files.checkpoint_steps(tmp_path) == [9, 10]

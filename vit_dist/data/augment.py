@@ -16,16 +16,15 @@ import math
 import statistics
 from typing import Any
 
-import cv2
 import numpy as np
 
 from vit_dist import config
-from vit_dist.config import Interval
-from vit_dist.data import color
+from vit_dist.config import ConfigError
+from vit_dist.data import color, crop
+from vit_dist.data.libraries import cv2
 from vit_dist.data.randaugment import randaugment
-from vit_dist.data.resize import Box
 
-_BOX_TRIES = 10
+_HOST_ALONE = ("three_augment", "randaugment_layers", "color_jitter", "hue_jitter", "erase")  # keys of `config.Data`
 _ERASED_AREA, _ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _NOISE_MEAN, _NOISE_STD = 128, 64
 
@@ -67,24 +66,24 @@ def changes(image: np.ndarray, data: config.Data, rng: np.random.Generator) -> n
     return random_erase(image, data.erase, rng) if data.erase else image
 
 
-def any_changes(data: config.Data) -> bool:
-    """Whether `changes` does more than flip, which the device cannot do: sets in memory are then augmented here."""
-    return bool(data.three_augment or data.randaugment_layers or data.color_jitter or data.hue_jitter or data.erase)
+def on_device(data: config.Data, *, in_memory: bool) -> bool:
+    """Whether the device crops and flips, and the host hands it whole images; see `data.augment_on`.
 
-
-def crop_box(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box:
-    """The box of a random resized crop of an image, in pixels.
-
-    `area` is its share of the image, drawn evenly; `aspect` its width over height, drawn evenly in the logarithm
-    ("Inception crop", Szegedy et al. 2015, arXiv:1409.4842). After ten boxes that do not fit, the largest centred box
-    whose aspect lies in the interval.
+    in_memory: the images are pixels in memory, of which a batch is one gather. Raises `ConfigError` where the device is
+    asked for and cannot.
     """
-    box = _random_box(height, width, area, aspect, rng)
-    if box is not None:
-        return box
-    ratio = min(max(width / height, aspect[0]), aspect[1])
-    box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+    host_alone = [name for name in _HOST_ALONE if getattr(data, name)]
+    if data.augment_on == "device":
+        if host_alone:
+            raise ConfigError(
+                f"data.augment_on: device, but data.{host_alone[0]} is done by the host alone; set one of them"
+            )
+        if not in_memory:
+            raise ConfigError(
+                "data.augment_on: device, but the images are files, which the host decodes and crops; set "
+                "data.in_memory=true or data.augment_on=auto"
+            )
+    return data.augment_on != "host" and in_memory and not host_alone
 
 
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -115,7 +114,7 @@ def random_erase(image: np.ndarray, probability: float, rng: np.random.Generator
     """
     if rng.random() >= probability:
         return image
-    box = _random_box(image.shape[0], image.shape[1], _ERASED_AREA, _ERASED_ASPECT, rng)
+    box = crop.random_box(image.shape[0], image.shape[1], _ERASED_AREA, _ERASED_ASPECT, rng)
     if box is None:
         return image
     top, left, height, width = box
@@ -132,15 +131,3 @@ def _noise_levels() -> np.ndarray:
     normal = statistics.NormalDist(_NOISE_MEAN, _NOISE_STD)
     levels = [normal.inv_cdf((i + 0.5) / 256) for i in range(256)]
     return np.array(levels).round().clip(0, 255).astype(np.uint8)
-
-
-def _random_box(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box | None:
-    """A box of random area, shape and place, or None after ten that do not fit."""
-    for _ in range(_BOX_TRIES):
-        box_area = height * width * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        box_width, box_height = round(math.sqrt(box_area * ratio)), round(math.sqrt(box_area / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
-            return int(top), int(left), box_height, box_width
-    return None

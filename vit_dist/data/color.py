@@ -7,8 +7,9 @@ cannot change, such as a gray one whose saturation is asked for, comes back as i
 
 from collections.abc import Callable
 
-import cv2
 import numpy as np
+
+from vit_dist.data.libraries import cv2
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601, as Pillow's mode L
 _VALUES = np.arange(256, dtype=np.uint8)

@@ -47,9 +47,7 @@ FASHION_MNIST = KnownSet(
 )
 
 
-def known_set(folder: Path) -> KnownSet:
-    """Fashion-MNIST where the folder's name says `fashion`, else MNIST."""
-    return FASHION_MNIST if "fashion" in folder.resolve().name.lower() else MNIST
+KNOWN = {"mnist": MNIST, "fashion_mnist": FASHION_MNIST}  # by `data.name`
 
 
 def fetch(known: KnownSet, name: str, folder: Path) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
 from vit_dist.data import jpeg
-from vit_dist.data.resize import Box, Interpolation, resize
+from vit_dist.data.crop import Box
+from vit_dist.data.resize import Interpolation, resize
 
 CHANNELS = (1, 3)  # gray and RGB: what files are decoded to
 MAX_PIXELS = 178_956_970  # as Pillow: more is taken for an attack or an accident
@@ -90,16 +91,6 @@ def decode_box(
 def whole(height: int, width: int) -> Box:
     """The box that is all of the image."""
     return 0, 0, height, width
-
-
-def centre_box(height: int, width: int, size: tuple[int, int], ratio: float) -> Box:
-    """The middle of the image, at `ratio` of the largest box of `size`'s shape that fits.
-
-    For a square `size` that is `ratio` of the short side: 224/256 is the usual evaluation crop.
-    """
-    scale = ratio * min(height / size[0], width / size[1])
-    box_height, box_width = (max(1, min(side, round(scale * new))) for side, new in zip((height, width), size))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def convertible(channels: int, wanted: int) -> bool:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -85,6 +86,7 @@ class Index:
         """
         if class_names == self.class_names:
             return self
+        check_distinct(class_names, where)
         numbers = {name: number for number, name in enumerate(class_names)}
         unknown = [name for name in self.class_names if name not in numbers]
         if unknown:
@@ -100,6 +102,16 @@ class Index:
         spans = None if self.spans is None else self.spans[order]
         names = self.names.take(order)
         return dataclasses.replace(self, class_names=class_names, names=names, labels=labels[order], spans=spans)
+
+
+def check_distinct(class_names: Sequence[str], where: object) -> None:
+    """Raises `ConfigError` where two classes have one name, to be called before they are told by their names."""
+    doubled = [name for name, count in Counter(class_names).items() if count > 1]
+    if doubled:
+        raise ConfigError(
+            f"{where}: two classes are named {doubled[0]!r}, and can be neither matched, chosen nor mixed by name; "
+            "rename one"
+        )
 
 
 def in_order(

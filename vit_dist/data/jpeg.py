@@ -7,7 +7,6 @@ are the same. Memory kept for each thread to decode into was tried, and gained n
 """
 
 import functools
-import importlib
 import os
 import re
 import struct
@@ -15,9 +14,8 @@ import threading
 from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
 
-from vit_dist.config import ConfigError
+from vit_dist.data.libraries import load, nvimgcodec, simplejpeg
 from vit_dist.data.resize import Box, PartBox
 
 _SCALES = (8, 4, 2)
@@ -52,8 +50,9 @@ class Header(NamedTuple):
 
 def read_header(data: bytes) -> Header | None:
     """None for what is left to Pillow: CMYK, odd subsampling, and headers that are damaged."""
+    read = simplejpeg.decode_jpeg_header  # before the `try`: a library that is missing is no fault of the file
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colours, _ = read(data)
     except (ValueError, KeyError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
     if colours in ("CMYK", "YCCK"):
@@ -97,12 +96,8 @@ def crop_codec() -> Any:
     """The library that decodes a box alone. Raises `ConfigError` where it is not installed."""
     # unless told otherwise, it speaks up for each file that Pillow then reads or refuses
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
-    try:
-        return importlib.import_module("nvidia.nvimgcodec")
-    except ImportError as error:
-        raise ConfigError(
-            f"data.crop_decode: {error}; pip install 'vit-dist[crop-decode]', or set it to False"
-        ) from error
+    load(nvimgcodec)
+    return nvimgcodec
 
 
 class _CropDecoder(threading.local):
@@ -135,8 +130,9 @@ def _decode_crop(data: bytes, channels: int, box: tuple[Any, ...]) -> np.ndarray
 
 def _decode(data: bytes, channels: int, height: int = 0, width: int = 0) -> np.ndarray | None:
     """The stored image, at the smallest scale that is no smaller than this."""
+    read = simplejpeg.decode_jpeg  # before the `try`, as above
     try:
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", min_height=height, min_width=width)
+        return read(data, "RGB" if channels == 3 else "GRAY", min_height=height, min_width=width)
     except ValueError:
         return None
 

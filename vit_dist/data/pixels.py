@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data import augment, images, jpeg
+from vit_dist.data import augment, crop, images, jpeg
 from vit_dist.data.bad import Bad
 from vit_dist.data.examples import ArraySource, FileSource, Source
 from vit_dist.data.stages import Stages
@@ -24,9 +24,9 @@ _OF_THE_NETWORK = (ConnectionError, TimeoutError)
 def comes_whole(source: Source, data: config.Data) -> bool:
     """Whether images come at their own size and as they are, for the device to crop, resize and augment.
 
-    So do pixels in memory, of which a batch is one gather; unless something is asked for that only the host can do.
+    Raises `ConfigError` as `augment.on_device`.
     """
-    return isinstance(source, ArraySource) and not augment.any_changes(data)
+    return augment.on_device(data, in_memory=isinstance(source, ArraySource))
 
 
 def evaluation_image(encoded: bytes, data: config.Data, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -70,7 +70,7 @@ class Pixels:
         data, rng = self.data, augment.generator(seed, position)
         choose: images.Choose = images.whole
         if data.crop_area is not None:
-            choose = partial(augment.crop_box, area=data.crop_area, aspect=data.crop_aspect, rng=rng)
+            choose = partial(crop.random_crop, area=data.crop_area, aspect=data.crop_aspect, rng=rng)
         image = self._image(index, choose, stages)
         if isinstance(image, Bad):
             return image
@@ -124,4 +124,4 @@ def _read(source: FileSource, index: int) -> bytes:
 
 
 def _evaluation_box(data: config.Data, size: tuple[int, int]) -> images.Choose:
-    return images.whole if data.eval_crop is None else partial(images.centre_box, size=size, ratio=data.eval_crop)
+    return images.whole if data.eval_crop is None else partial(crop.centre_box, size=size, ratio=data.eval_crop)

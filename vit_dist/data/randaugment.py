@@ -28,10 +28,10 @@ thing: no Cutout, each operation skipped one time in two, every strength growing
 import math
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 
 from vit_dist.data import color
+from vit_dist.data.libraries import cv2
 
 _FILL = 128  # what lies outside the image
 _TRANSLATE = 100 / 224  # of the side, at level 1

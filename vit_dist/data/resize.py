@@ -13,17 +13,16 @@ Bicubic is Pillow's, which is what published evaluations were run with, and take
 import math
 from typing import Literal
 
-import cv2
 import numpy as np
 from PIL import Image
 
+from vit_dist.data.crop import Box
+from vit_dist.data.libraries import cv2
+
 Interpolation = Literal["bilinear", "bicubic"]
-Box = tuple[int, int, int, int]  # top, left, height and width in pixels
-PartBox = tuple[float, float, float, float]  # the same, where it need not begin and end between two pixels
+PartBox = tuple[float, float, float, float]  # a `Box` that need not begin and end between two pixels
 
 _WARP_SIDE = 32_766  # pixels: the longest side that OpenCV 4 takes in warpAffine
-
-cv2.setNumThreads(1)  # batches are prepared side by side; threads within a resize would only get in their way
 
 
 def resize(

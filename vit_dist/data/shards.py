@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import simplejpeg
 
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import FileSource, Source
@@ -26,6 +25,7 @@ from vit_dist.data.files import entries
 from vit_dist.data.formats.array_record import Writer, pack
 from vit_dist.data.images import BadImage, decode, resize
 from vit_dist.data.index import Names
+from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.manifest import PARTS, Entry, Plan, read_part, write_part
 from vit_dist.data.progress import bar
 

@@ -75,5 +75,7 @@ def _open_one(data: config.Data, split: str) -> Source:
     path = location(data.path)
     found_otherwise = data.source in _PATH_MAY_BE_A_NAME or (data.source == "idx" and data.download)
     if not found_otherwise and not path.exists():
-        raise ConfigError(f"data.path: no such file or folder: {path}")
+        fetched = data.source == "idx" and data.name is not None
+        advice = f"; set data.download=true to fetch {data.name} into it" if fetched else ""
+        raise ConfigError(f"data.path: no such file or folder: {path}{advice}")
     return open_split(path, split, data)

@@ -7,7 +7,6 @@ examples it has. So runs with different seeds learn from the same tenth, and tha
 import dataclasses
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -16,6 +15,7 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.examples import ArraySource, Images, Source
+from vit_dist.data.index import check_distinct
 from vit_dist.data.order import permutation
 
 
@@ -65,11 +65,7 @@ def new_labels(source: Source, class_names: Sequence[str]) -> np.ndarray:
 
     Raises `ConfigError` where two classes of the source have one name.
     """
-    doubled = [name for name, count in Counter(source.class_names).items() if count > 1]
-    if doubled:
-        raise ConfigError(
-            f"data.path: two classes are named {doubled[0]!r}, and can be neither chosen nor mixed by name; rename one"
-        )
+    check_distinct(source.class_names, "data.path")
     numbers = {name: number for number, name in enumerate(class_names)}
     table = np.array([*(numbers.get(name, -1) for name in source.class_names), -1], np.int32)
     known = (source.labels >= 0) & (source.labels < len(source.class_names))

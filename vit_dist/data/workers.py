@@ -6,12 +6,15 @@ is left behind when a run ends at the wrong moment, and containers have little o
 
 import collections
 import concurrent.futures
+import fcntl
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -69,14 +72,28 @@ _make: Callable[[int], Any]
 def _begin(make: Callable[[int], Any]) -> None:
     global _make
     _make = make
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that it works for has ended: if that was killed, nobody else would tell it to."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:
+    def wait_and_end() -> None:
         parent.join()
-        os._exit(1)  # it was killed: nobody else would tell this process to end
+        os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=wait_and_end, daemon=True).start()
+    if sys.platform == "linux":
+        # The thread needs Python's lock, which a long task in C may hold. So the kernel is asked for a signal when the
+        # pipe from the parent closes, on which nothing is sent any more.
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if wait([parent.sentinel], timeout=0):  # it has ended before the signal was asked for
+            os._exit(1)
 
 
 def _one(number: int) -> Any:

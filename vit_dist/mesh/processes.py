@@ -15,7 +15,6 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.exit_codes import CLEAN
 from vit_dist.mesh import place as places
 from vit_dist.mesh.peers import roll_call
 from vit_dist.mesh.watch import Watch, end_now
@@ -126,15 +125,19 @@ def gather(value: Any) -> list[Any]:
     return [value] if _watch is None else _watch.gather(value)
 
 
-def leave(code: int, text: str) -> None:
-    """Leaves the job, if there is one: with the others after a clean end, at once and telling them why after an error.
+def leave(code: int, text: str, *, together: bool) -> None:
+    """Leaves the job, if there is one.
 
-    code, text: what the process ends with and has said; called with the exception under way, if there is one.
+    Args:
+      code: the exit code with which the process ends.
+      text: what it has said of its end.
+      together: all processes of the job end so, and are waited for; else this one fails, and tells the others why.
+        It is then called with the exception under way, if there is one.
     """
     global _watch
     if _watch is None:
         return
-    if code in CLEAN:
+    if together:
         _watch.rest()
         jax.distributed.shutdown()  # waits until all have come here
         _watch.stop()

@@ -21,6 +21,9 @@ from vit_dist.mesh import layout
 from vit_dist.model import context
 from vit_dist.model.layers import Dense, Norm, dropout, split_key
 
+# Of cuDNN's kernel on every GPU. Hopper and later take 256, which a program compiled for an absent GPU cannot ask for.
+LARGEST_CUDNN_HEAD = 128
+
 
 class Attention(nnx.Module):
     """softmax(QK^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017): [B, N, D] -> [B, N, D].
@@ -83,13 +86,13 @@ def attend(
 ) -> jax.Array:
     """Attention of queries [B, Nq, H, d] over keys and values [B, Nk, H, d] -> [B, Nq, H, d], laid out as the queries.
 
-    implementation: "xla", "cudnn", or "auto": cuDNN on a GPU in bfloat16 when no weights are dropped, else XLA. "cudnn"
+    implementation: "xla", "cudnn", or "auto": cuDNN where `fits_cudnn`, else XLA. "cudnn"
     is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA. seen: bool [Nk], for "xla":
     the keys that count.
     """
     if _takes_cudnn(q, implementation, drops=bool(rate) and key is not None):
         return _cudnn(q, k, v, q.shape[1])
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    scores = _scores(q * q.shape[-1] ** -0.5, k)
     if seen is not None:
         scores = jnp.where(seen, scores, context.HIDDEN)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
@@ -114,15 +117,40 @@ def attend_across(
 
 def fits_cudnn(*, on_gpu: bool, dtype: str, head_size: int, drops: bool) -> bool:
     """Whether cuDNN has a kernel for heads of this size and dtype; drops: attention weights are dropped."""
-    return on_gpu and dtype == "bfloat16" and head_size % 8 == 0 and not drops
+    fitting_heads = head_size % 8 == 0 and head_size <= LARGEST_CUDNN_HEAD
+    return on_gpu and dtype == "bfloat16" and fitting_heads and not drops
+
+
+@jax.custom_vjp
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Products of queries [B, Nq, H, d] and keys [B, Nk, H, d]: [B, H, Nq, Nk] in float32, whatever they come in.
+
+    Rounded to bfloat16 before the softmax, a score of 20 would be off by up to 0.06, and its weight by 6 %. The
+    gradients are products in the dtype of queries and keys, where JAX's own would be of float32 with bfloat16.
+    """
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(q, k), (q, k)
+
+
+def _scores_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, k = saved
+    g = g.astype(q.dtype)
+    q_gradient = jnp.einsum("bhqk,bkhd->bqhd", g, k, out_sharding=layout.of(q))
+    return q_gradient, jnp.einsum("bhqk,bqhd->bkhd", g, q, out_sharding=layout.of(k))
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _takes_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
     fits = fits_cudnn(on_gpu=_on_gpu(), dtype=q.dtype.name, head_size=q.shape[-1], drops=drops)
     if implementation == "cudnn" and not fits:
         raise ConfigError(
-            "model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8, model.dtype=bfloat16 and "
-            "model.attention_dropout=0; take auto"
+            f"model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8 up to {LARGEST_CUDNN_HEAD}, "
+            "model.dtype=bfloat16 and model.attention_dropout=0; take auto"
         )
     return implementation != "xla" and fits
 

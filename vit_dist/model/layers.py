@@ -218,6 +218,11 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Callable:
     )
 
 
+def normal(fan_in: int, fan_out: int) -> Callable:
+    """Normal of deviation 0.02, whatever the fans, as in BERT, timm and DeiT."""
+    return initializers.normal(0.02)
+
+
 def lecun_normal(fan_in: int, fan_out: int) -> Callable:
     """Normal cut off at two deviations, of variance 1 / fan_in (LeCun et al. 1998)."""
     deviation = math.sqrt(1 / fan_in) / 0.87962566103423978  # what the cut takes away

@@ -34,6 +34,7 @@ from vit_dist.model.layers import (
     dropout,
     lecun_normal,
     make_parameter,
+    normal,
     ready,
     split_key,
     xavier_uniform,
@@ -42,7 +43,7 @@ from vit_dist.model.layers import (
 from vit_dist.model.position import sincos2d
 
 SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # what `remat="names"` keeps: every dense product's result
-KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal}
+KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal, "normal": normal}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +196,9 @@ class ViT(nnx.Module):
 
         has_class = model.pool == "cls"
         self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), ("width",)) if has_class else None
-        # The class token has a position of its own when positions are learned, as in the paper; sines have none.
-        self.position = tokens(shape.patches + has_class, model.position_std) if model.position == "learned" else None
+        # The first learned position is the class token's, unless it has none; sines have none for it.
+        places = shape.patches + (has_class and model.cls_position)
+        self.position = tokens(places, model.position_std) if model.position == "learned" else None
         self.registers = tokens(model.registers, 0.02) if model.registers else None
         keys = jax.random.split(rngs.params(), shape.depth)
         blocks = jax.vmap(lambda key: Block(model, shape, nnx.Rngs(key)))  # the same draws as one block at a time
@@ -286,7 +288,8 @@ class ViT(nnx.Module):
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """All blocks: [B, N, D] -> [B, N, D]."""
         depth = self.shape.depth
-        rates = jnp.linspace(0, self.model.drop_path, depth) if self.model.drop_path else None
+        first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path
+        rates = jnp.linspace(first, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
 
         def run(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:

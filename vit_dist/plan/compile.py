@@ -48,7 +48,7 @@ def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
     The data stay closed: where the config leaves them open, there are `CLASSES` classes; a run in epochs has a length
     that changes nothing but a constant of the schedule.
     """
-    whole = gives_pixels(settings.data) and not augment.any_changes(settings.data)
+    whole = augment.on_device(settings.data, in_memory=gives_pixels(settings.data))
     steps = settings.total_steps or UNUSED
     program = Program(settings, classes=CLASSES, steps=steps, crop_on_device=whole, devices=devices)
     program.check_training_batch()

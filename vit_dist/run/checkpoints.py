@@ -39,7 +39,7 @@ class Checkpoints:
         if read_only and not directory.is_dir():
             raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
         self._directory = directory
-        self._best_metric = best_metric
+        self._best_metric, self._keep_best = best_metric, keep_best
         policies = ocp.training.preservation_policies
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
@@ -96,6 +96,13 @@ class Checkpoints:
         scores = [(self._score(checkpoint.metrics), checkpoint.step) for checkpoint in self._checkpointer.checkpoints]
         measured = [(score, step) for score, step in scores if score > -math.inf]
         return max(measured)[1] if measured else None
+
+    def would_keep(self, metrics: Mapping[str, float] | None) -> bool:
+        """Whether a step of these metrics, were it saved, would be kept as one of the best."""
+        self.wait()
+        score = self._score(metrics)
+        as_good = [one for one in self._checkpointer.checkpoints if self._score(one.metrics) >= score]
+        return score > -math.inf and len(as_good) < self._keep_best
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given as `metadata`."""

@@ -84,15 +84,14 @@ class JsonLinesWriter(metric_writers.MetricWriter):
             row[name] = text
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Lists and arrays, such as a number a class."""
+        """Lists and arrays, such as a number a class; a None in a list is written as null: it is not known."""
         for tag, value in values.items():
             row, name = self._row_of(step, tag)
-            numbers = np.asarray(value)
-            finite = np.isfinite(numbers)
-            if not finite.all():
+            numbers = np.array(value, object)
+            finite = [number is None or math.isfinite(number) for number in numbers.flat]
+            if not all(finite):
                 row.setdefault("non_finite", {})[name] = str(numbers.tolist())
-                numbers = numbers.astype(object)
-                numbers[~finite] = None
+                numbers[~np.reshape(finite, numbers.shape)] = None
             row[name] = numbers.tolist()
 
     def end_row(self) -> None:
@@ -125,14 +124,17 @@ class JsonLinesWriter(metric_writers.MetricWriter):
 
 
 class StepProfile(periodic_actions.PeriodicAction):
-    """Traces a few steps into `workdir/profile`, for TensorBoard or Perfetto; called with each step once it is done.
+    """Traces a few steps into `workdir/profile`, for TensorBoard or Perfetto; called with a step once it is done.
+
+    To be called after the steps of `edges`, when all that was dispatched has been waited for; other steps do nothing.
 
     CLU's own `Profile` logs an error and goes on, and loses the trace of a run that ends before it; hence this one.
     A run that resumes past `start_step` traces nothing.
     """
 
     def __init__(self, workdir: Path, start_step: int, steps: int):
-        super().__init__(on_steps={start_step, start_step + steps})
+        self.edges = {start_step, start_step + steps}  # the steps after which the trace begins and ends
+        super().__init__(on_steps=self.edges)
         self._directory = str(workdir / "profile")
         self._start_step = start_step
         self._tracing = False

@@ -1,10 +1,11 @@
-"""Stopping when asked to: SIGTERM means that the machine is wanted back, and that there is time for one save.
+"""Stopping when asked to: after the step under way, with everything saved.
 
-A single process catches the signal itself, and Ctrl-C too: both are answered between two steps, where nothing is half
-done. In a job of several, the signal may reach one and not the others, or each
-at another step; JAX's preemption service then agrees on one step for all to stop at.
+SIGTERM means that the machine is wanted back, Ctrl-C that the user wants to stop. Both are answered between two steps,
+where nothing is half done. A single process catches the signals itself. In a job of several, a signal may reach one
+process and not the others, or each at another step; JAX's preemption service then agrees on the step to stop at.
 """
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,6 +13,8 @@ from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from vit_dist.mesh import processes
 
 
 class StopRequest:
@@ -24,12 +27,13 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked: set[int] = set()
         self._previous: dict[int, Any] = {}
-        # In a job of several processes JAX's own handler must stay: it feeds the preemption service.
-        self._catches = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        self._alone = jax.process_count() == 1
 
     def __enter__(self) -> Self:
-        if self._catches:
-            self._previous = {one: signal.signal(one, self._handle) for one in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():
+            # In a job of several processes JAX's own handler of SIGTERM must stay: it feeds the preemption service.
+            caught = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+            self._previous = {one: signal.signal(one, self._handle) for one in caught}
         return self
 
     def __exit__(
@@ -43,15 +47,20 @@ class StopRequest:
         """Whether to save and stop after `step`.
 
         In a job of several processes each must ask after every step; all are told yes at the same one, and only there.
-        Raises `KeyboardInterrupt` after a Ctrl-C.
         """
-        if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        if signal.SIGINT in self._asked:
-            raise KeyboardInterrupt
-        return signal.SIGTERM in self._asked
+        if self._alone:
+            return bool(self._asked)
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def by_user(self) -> bool:
+        """Whether it was Ctrl-C that asked, on any process; to be asked by all, once a stop was requested."""
+        return any(processes.gather(signal.SIGINT in self._asked))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in self._asked:  # the second Ctrl-C will not wait
+        """Notes the signal. The second Ctrl-C ends the loop where it stands, and a third one the process."""
+        if number == signal.SIGINT and number in self._asked:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         self._asked.add(number)
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)  # whose handler is JAX's, and tells the other processes

@@ -22,9 +22,9 @@ from vit_dist.run.files import read_json, write_atomically
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",
-    "data.source", "data.path", "data.mixture", "data.download", "data.cache_dir", "data.workers", "data.threads",
-    "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad", "data.max_bad_fraction",
-    "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
+    "data.source", "data.path", "data.mixture", "data.name", "data.download", "data.cache_dir", "data.workers",
+    "data.threads", "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad",
+    "data.max_bad_fraction", "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
 _LATE_SECONDS = 60  # a network's disk may show one host later what another has written
@@ -34,14 +34,18 @@ _log = logging.getLogger(__name__)
 
 def holds_run(workdir: Path) -> bool:
     """Whether there is something to go on from: a start that failed before its first checkpoint is no run yet."""
-    return (workdir / "config.json").is_file() and any((workdir / "checkpoints").glob("[0-9]*"))
+    return (workdir / "config.json").is_file() and bool(checkpoint_steps(workdir))
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """The steps whose checkpoints are whole, in order; one that is half-written lies under a longer name."""
+    return sorted(int(one.name) for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
 
 
 def check_shared(workdir: Path) -> None:
     """Raises `ConfigError` where not all processes see the same run in `workdir`; all call it, after `write_run`."""
     for _ in range(_LATE_SECONDS):  # counted, not timed, so that all give up at the same look
-        steps = sorted(one.name for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
-        views = processes.gather([(workdir / "config.json").is_file(), steps])
+        views = processes.gather([(workdir / "config.json").is_file(), checkpoint_steps(workdir)])
         blind = [index for index, view in enumerate(views) if view != views[0]]
         if not blind:
             return

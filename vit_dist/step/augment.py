@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from vit_dist import config
+from vit_dist.data import crop
 from vit_dist.mesh import layout
 
 Affine = tuple[jax.Array, jax.Array]
+_AFFINE_DRAWS = 6  # numbers that an image's map takes: angle, slant, zoom, two shifts, flip
+_CROP_DRAWS = 2 * crop.TRIES + 2  # and those that its crop takes: area and aspect of each try, then where it lies
 
 
 def normalise(
@@ -39,12 +42,9 @@ def resize(images: jax.Array, size: tuple[int, int], interpolation: str) -> jax.
 
 
 def center_crop(images: jax.Array, size: tuple[int, int], ratio: float) -> jax.Array:
-    """The middle of each image [B, H, W, C] at `ratio` of the largest box of `size`'s shape that fits, not resized."""
-    height, width = images.shape[1:3]
-    scale = ratio * min(height / size[0], width / size[1])
-    box = [max(1, min(side, round(scale * new))) for side, new in zip((height, width), size)]
-    top, left = (height - box[0]) // 2, (width - box[1]) // 2
-    return images[:, top : top + box[0], left : left + box[1]]
+    """The box of each image [B, H, W, C] that `crop.centre_box` gives, not resized."""
+    top, left, height, width = crop.centre_box(images.shape[1], images.shape[2], size, ratio)
+    return images[:, top : top + height, left : left + width]
 
 
 def warp(images: jax.Array, key: jax.Array, settings: config.Data) -> jax.Array:
@@ -62,33 +62,32 @@ def draw(key: jax.Array, shape: tuple[int, int, int], settings: config.Data) -> 
     """The maps that `warp` applies to a batch of `shape` (B, H, W), as `sample` takes them; None: nothing is asked.
 
     From the output back to the input: undo the shift, then rotation, shear and scale about the centre, then the flip,
-    then look into the crop box. The box has a share of the image's area drawn from `crop_area` and a shape drawn,
-    evenly in its logarithm, from `crop_aspect` (Szegedy et al. 2015, arXiv:1409.4842), is cut to the image where it is
-    longer, lies anywhere within it, and is stretched over the whole output.
+    then look into the crop box, which is stretched over the whole output.
     """
     asked = (settings.flip, settings.shift, settings.rotate, settings.scale, settings.shear)
     if settings.crop_area is None and not any(asked):
         return None
     batch, height, width = shape
-    # one draw of all columns: XLA takes a tenth of a second to compile each draw
-    columns = iter(jax.random.uniform(key, (batch, 10), jnp.float32, out_sharding=layout.spec("batch", None)).T)
+    # One draw of all that is random: XLA takes a tenth of a second to compile each draw.
+    count = _AFFINE_DRAWS + (_CROP_DRAWS if settings.crop_area is not None else 0)
+    drawn = jax.random.uniform(key, (count, batch), jnp.float32, out_sharding=layout.spec(None, "batch"))
+    rows = iter(drawn[:_AFFINE_DRAWS])
 
     def uniform(low: float, high: float) -> jax.Array:
-        return low + (high - low) * next(columns)
+        return low + (high - low) * next(rows)
 
     angle = uniform(-1, 1) * jnp.deg2rad(settings.rotate)
     slant = jnp.tan(uniform(-1, 1) * jnp.deg2rad(settings.shear))
     zoom = jnp.exp(uniform(-1, 1) * jnp.log1p(settings.scale))
     shift_x, shift_y = uniform(-1, 1) * settings.shift * width, uniform(-1, 1) * settings.shift * height
     mirror = jnp.where(uniform(0, 1) < 0.5, -1.0, 1.0) if settings.flip else jnp.ones_like(angle)
-    box_x, box_y = jnp.ones_like(angle), jnp.ones_like(angle)
-    middle_x, middle_y = jnp.zeros_like(angle), jnp.zeros_like(angle)
+    box_x, box_y = jnp.ones_like(angle), jnp.ones_like(angle)  # the box's sides, as shares of the image's
+    middle_x, middle_y = jnp.zeros_like(angle), jnp.zeros_like(angle)  # its centre, from the image's
     if settings.crop_area is not None:
-        low, high = settings.crop_aspect
-        area, aspect = uniform(*settings.crop_area), jnp.exp(uniform(math.log(low), math.log(high)))
-        box_x = jnp.minimum(1.0, jnp.sqrt(area * aspect * height / width))  # as a share of the width
-        box_y = jnp.minimum(1.0, jnp.sqrt(area / aspect * width / height))
-        middle_x, middle_y = uniform(-0.5, 0.5) * (1 - box_x) * width, uniform(-0.5, 0.5) * (1 - box_y) * height
+        boxes = _random_crops(drawn[_AFFINE_DRAWS:], height, width, settings.crop_area, settings.crop_aspect)
+        top, left, box_height, box_width = boxes
+        box_x, box_y = box_width / width, box_height / height
+        middle_x, middle_y = left + (box_width - width) / 2, top + (box_height - height) / 2
     # x_in = a x + b y and y_in = c x + d y: rotation by -angle, shear along x, scale; then the flip and the box
     cos, sin = jnp.cos(angle) / zoom, jnp.sin(angle) / zoom
     a, b = (cos + slant * sin) * mirror * box_x, (sin - slant * cos) * mirror * box_x
@@ -96,6 +95,32 @@ def draw(key: jax.Array, shape: tuple[int, int, int], settings: config.Data) -> 
     matrix = jnp.stack([jnp.stack([a, b], -1), jnp.stack([c, d], -1)], -2)
     offset = jnp.stack([middle_x - a * shift_x - b * shift_y, middle_y - c * shift_x - d * shift_y], -1)
     return matrix, offset
+
+
+def _random_crops(
+    draws: jax.Array, height: int, width: int, area: config.Interval, aspect: config.Interval
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A box for each image by the law of `crop.random_crop`: top, left, height and width in whole pixels, float32 [B].
+
+    draws: float32 [`_CROP_DRAWS`, B], even in [0, 1).
+    """
+    areas, ratios, places = draws[: crop.TRIES], draws[crop.TRIES : 2 * crop.TRIES], draws[2 * crop.TRIES :]
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    areas = height * width * (area[0] + (area[1] - area[0]) * areas)
+    ratios = jnp.exp(low + (high - low) * ratios)
+    widths, heights = jnp.round(jnp.sqrt(areas * ratios)), jnp.round(jnp.sqrt(areas / ratios))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits & (jnp.cumsum(fits, axis=0) == 1)
+    _, _, largest_height, largest_width = crop.largest_box(height, width, aspect)
+    found = fits.any(axis=0)
+    box_height = jnp.where(found, jnp.sum(heights * first, axis=0), largest_height)
+    box_width = jnp.where(found, jnp.sum(widths * first, axis=0), largest_width)
+
+    def start(place: jax.Array, side: int, box_side: jax.Array) -> jax.Array:
+        free = side - box_side
+        return jnp.where(found, jnp.minimum(jnp.floor(place * (free + 1)), free), free // 2)
+
+    return start(places[0], height, box_height), start(places[1], width, box_width), box_height, box_width
 
 
 def sample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:

@@ -40,6 +40,14 @@ def smooth(targets: jax.Array, amount: float) -> jax.Array:
     return optax.losses.smooth_labels(targets, amount) if amount else targets
 
 
+def binarize(targets: jax.Array) -> jax.Array:
+    """1 for every class that has a share of the target, however small, and 0 for the others. targets [B, C]; float32.
+
+    So a mixed image is of both its classes (Wightman et al. 2021, arXiv:2110.00476; DeiT-III).
+    """
+    return (targets > 0).astype(jnp.float32)
+
+
 def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Whether the label is among the k largest logits. logits [B, C], labels [B]; returns [B], bool.
 

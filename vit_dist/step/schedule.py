@@ -24,13 +24,12 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
     to the eye at first (Zhai et al. 2022, arXiv:2106.04560); constant: peak. The last c = `cooldown_steps` steps of
     the latter two are multiplied by (T - step) / c.
 
-    A warm-up or cool-down that is longer than the run leaves it is clipped, with a warning. Raises `ConfigError` for
-    a cool-down after a schedule that has its own end.
+    A warm-up and cool-down that are longer than the run are scaled together to half of it, with a warning. Raises
+    `ConfigError` for a cool-down after a schedule that has its own end.
     """
     peak = settings.learning_rate
-    warmup = _clipped("warmup_steps", settings.warmup_steps, total_steps)
+    warmup, cooldown = _fitted(settings.warmup_steps, settings.cooldown_steps, total_steps)
     rest = max(1, total_steps - warmup)
-    cooldown = _clipped("cooldown_steps", settings.cooldown_steps, rest)
     shapes: dict[str, optax.Schedule] = {
         "cosine": optax.cosine_decay_schedule(peak, rest, settings.end_factor),
         "linear": optax.linear_schedule(peak, peak * settings.end_factor, rest),
@@ -38,7 +37,7 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
         "constant": optax.constant_schedule(peak),
     }
     name = config.one_of("optimizer.schedule", settings.schedule, shapes)
-    if cooldown and name in ("cosine", "linear"):
+    if settings.cooldown_steps and name in ("cosine", "linear"):
         raise ConfigError(
             f"optimizer.cooldown_steps: goes with the schedules rsqrt and constant, found {name}, "
             f"which ends at optimizer.end_factor; set it to 0"
@@ -52,7 +51,15 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
     return lambda step: schedule(step) * jnp.clip((total_steps - step) / cooldown, 0.0, 1.0)
 
 
-def _clipped(key: str, steps: int, most: int) -> int:
-    if steps > most:
-        logging.warning("optimizer.%s: %d is clipped to the %d steps that the run has for it", key, steps, most)
-    return min(steps, most)
+def _fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
+    """The steps of warm-up and cool-down, scaled together to half of a run that is shorter than both."""
+    asked = warmup + cooldown
+    if asked <= total_steps:
+        return warmup, cooldown
+    fitted = warmup * total_steps // (2 * asked), cooldown * total_steps // (2 * asked)
+    logging.warning(
+        "optimizer: a warm-up of %d and a cool-down of %d steps do not fit into the run's %d; they are scaled to %d "
+        "and %d, half of it",
+        *(warmup, cooldown, total_steps, *fitted),
+    )
+    return fitted

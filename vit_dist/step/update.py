@@ -56,8 +56,11 @@ def make_train_step(
         images = augment.normalise(batch["image"], data.mean, data.std)
         images = augment.warp(images, warp_key, data)
         images = augment.resize(images, pair(model.image_size), data.interpolation)
-        targets = losses.smooth(losses.one_hot(batch["label"], classes), settings.label_smoothing)
+        targets = losses.one_hot(batch["label"], classes)
         images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
+        if settings.binarize_targets:
+            targets = losses.binarize(targets)
+        targets = losses.smooth(targets, settings.label_smoothing)
         images = images.astype(model.dtype)
 
         gradients, each = sum_gradients(

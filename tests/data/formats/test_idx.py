@@ -33,13 +33,14 @@ def test_sets_of_no_known_name_have_numbers_for_classes(tmp_path: Path) -> None:
     assert _class_names(tmp_path / "kmnist", "test") == ("0", "1", "2", "3")
 
 
-def test_known_sets_have_their_own_names_where_the_labels_fit(tmp_path: Path) -> None:
-    _write(tmp_path / "MNIST", "train", [1, 4])
-    assert _class_names(tmp_path / "MNIST") == tuple("0123456789")
-    _write(tmp_path / "my_fashion", "train", [1, 4])
-    assert _class_names(tmp_path / "my_fashion")[:2] == ("t-shirt/top", "trouser")
-    _write(tmp_path / "my_fashion", "train", [1, 11])
-    assert _class_names(tmp_path / "my_fashion") == tuple(map(str, range(12)))
+def test_a_set_that_is_named_has_its_own_names_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    _write(tmp_path / "fashion", "train", [1, 4])
+    assert _class_names(tmp_path / "fashion") == tuple("01234")
+    data = Data(source="idx", path=str(tmp_path / "fashion"), name="fashion_mnist")
+    assert open_source(data, "train").class_names[8:] == ("bag", "ankle boot")
+    _write(tmp_path / "fashion", "train", [1, 11])
+    with pytest.raises(ConfigError, match=r"fashion: labels of 0..11, but 10 class names"):
+        open_source(data, "train")
 
 
 def test_a_text_file_names_the_classes(tmp_path: Path) -> None:

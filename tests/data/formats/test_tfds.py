@@ -163,11 +163,6 @@ def test_two_versions_in_a_folder_must_be_told_apart(pets: Path) -> None:
     _fails(r"holds 2 data sets \(1.0.0, 1.1.0\); name one of them", pets.parent)
 
 
-def test_without_the_library_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, pets: Path) -> None:
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    _fails(r"'tfds' needs tensorflow-datasets .*pip install 'vit-dist\[tfds\]'", pets)
-
-
 def test_reading_imports_neither_tensorflow_nor_jax(pets: Path) -> None:
     code = f"""
 import sys

@@ -5,7 +5,6 @@ then the values. Examples keep the order they have in the file.
 """
 
 import gzip
-import importlib.util
 import math
 import struct
 import zlib
@@ -15,7 +14,8 @@ import numpy as np
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data.download import KnownSet, fetch, known_set
+from vit_dist.data import libraries
+from vit_dist.data.download import KNOWN, KnownSet, fetch
 from vit_dist.data.examples import ArraySource
 from vit_dist.data.files import open_stream
 from vit_dist.data.formats.arrays import class_names_beside, class_names_for
@@ -37,19 +37,18 @@ def open_digits(path: Path, split: str, data: config.Data) -> ArraySource:
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     """A split of the set in the folder `path`, as `read_idx_set`.
 
-    Class names are the lines of `classes.txt` where it lies beside the files, else a known set's own, else the labels
-    as text: many sets come in such files, EMNIST's letters among them.
+    Class names are the lines of `classes.txt` where it lies beside the files, else those of the set that `data.name`
+    says, else the labels as text: many sets come in such files, EMNIST's letters among them.
     """
-    name = array_split(split)
-    images, labels = read_idx_set(path, name, data.download)
+    name, known = array_split(split), None if data.name is None else KNOWN[data.name]
+    images, labels = read_idx_set(path, name, known, data.download)
     of_all = [labels]
     train_file = _present(path, _LABELS.format("train"))
     if name != "train" and train_file is not None:
         of_all.append(read_idx(train_file, 1))
     given = class_names_beside(path)
-    known = known_set(path).class_names
-    if given is None and _is_known(path) and all(some.max() < len(known) for some in of_all):
-        given = known
+    if given is None and known is not None:
+        given = known.class_names
     return ArraySource(images, labels, class_names_for(path, given, of_all), split=name)
 
 
@@ -66,22 +65,25 @@ def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Every fifth example is in the split `test` (360), the others in `train` (1,437).
     """
-    rows = np.loadtxt(_digits_file(), dtype=np.int32, delimiter=",")  # 64 pixels of 0 to 16, and the label
+    # scikit-learn's own file; to import scikit-learn takes a second
+    file = libraries.folder(libraries.sklearn) / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(file, dtype=np.int32, delimiter=",")  # 64 pixels of 0 to 16, and the label
     images = np.rint(rows[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     is_test = np.arange(len(rows)) % _DIGITS_TEST_EVERY == 0
     chosen = is_test if split == "test" else ~is_test
     return images[chosen], rows[chosen, -1]
 
 
-def read_idx_set(folder: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
+def read_idx_set(folder: Path, split: str, known: KnownSet | None, download: bool) -> tuple[np.ndarray, np.ndarray]:
     """A split, `train` or `test`, of a folder of MNIST's four files, gzipped or not: images `uint8 [N, H, W, 1]`
     and labels `int32 [N]`.
 
-    With `download`, a missing file is fetched where the folder is that of a known set. Raises `ConfigError` for a
-    missing, damaged or contradictory file.
+    With `download`, a missing file of a `known` set is fetched. Raises `ConfigError` for a missing, damaged or
+    contradictory file, and where nobody says what to fetch.
     """
     prefix = "t10k" if split == "test" else "train"
-    known = known_set(folder)
+    if download and known is None:
+        raise ConfigError(f"data.download: set data.name to say what to fetch: {' or '.join(KNOWN)}")
     images_file = _find(folder, _IMAGES.format(prefix), known, download)
     labels_file = _find(folder, _LABELS.format(prefix), known, download)
     images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
@@ -108,33 +110,23 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def _digits_file() -> Path:
-    """The file that scikit-learn keeps them in, found without importing scikit-learn: that takes a second."""
-    package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise ConfigError("data.source: digits come with scikit-learn, which is not here: pip install scikit-learn")
-    return Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
-
-
-def _find(folder: Path, name: str, known: KnownSet, download: bool) -> Path:
+def _find(folder: Path, name: str, known: KnownSet | None, download: bool) -> Path:
     found = _present(folder, name)
     if found is not None:
         return found
-    if download:
+    if known is not None and download:
         fetch(known, f"{name}.gz", folder)
         return folder / f"{name}.gz"
     others = any(folder.glob(f"{name.partition('-')[0]}-*-ubyte*"))  # of the same split
     raise (ConfigError if others else NoSplit)(
         f"data.path: no {name} or {name}.gz in {str(folder)!r}; "
-        f"set data.download=True, or fetch it from {known.base}{name}.gz"
+        + (
+            "give the folder that holds it"
+            if known is None
+            else f"set data.download=true, or fetch {known.base}{name}.gz"
+        )
     )
 
 
 def _present(folder: Path, name: str) -> Path | None:
     return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
-
-
-def _is_known(folder: Path) -> bool:
-    """Whether the folder's name is that of a known set, and not of one of their many kin (`emnist`, `kmnist`)."""
-    name = folder.resolve().name.lower()
-    return name == "mnist" or "fashion" in name

@@ -23,6 +23,7 @@ from vit_dist.data.examples import FileSource, file_source
 from vit_dist.data.files import entries, first_line, is_remote, open_stream, stamp
 from vit_dist.data.formats.listing import KNOWN_SPLITS, MOST_CLASSES, NoSplit, split_names, split_word
 from vit_dist.data.index import Index, in_order, kept
+from vit_dist.data.libraries import pyarrow, pyarrow_compute, pyarrow_parquet
 from vit_dist.data.progress import counted
 
 _log = logging.getLogger(__name__)
@@ -77,8 +78,6 @@ class RowGroups:
         return promised.result()
 
     def _read(self, key: tuple[int, int]) -> Any:
-        import pyarrow
-
         number, group = key
         file = self.files[number]
         try:
@@ -118,8 +117,6 @@ class ParquetImages:
     spans: np.ndarray
 
     def read(self, index: int) -> bytes:
-        import pyarrow
-
         number, group, row = self.spans[index].tolist()
         image, path = self.groups.column(number, group)[row], None
         if isinstance(image, pyarrow.StructScalar) and image.is_valid:
@@ -200,8 +197,6 @@ def _index(shards: Shards, cache_dir: str | None) -> Index:
 
 def _read_labels(shards: Shards) -> Index:
     """Reads the columns of labels and paths, and no images."""
-    import pyarrow
-
     names: list[str | None] = []
     labels: list[np.ndarray] = []
     spans: list[np.ndarray] = []
@@ -232,8 +227,6 @@ def _read_labels(shards: Shards) -> Index:
 
 def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
     """The columns of images and labels, and the names of the classes where the metadata has them."""
-    import pyarrow
-
     image, label = _column(schema, _IMAGE_COLUMNS, file), _column(schema, _LABEL_COLUMNS, file)
     kind = schema.field(image).type
     if pyarrow.types.is_struct(kind):
@@ -277,12 +270,9 @@ def _labels(column: Any, file: Path, classes: tuple[str, ...] | None) -> np.ndar
 
 def _paths(table: Any, image: str) -> list[str | None]:
     """The base names of the files that the images were, None where that is not told."""
-    import pyarrow
-    import pyarrow.compute
-
     if image not in table.column_names:
         return [None] * len(table)
-    paths = pyarrow.compute.struct_field(table.column(image), ["path"]).cast(pyarrow.binary())
+    paths = pyarrow_compute.struct_field(table.column(image), ["path"]).cast(pyarrow.binary())
     return [path and PurePosixPath(_decoded(path)).name for path in paths.to_pylist()]
 
 
@@ -320,9 +310,7 @@ def _image_bytes(group: Any, image: str) -> int:
 
 def _open(file: Path) -> Any:
     """A `pyarrow.parquet.ParquetFile`, of its own for each read: one may not be shared by threads."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(open_stream(file) if is_remote(file) else str(file))
+    return pyarrow_parquet.ParquetFile(open_stream(file) if is_remote(file) else str(file))
 
 
 def _beside(shard: Path, path: str) -> bytes:

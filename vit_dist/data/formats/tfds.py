@@ -19,6 +19,7 @@ from vit_dist.data.examples import FileSource, file_source
 from vit_dist.data.files import first_line, is_remote, stamp
 from vit_dist.data.formats.listing import NoSplit, find_split
 from vit_dist.data.index import Index, in_order, kept
+from vit_dist.data.libraries import load, tfds, tfds_core, tfds_proto
 from vit_dist.data.progress import counted
 
 _NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # what sets call the name of an image
@@ -74,14 +75,9 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
 
 def _open(path: Path) -> Any:
     """The builder (`tfds.core.DatasetBuilder`) of a prepared set; only its files are looked at."""
-    try:
-        import tensorflow_datasets as tfds
-        from google.protobuf.json_format import ParseError
-        from tensorflow_datasets.core import read_only_builder
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source: 'tfds' needs tensorflow-datasets ({error}); pip install 'vit-dist[tfds]'"
-        ) from error
+    from google.protobuf.json_format import ParseError
+
+    load(tfds)
     if is_remote(path):
         raise ConfigError(f"data.path: data.source=tfds reads local files alone, found {path}; copy it to a local disk")
     if path.exists():
@@ -93,7 +89,7 @@ def _open(path: Path) -> Any:
                 f"{folder / _INFO}: cannot be read ({first_line(error)}); prepare the data set again"
             ) from error
     try:
-        return read_only_builder.builder_from_files(str(path))
+        return tfds_core.read_only_builder.builder_from_files(str(path))
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ConfigError(
             f"data.path: no folder {str(path)!r}, and no prepared data set of that name ({first_line(error)}); "
@@ -114,8 +110,6 @@ def _version_folder(path: Path) -> Path:
 
 def _image_and_label(info: Any) -> tuple[str, str]:
     """The features that are the image and its class: the only ones of their kind, else those of `supervised_keys`."""
-    import tensorflow_datasets as tfds
-
     chosen = []
     for kind in (tfds.features.Image, tfds.features.ClassLabel):
         names = [name for name, feature in info.features.items() if isinstance(feature, kind)]
@@ -142,8 +136,6 @@ def _records(info: Any, split: str) -> Any:
 
 def _read_labels(records: Any, info: Any, label: str, where: str) -> Index:
     """Reads every record once, for its label and its name; no image is decoded."""
-    import tensorflow_datasets as tfds
-
     classes = tuple(info.features[label].names)
     texts = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
     named = next((name for name in _NAME_FEATURES if name in texts), None)
@@ -165,9 +157,7 @@ def _read_labels(records: Any, info: Any, label: str, where: str) -> Index:
 
 def _parse(record: bytes) -> Any:
     """The features of a record, by name."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example.FromString(record).features.feature
+    return tfds_proto.tf_example_pb2.Example.FromString(record).features.feature
 
 
 @contextlib.contextmanager
