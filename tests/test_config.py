@@ -107,7 +107,7 @@ def test_the_last_of_two_overrides_holds():
         ("evaluate.splits=test", "evaluate.splits: expected a list of text, found 'test'"),
         ("seed", "seed: an override is written key=value"),
         ("seed=", "seed: no value is given"),
-        ("=3", "=3: names no key"),
+        ("=3", "=3: names no key; an override is written like --config.model.depth=4"),
         ("model..depth=3", "model..depth=3: names no key"),
     ],
 )  # fmt: skip
