@@ -18,6 +18,8 @@ from vit_dist.plan.targets import Chip
 # 1 GB/s over the wires within, 0.1 GB/s over the network.
 GPU = Chip("one", "NVIDIA H200", "gpu", 10**9, 1e12, "NVLink", 1e9, 0, 1e8, "none")
 
+ONCE, IN_MICRO_BATCHES = ("model.remat=none",), ("model.remat=block", "accumulate_steps=2")
+
 
 def load_on(sizes, *overrides, platform="gpu"):
     asked = settings(*overrides)
@@ -110,8 +112,18 @@ def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
     assert sums == [Collective("all-reduce", ("dcn_data", "data"), round(own), 1, 0)]
 
 
-@pytest.mark.parametrize("extra", [("model.remat=none",), ("model.remat=block", "accumulate_steps=2")])
-@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"tensor": 4}, {"data": 2, "fsdp": 2}])
+@pytest.mark.parametrize(
+    ("sizes", "extra"),
+    [
+        ({"fsdp": 4}, ONCE),
+        ({"tensor": 4}, IN_MICRO_BATCHES),
+        ({"data": 2, "fsdp": 2}, ONCE),
+        ({"data": 2, "fsdp": 2}, IN_MICRO_BATCHES),
+        pytest.param({"fsdp": 4}, IN_MICRO_BATCHES, marks=pytest.mark.slow),
+        pytest.param({"tensor": 4}, ONCE, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_devices_send_what_the_compiled_step_sends(sizes, extra):
     overrides = (*NOTHING_RANDOM, *extra, "optimizer.clip=null", "model.width=64", "model.mlp=256")
     program = program_on(sizes, *overrides)

@@ -8,11 +8,11 @@ import sys
 import textwrap
 
 import pytest
-from system import Running, checkpoint_steps, command, rows, started, train_here, until
+from system import NOTHING_RANDOM, Running, checkpoint_steps, command, rows, started, train_here, until
 
 from vit_dist.run.signals import StopRequest
 
-LONG = ("mesh.data=1", "fake_devices=1", "total_steps=100000", "evaluate.every_steps=0")
+LONG = ("mesh.data=1", "fake_devices=1", "total_steps=100000", "evaluate.every_steps=0", *NOTHING_RANDOM)
 
 
 def test_sigterm_is_noticed_and_the_handler_restored():
@@ -90,7 +90,7 @@ def test_ctrl_c_saves_and_ends_with_130_and_the_same_command_goes_on(tmp_path):
     assert rows(tmp_path / "run")[-1]["step"] == saved
     assert said.endswith(f"interrupted: saved step {saved} of 100000 in {tmp_path / 'run'}\n")
     assert "Traceback" not in said
-    longer = train_here(tmp_path / "run", *LONG[:1], f"total_steps={saved + 1}")
+    longer = train_here(tmp_path / "run", "mesh.data=1", *NOTHING_RANDOM, f"total_steps={saved + 1}")
     assert [row["step"] for row in longer] == list(range(1, saved + 2))
 
 
