@@ -80,14 +80,18 @@ def test_a_run_that_was_cut_lists_and_counts_the_same_and_notes_anew_what_lies_p
 
 def test_too_many_stop_the_run_at_a_step_that_follows_from_the_data_alone(folder, whole, tmp_path):
     first = min(row["step"] for row in whole[1] if row["split"] == "train" and row["id"] in BAD["train"])
-    with pytest.raises(ConfigError, match=r"data.max_bad_fraction: \d of 96 files did not decode, 0 of them may"):
+    with pytest.raises(
+        ConfigError, match=r"data.max_bad_fraction: \d of 96 files did not decode, more than the share of 0 that may"
+    ):
         train_here(tmp_path / "run", *RUN, f"data.path={folder}", "data.max_bad_fraction=0")
     assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "train"] == list(range(1, first))
 
 
 def test_too_many_stop_an_evaluation(whole):
     assert evaluate(whole[2])["count"] == 22
-    with pytest.raises(ConfigError, match="data.max_bad_fraction: 2 of 24 files did not decode, 0.05 of them may"):
+    with pytest.raises(
+        ConfigError, match="data.max_bad_fraction: 2 of 24 files did not decode, more than the share of 0.05 that may"
+    ):
         evaluate(whole[2], overrides=["data.max_bad_fraction=0.05"])
 
 

@@ -163,7 +163,7 @@ def test_a_broken_recipe_is_refused_with_its_name_and_line(refused, tmp_path, te
 def test_a_recipe_that_is_not_there_is_refused_with_the_near_miss(refused, tmp_path):
     (tmp_path / "digits.py").write_text("")
     said = refused("train", f"--config={tmp_path}/digit.py", "--workdir=WORKDIR")
-    assert said == f"no config file '{tmp_path}/digit.py' (did you mean digits.py?)"
+    assert said == f"{tmp_path}/digit.py: no such config file (did you mean digits.py?)"
     (tmp_path / "config.json").write_text("{}")
     assert "a config file is a Python file" in refused("inspect", f"--config={tmp_path}/config.json")
 

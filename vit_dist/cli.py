@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.WARNING)  # orbax and grain say a great deal
+    for library in ("absl", "jax"):  # orbax and grain speak as absl
+        logging.getLogger(library).setLevel(logging.WARNING)
     options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
     code, said, together = FAILED, "an error of the program; see what it has said itself", False
     try:

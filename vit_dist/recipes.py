@@ -29,7 +29,8 @@ def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
     path = Path(file)
     if not path.is_file():
         names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ConfigError(f"no config file {str(file)!r}{near_miss(path.name, names)}")
+        what = "is a folder, not a config file" if path.is_dir() else "no such config file"
+        raise ConfigError(f"{file}: {what}{near_miss(path.name, names)}")
     if path.suffix != ".py":
         raise ConfigError(f"{file}: a config file is a Python file, .py, such as configs/digits.py")
     recipe = _run_recipe(path)
@@ -59,7 +60,10 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
     except _RECIPE_ERRORS as error:
         raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
     if not isinstance(recipe, ml_collections.ConfigDict):
-        raise ConfigError(f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict")
+        raise ConfigError(
+            f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict, such as "
+            "vit_dist.config.default_config() returns"
+        )
     return recipe
 
 
@@ -85,8 +89,6 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
         *parents, leaf = key.split(".")
         if not all((*parents, leaf)):
             raise ConfigError(f"{assignment}: names no key; an override is written like --config.model.depth=4")
-        if not text:
-            raise ConfigError(f"{key}: no value is given; write {key}=null for none")
         node, hint = values, Config
         for depth, parent in enumerate(parents):
             check_known(hint, parent, ".".join(parents[:depth]))
@@ -95,7 +97,11 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
             if not dataclasses.is_dataclass(hint):
                 raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
         check_known(hint, leaf, ".".join(parents))
-        node[leaf] = _parse(text, typing.get_type_hints(hint)[leaf], key)
+        wanted = typing.get_type_hints(hint)[leaf]
+        if not text:
+            none = f", or {key}=null for none" if type(None) in typing.get_args(wanted) else ""
+            raise ConfigError(f"{key}: no value is given; write {key}=VALUE{none}")
+        node[leaf] = _parse(text, wanted, key)
     return values
 
 

@@ -20,19 +20,20 @@ _WORSE = 2.0  # times XLA's own error
 
 def run(job: Job) -> None:
     """Keeps the errors of both, for each number of tokens."""
-    told, on_gpu = job.arguments, job.device().platform in GPU
+    told, fast = job.arguments, "cudnn" if job.device().platform in GPU else "xla"
+    title = "cuDNN" if fast == "cudnn" else "XLA in place of cuDNN"
     errors: dict[str, Any] = {}
     for number, tokens in enumerate(told["tokens"]):
         shape = told["examples"], tokens, told["heads"], told["head_size"]
         drawn = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(number), 4)]
         with jax.default_matmul_precision("highest"):
             reference = outputs("xla", *(one.astype(jnp.float32) for one in drawn))
-        ours = {"cudnn": outputs("cudnn" if on_gpu else "xla", *drawn), "xla": outputs("xla", *drawn)}
+        ours = {"cudnn": outputs(fast, *drawn), "xla": outputs("xla", *drawn)}
         errors[str(tokens)] = both = {name: _errors(found, reference) for name, found in ours.items()}
         job.keep(errors=errors)
         for name in NAMES:
             found, beside = both["cudnn"][name], both["xla"][name]
-            claim = f"cuDNN's {name if name == 'output' else f'gradient of {name}'}, {tokens} tokens"
+            claim = f"{title}: {name if name == 'output' else f'gradient of {name}'}, {tokens} tokens"
             job.check(claim, found <= max(_ENOUGH, _WORSE * beside), f"error {found:.1e}, XLA's {beside:.1e}")
 
 

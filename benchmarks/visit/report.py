@@ -90,8 +90,8 @@ def _steps(record: Record) -> list[str]:
                 rows.append(_step_row(side, found, ours, ceiling))
     header = ("step", "batch", "img/s", "ms", "least to most", "x timm", "MFU", "of ceiling", "GiB", "compile s")
     note = (
-        "MFU counts three forward passes: of the datasheet's peak, and of the ceiling that was measured. GiB: the most "
-        "that jax or PyTorch has held at once. Compile: of timm's, the first step."
+        "MFU: the arithmetic of three forward passes, as a share of the datasheet's peak; beside it, of the product that "
+        "was measured. GiB: the most that jax or PyTorch has held at once. Compile: of timm's, the first step."
     )
     return _table("A training step: bf16, AdamW, one batch in device memory", header, rows, note)
 
@@ -172,7 +172,7 @@ def _kernels(record: Record) -> list[str]:
         "",
         f"{found['kernels_per_step']:,.0f} kernels a step; {found['busy_ms']:.4g} of {found['span_ms']:.4g} ms busy, "
         f"{idle} idle; {found['long_gaps_per_step']:.0f} gaps of more than 10 us a step, the longest "
-        f"{found['longest_gap_us']:,.0f} us.",
+        f"of all {found['longest_gap_us']:,.0f} us.",
         "",
     ]
     for title, rows in (("kind", found["families"]), ("kernel", found["top"])):

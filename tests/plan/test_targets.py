@@ -184,7 +184,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_way_to_get_it(text, 
     with pytest.raises(ConfigError) as error:
         targets.devices(targets.parse(text))
     assert str(error.value).startswith(f"--target={text}: the ")
-    assert str(error.value).endswith(f"is not installed; run: pip install 'jax[{extra}]=={jax.__version__}'")
+    assert str(error.value).endswith(f"elsewhere pip install 'jax[{extra}]=={jax.__version__}'")
 
 
 def test_the_chip_of_a_device_that_is_here_is_known_by_its_kind(monkeypatch):

@@ -285,7 +285,7 @@ def test_warm_up_starts_above_zero_and_each_shape_ends_where_it_should() -> None
 def test_a_warmup_and_cooldown_longer_than_the_run_are_scaled_together_to_half_of_it(caplog: Any) -> None:
     rising = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=50, schedule="linear"), 8)
     assert [float(rising(step)) for step in range(9)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25, 0])
-    assert "a warm-up of 50 and a cool-down of 0 steps do not fit into the run's 8; they are scaled to 4 and 0" in (
+    assert "warmup_steps=50 and cooldown_steps=0 do not fit into the run's 8 steps; they are scaled to 4 and 0" in (
         caplog.text
     )
     both = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=30, cooldown_steps=10, schedule="constant"), 16)

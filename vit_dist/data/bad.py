@@ -18,6 +18,6 @@ def check_bad(bad: Sequence[Bad], max_bad_fraction: float, examples: int) -> Non
     """Raises `ConfigError` where these different examples are more than may be skipped, or all there are."""
     if bad and len(bad) > min(max_bad_fraction * examples, examples - 1):
         raise ConfigError(
-            f"data.max_bad_fraction: {len(bad)} of {examples} files did not decode, {max_bad_fraction:g} of them may; "
-            f"the last is {bad[-1].name}: {bad[-1].reason}"
+            f"data.max_bad_fraction: {len(bad)} of {examples} files did not decode, more than the share of "
+            f"{max_bad_fraction:g} that may be skipped; the last is {bad[-1].name}: {bad[-1].reason}"
         )

@@ -58,8 +58,8 @@ def _fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
         return warmup, cooldown
     fitted = warmup * total_steps // (2 * asked), cooldown * total_steps // (2 * asked)
     logging.warning(
-        "optimizer: a warm-up of %d and a cool-down of %d steps do not fit into the run's %d; they are scaled to %d "
-        "and %d, half of it",
+        "optimizer: warmup_steps=%d and cooldown_steps=%d do not fit into the run's %d steps; they are scaled to %d "
+        "and %d, half of the run",
         *(warmup, cooldown, total_steps, *fitted),
     )
     return fitted
