@@ -6,8 +6,8 @@ DIR holds Fashion-MNIST's four idx files, or will: with `--config.data.download=
 without accelerators add `--config.fake_devices=1` to run on its processor.
 
 Ten epochs of SGD. At the lesson's rate of 0.1 the loss first climbs, to some 20 or 30 within 20 steps, as that of the
-lesson's own model does (`tests/step/test_lesson.py`). Expected at the end: the lesson plots a validation accuracy of about 0.85 to 0.9 and gives no figure. Not yet
-run here to the end.
+lesson's own model does (`tests/step/test_lesson.py`). Expected at the end: the lesson plots a validation accuracy of
+about 0.85 to 0.9 and gives no figure. Not yet run here to the end.
 """
 
 from vit_dist.config import default_config

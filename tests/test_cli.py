@@ -134,7 +134,7 @@ def test_configs_lists_the_recipes_with_what_they_are(said, tmp_path):
     ],
 )
 def test_each_way_to_stop_has_its_exit_code_and_one_line(monkeypatch, capsys, error, code, line):
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(TRAIN_MODULE, "train", stop)
@@ -143,7 +143,7 @@ def test_each_way_to_stop_has_its_exit_code_and_one_line(monkeypatch, capsys, er
 
 
 def test_an_error_of_our_own_is_not_hidden(monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise FileNotFoundError(2, "No such file or directory", "something of ours")
 
     monkeypatch.setattr(TRAIN_MODULE, "train", fail)

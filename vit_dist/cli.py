@@ -10,9 +10,12 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from vit_dist import arguments, config, recipes
@@ -21,6 +24,7 @@ from vit_dist.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.mesh.peers import JobError
 from vit_dist.mesh.watch import end_now
 
+LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
 REFUSALS = {
     errno.EACCES,
@@ -38,13 +42,16 @@ REFUSALS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code. Without `argv` this is the command itself, and the process its own."""
     if argv is None:
+        _answer_ctrl_c()
         _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("absl", "jax"):  # orbax and grain speak as absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
     code, said, together = FAILED, "an error of the program; see what it has said itself", False
+    options = argparse.Namespace()
     try:
+        options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
+        options.own_process = argv is None
         code = options.run(options) or DONE
         together = code != FAILED
     except ConfigError as error:
@@ -68,6 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _answer_ctrl_c() -> None:
+    """The first Ctrl-C ends the verb by `KeyboardInterrupt`, the second the process, whatever it is doing.
+
+    Python loses an exception that is raised while it collects garbage, and what is closed on the way out may wait for
+    a disk. So the process ends soon after the first in any case.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        last = threading.Timer(LAST_SECONDS, end_now, (INTERRUPTED,))
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def _keep_stdout_for_results() -> None:
     """Sends to stderr what C++ libraries, such as gloo, write to the process's stdout behind Python's back."""
     sys.stdout.flush()
@@ -88,7 +113,7 @@ def _train(options: argparse.Namespace) -> int:
     from vit_dist.train import Diverged, Interrupted, Preempted, train
 
     try:
-        _print_json(train(settings, options.workdir))
+        _print_json(train(settings, options.workdir, own_process=options.own_process))
     except Preempted as stopped:
         print(f"preempted: {stopped}", file=sys.stderr)
         return PREEMPTED

@@ -60,13 +60,15 @@ class Diverged(Exception):
     """The loss or the parameters are not numbers any more."""
 
 
-def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
+def train(settings: Config, workdir: str | Path, *, own_process: bool = False) -> dict[str, Any]:
     """Trains into `workdir`, going on from where it stands if it holds this run.
+
+    own_process: this process does nothing else, so that a second Ctrl-C may end it; see `StopRequest`.
 
     Returns the summary: step, count, loss, top1 (of the last evaluation of the first split; None without one),
     seconds (of training, over all sessions), workdir. Raises `ConfigError` before anything is written, `Preempted`
-    after a SIGTERM and a complete save, `Interrupted` after a Ctrl-C and a complete save (a second Ctrl-C ends the run
-    without one, by `KeyboardInterrupt`), `Diverged` for a loss that is not finite; no such state is ever saved.
+    after a SIGTERM and a complete save, `Interrupted` after a Ctrl-C and a complete save (a second Ctrl-C does not wait
+    for it: see `StopRequest`), `Diverged` for a loss that is not finite; no such state is ever saved.
     """
     workdir = Path(workdir)
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
@@ -103,7 +105,7 @@ def train(settings: Config, workdir: str | Path) -> dict[str, Any]:
             run_files.write_run(workdir, program.settings, source.class_names)
             environment.write(workdir, environment.describe(program.mesh, prints))
         run_files.check_shared(workdir)
-        with StopRequest() as stop, Session(program, workdir, source, splits) as session:
+        with StopRequest(own_process=own_process) as stop, Session(program, workdir, source, splits) as session:
             return session.run(stop)
 
 
@@ -146,10 +148,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         processes.rest()
-        if kind is KeyboardInterrupt:  # the second Ctrl-C: what is being saved is not waited for
-            self._open.pop_all()
-            if self.progress is not None:
-                self.progress.close()
         self._open.__exit__(kind, error, trace)
 
     def run(self, stop: StopRequest) -> dict[str, Any]:

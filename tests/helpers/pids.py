@@ -24,13 +24,25 @@ def wait_until_gone(numbers, seconds=10.0):
 def ranks(launcher):
     """Rank -> process number of those that a launcher, a `Running`, has under it."""
     found = {}
+    for number, environment in _children(launcher, "environ"):
+        variables = dict(one.partition("=")[::2] for one in environment)
+        if "VIT_DIST_PROCESS" in variables:
+            found[int(variables["VIT_DIST_PROCESS"])] = number
+    return found
+
+
+def workers(running):
+    """The process numbers of the data workers that a `Running` has under it."""
+    return [number for number, words in _children(running, "cmdline") if any("spawn_main" in word for word in words)]
+
+
+def _children(running, what):
+    """Of each process that a `Running` has begun: its number, and the words of a file of its folder in /proc."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = (folder / "environ").read_bytes().decode("utf-8", "replace").split("\0")
+            words = (folder / what).read_bytes().decode("utf-8", "replace").split("\0")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it has ended meanwhile, or is none of ours
-        variables = dict(one.partition("=")[::2] for one in environment)
-        if parent == launcher.process.pid and "VIT_DIST_PROCESS" in variables:
-            found[int(variables["VIT_DIST_PROCESS"])] = int(folder.name)
-    return found
+        if parent == running.process.pid:
+            yield int(folder.name), words

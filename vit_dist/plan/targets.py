@@ -288,6 +288,6 @@ def _check_installed(target: Target, module: str, extra: str, compiler: str) -> 
     parent = module.partition(".")[0]
     if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
         raise ConfigError(
-            f"--target={target.name}: the {compiler} compiler is not installed; in a checkout run make compilers and set "
-            f"PYTHONPATH=.cache/compilers, elsewhere pip install 'jax[{extra}]=={jax.__version__}'"
+            f"--target={target.name}: the {compiler} compiler is not installed; in a checkout run make compilers and "
+            f"set PYTHONPATH=.cache/compilers, elsewhere pip install 'jax[{extra}]=={jax.__version__}'"
         )

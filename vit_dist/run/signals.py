@@ -20,11 +20,15 @@ from vit_dist.mesh import processes
 class StopRequest:
     """`with StopRequest() as stop:` around a loop that asks `stop.requested(step)` after every step.
 
+    A second Ctrl-C does not wait for that. `own_process`: it ends the process at once, by the signal, whatever code is
+    running; to unwind what XLA is compiling can crash. Else it raises `KeyboardInterrupt`.
+
     The handlers that were there come back at the end. Off the main thread Python lets nobody catch a signal, and a
     single process is then never asked to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_process: bool = False) -> None:
+        self._own_process = own_process
         self._asked: set[int] = set()
         self._previous: dict[int, Any] = {}
         self._alone = jax.process_count() == 1
@@ -57,10 +61,14 @@ class StopRequest:
         return any(processes.gather(signal.SIGINT in self._asked))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Notes the signal. The second Ctrl-C ends the loop where it stands, and a third one the process."""
-        if number == signal.SIGINT and number in self._asked:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if number in self._asked:
+                signal.signal(number, signal.SIG_DFL)  # a third ends the process
+                raise KeyboardInterrupt
+            bar = b"\n" * os.isatty(2)  # it has a progress bar, which does not end its line
+            os.write(2, bar + b"interrupted: the step under way is finished and saved; Ctrl-C again ends at once\n")
+            if self._own_process:
+                signal.signal(number, signal.SIG_DFL)
         self._asked.add(number)
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)  # whose handler is JAX's, and tells the other processes
