@@ -58,6 +58,7 @@ def keys_of(hint: type, prefix: str = "") -> list[str]:
         ("data.mean=0.5", 0.5),
         ("data.mean=(0.1, 0.2, 0.3)", (0.1, 0.2, 0.3)),
         ("data.crop_area=[0.05,1]", (0.05, 1.0)),
+        ("data.crop_area=(1e-2,1)", (0.01, 1.0)),
         ("evaluate.splits=[test,val]", ("test", "val")),
         ("evaluate.splits=[]", ()),
         ("optimizer.rules=[]", ()),

@@ -62,6 +62,30 @@ def test_a_class_without_examples_in_the_tested_split_is_null_in_its_row_and_end
     assert checkpoint_steps(tmp_path / "run") == [2]
 
 
+def test_a_tested_file_that_does_not_decode_ends_the_run_once_what_was_trained_is_saved(tmp_path):
+    overrides, _ = files_of_which_a_class_does_not_decode(tmp_path / "set")
+    wanted = settings(*overrides, "model.num_classes=3", "data.on_bad=error", "checkpoint.every_steps=0")
+    with pytest.raises(ConfigError, match=r"test/b/1.png: no known image format \(and 7 more\); repair or remove it"):
+        train(wanted, tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run") == [2]
+    assert [row["split"] for row in rows(tmp_path / "run")] == ["train", "train"]
+    too_many = settings(*overrides, "model.num_classes=3", "data.max_bad_fraction=0.1")
+    with pytest.raises(ConfigError, match="data.max_bad_fraction: 8 of 24 files did not decode"):
+        train(too_many, tmp_path / "run")  # there is no step left, and so it is evaluated
+    enough = settings(*overrides, "model.num_classes=3")
+    assert train(enough, tmp_path / "run")["count"] == 16
+    assert [row["step"] for row in rows(tmp_path / "run") if row["split"] == "test"] == [2]
+
+
+def test_the_train_split_is_evaluated_under_a_name_of_its_own(tmp_path):
+    summary = train(settings("evaluate.splits=[train]"), tmp_path)
+    (row,) = [row for row in rows(tmp_path) if row["split"] == "train/evaluated"]
+    assert summary["count"] == row["count"] == 1437 and summary["loss"] == row["loss"]
+    (tmp_path / "summary.json").unlink()
+    again = train(settings("evaluate.splits=[train]"), tmp_path)
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+
+
 @pytest.fixture
 def measured(monkeypatch):
     """Evaluations that find, one after another, the accuracies in a list."""
@@ -90,7 +114,7 @@ def test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are(me
 
 
 def test_keep_best_without_evaluations_keeps_the_newest_and_says_so(tmp_path, capsys):
-    train(settings(*PLAIN, "checkpoint.keep_best=1"), tmp_path)
+    train(settings("evaluate.every_steps=0", "checkpoint.every_steps=1", "checkpoint.keep_best=2"), tmp_path)
     assert "nothing is evaluated, so checkpoint.keep_best finds no best" in capsys.readouterr().err
     assert checkpoint_steps(tmp_path) == [2]
 

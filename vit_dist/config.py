@@ -54,7 +54,8 @@ class Model:
     pool: Literal["cls", "mean", "map"] = "cls"
     position: Literal["learned", "sincos2d"] = "learned"
     position_std: float = 0.02  # of the learned position embeddings at the start
-    cls_position: bool = True  # of learned positions: the class token has one, as in the paper; DeiT-III gives it none
+    cls_position: bool = True  # of learned positions: the class token has one and starts at zero, as in the paper; in
+    # DeiT-III it has none, and is drawn with `position_std` itself
     registers: int = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
     dropout: float = 0.0  # after each of the MLP's two layers and after the attention's projection
     projection_dropout: float | None = None  # after the attention's projection alone; None: as `dropout`
@@ -115,7 +116,8 @@ class Data:
     std: float | tuple[float, ...] = 0.5
     crop_area: Interval | None = None  # random resized crop: share of the image's area; None: the whole image
     crop_aspect: Interval = (3 / 4, 4 / 3)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased; the device's random
+    # crops are sampled bilinearly
     crop_decode: bool = False  # of JPEG, the rows and columns of a crop alone: needs vit-dist[crop-decode]
     flip: bool = False  # left-right, one time in two
     augment_on: Literal["auto", "host", "device"] = "auto"  # what crops and flips; auto: the device does where the

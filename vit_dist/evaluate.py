@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vit_dist import config
-from vit_dist.data.bad import Bad, check_bad
+from vit_dist.data.bad import Bad, check_bad, check_none_bad
 from vit_dist.data.examples import Source, check_labels, distinct_names
 from vit_dist.data.loader import evaluation_batches
 from vit_dist.data.pixels import comes_whole
@@ -48,7 +48,8 @@ class Result:
 def evaluate_source(program: Program, parameters: Parameters, source: Source) -> Result:
     """Runs the whole source through the model. The mesh must be in use.
 
-    Raises `RuntimeError` if the examples counted and skipped are not the examples there are.
+    Raises `BadExamples` for files that do not decode, unless they may be skipped, on all processes alike; and
+    `RuntimeError` if the examples counted and skipped are not the examples there are.
     """
     settings = program.settings
     batch_size = program.evaluation_batch_size()
@@ -70,7 +71,9 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])
-    bad = everyones(batches.bad()) if settings.data.on_bad == "skip" else []
+    bad = everyones(batches.bad())
+    if settings.data.on_bad == "error":
+        check_none_bad(bad)
     if count + len(bad) != len(source):
         raise RuntimeError(f"evaluation counted {count} examples of {len(source)}, and skipped {len(bad)}")
     each = zip(distinct_names(source.class_names), sums["class_top1"], sums["class_count"], strict=False)

@@ -118,11 +118,16 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         value = yaml.safe_load(f"[{text[1:-1]}]" if text.startswith("(") and text.endswith(")") else text)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError for what looks like a date and is none
         raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
-    if isinstance(value, str):
-        if value.lower() == "none" and type(None) in typing.get_args(hint):
-            return None
-        try:
-            return float(value)  # YAML 1.1 takes 1e-3 for text
-        except ValueError:
-            return value
-    return value
+    if isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint):
+        return None
+    return [_number(one) for one in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 takes for text, such as 1e-3; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -19,7 +19,7 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.bad import Bad
+from vit_dist.data.bad import Bad, BadExamples
 from vit_dist.data.examples import Source, fingerprint
 from vit_dist.data.loader import Batches
 from vit_dist.data.pixels import comes_whole
@@ -125,7 +125,11 @@ class Session:
             keep, profile = self.settings.checkpoint, self.settings.profile
             self.checkpoints = opened.enter_context(
                 contextlib.closing(
-                    Checkpoints(self.workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best)
+                    Checkpoints(
+                        self.workdir / "checkpoints",
+                        keep_last=keep.keep_last,
+                        keep_best=keep.keep_best if self.splits else 0,
+                    )
                 )
             )
             processes.alive()
@@ -189,8 +193,13 @@ class Session:
                     self._write_pending()
                     self._check_finite(self.step, jax.device_get(metrics))
                     if evaluating:
-                        self._evaluate()
-                    if saving or (evaluating and self.checkpoints.would_keep(self._measured())):
+                        try:
+                            self._evaluate()
+                        except BadExamples:  # what was trained is not lost for it
+                            self._save()
+                            self.checkpoints.wait()
+                            raise
+                    if saving or (evaluating and self._is_one_of_the_best()):
                         self._save()
                     if evaluating:
                         self._draw()  # a picture comes after what must not be lost
@@ -216,6 +225,10 @@ class Session:
         metadata = {"seconds": self._seconds()}
         self.checkpoints.save(self.step, _trees(self.state), metrics=self._measured(), metadata=metadata)
 
+    def _is_one_of_the_best(self) -> bool:
+        """What process 0 finds: a network's disk may show the others something else, and all save together."""
+        return processes.gather(self.checkpoints.would_keep(self._measured()))[0]
+
     def _measured(self) -> dict[str, float] | None:
         """What the best checkpoint goes by, where this step was evaluated."""
         if self.result is None or self.result["step"] != self.step:
@@ -227,11 +240,11 @@ class Session:
         for number, (split, source) in enumerate(self.splits.items()):
             found = evaluate_source(self.program, self.state.parameters, source)
             self._note_bad(self.step, split, found.bad, source)
-            row = found.row()
-            self._write(split, row)
+            row, name = found.row(), _row_name(split)
+            self._write(name, row)
             if self.state.ema is not None:
                 row = evaluate_source(self.program, self.state.ema, source).row()
-                self._write(f"{split}/ema", row)
+                self._write(f"{name}/ema", row)
             if number == 0:
                 self.result = {"step": self.step, **row}
 
@@ -283,7 +296,10 @@ class Session:
     def _finish(self) -> dict[str, Any]:
         processes.alive()
         self.checkpoints.wait()
-        result = self.result or _last_result(self.workdir, self.settings.evaluate.splits)
+        result = self.result or processes.gather(_last_result(self.workdir, self.settings.evaluate.splits))[0]
+        if self.splits and result.get("step") != self.step:  # it was trained to its end, but could not be evaluated
+            self._evaluate()
+            result = self.result or {}
         summary = {
             "step": self.step,
             **{name: result.get(name) for name in ("count", "loss", "top1")},
@@ -332,8 +348,14 @@ class Session:
 
 def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:
     """The row that an earlier session ended with; empty where nothing was evaluated."""
-    rows = [row for row in read_rows(workdir) if splits and row["split"] in (splits[0], f"{splits[0]}/ema")]
+    names = [_row_name(split) for split in splits[:1]]
+    rows = [row for row in read_rows(workdir) if row["split"] in (*names, *(f"{name}/ema" for name in names))]
     return max(rows, key=lambda row: (row["step"], row["split"]), default={})
+
+
+def _row_name(split: str) -> str:
+    """How the rows of an evaluation are named: as its split, unless these are the rows of the training steps."""
+    return "train/evaluated" if split == "train" else split
 
 
 def _due(every: int, step: int, last: bool) -> bool:

@@ -219,8 +219,6 @@ def test_a_bad_file_is_an_error_that_names_it(bad_set: Path, workers: int) -> No
     with pytest.raises(ConfigError, match=r"train/dog/[01].png: .*set data.on_bad=skip"):
         list(batches)
     assert list(batches) == []  # it is closed
-    with pytest.raises(ConfigError, match="train/dog/0.png: .*set data.on_bad=skip"):
-        list(_evaluate(_open(bad_set)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -297,8 +295,9 @@ def test_a_worker_loads_no_jax(source: Source) -> None:
     assert "numpy" in loaded and "jaxlib" not in loaded and "tensorstore" not in loaded
 
 
-def test_evaluation_counts_a_skipped_file_out(bad_set: Path) -> None:
-    batches = _evaluate(_open(bad_set), dataclasses.replace(AUGMENTED, on_bad="skip", max_bad_fraction=0.2))
+@pytest.mark.parametrize("on_bad", ["skip", "error"])
+def test_evaluation_counts_a_bad_file_out_and_lists_it(bad_set: Path, on_bad: Any) -> None:
+    batches = _evaluate(_open(bad_set), dataclasses.replace(AUGMENTED, on_bad=on_bad, max_bad_fraction=0.2))
     mask = np.concatenate([batch["mask"] for batch in batches])
     assert mask.tolist() == [True] * 5 + [False] * 2 + [True] * 6 + [False] * 2
     assert [bad.id for bad in batches.bad()] == [5, 6]
@@ -308,7 +307,7 @@ def test_a_file_that_vanished_is_named(image_set: Path) -> None:
     source = _open(image_set)
     (image_set / "train" / "cat" / "2.png").unlink()
     with pytest.raises(ConfigError, match="cat/2.png: .*No such file"):
-        list(_evaluate(source))
+        list(_train(source))
 
 
 # the machinery

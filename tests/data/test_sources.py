@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +239,12 @@ def test_what_is_missing_is_named(image_set: Path, pack: Callable[..., Path], tm
     _fails("holds 'train' as a tar; set data.source=tar", "folder", tmp_path)
     flat = pack(image_set / "train", tmp_path / "flat.tar")
     _fails("flat.tar: no split 'train' in it; expected <split>/<class>/<image>", "tar", flat)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "mnist"), ("download", True)])
+def test_what_names_an_idx_set_is_refused_for_other_sources(key: str, value: Any, image_set: Path) -> None:
+    with pytest.raises(ConfigError, match=f"data.{key}: {str(value).lower()}, which data.source=idx alone heeds"):
+        open_source(Data(source="folder", path=str(image_set), **{key: value}), "train")
 
 
 def test_an_empty_class_folder_is_named(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:

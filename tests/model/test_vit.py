@@ -144,6 +144,11 @@ def test_a_fresh_model_starts_as_the_papers_do() -> None:
     assert not np.any(model.blocks.attention.qkv.bias[...])
 
 
+def test_a_class_token_without_a_position_is_drawn() -> None:
+    model = ViT(**{**TINY, "width": 128, "depth": 1, "cls_position": False, "position_std": 0.01}, rngs=nnx.Rngs(0))
+    assert np.std(model.cls[...]) == pytest.approx(0.01, rel=0.2)
+
+
 @functools.cache
 def noisy(**settings: Any) -> Any:
     """Score, logits and gradients, with blocks stacked, of a model with every randomness on."""

@@ -5,8 +5,10 @@ import json
 import subprocess
 
 import jax
+import pytest
 
-from vit_dist.run.environment import _git, describe, write
+from vit_dist.config import ConfigError
+from vit_dist.run.environment import _git, check_same_data, describe, write
 
 
 def test_a_session_is_described(monkeypatch):
@@ -25,6 +27,17 @@ def test_sessions_are_listed_in_order(tmp_path):
     for name in ("first", "second"):
         write(tmp_path, {"host": name})
     assert json.loads((tmp_path / "environment.json").read_text()) == [{"host": "first"}, {"host": "second"}]
+
+
+def test_a_digest_from_before_pixels_were_covered_is_not_compared(tmp_path, caplog):
+    write(tmp_path, {"data": {"train": "ab12", "test": "cd34"}})
+    check_same_data(tmp_path, {"train": "pixels:ef56", "test": "cd34"})
+    assert caplog.messages == [
+        f"data: the run in {tmp_path} has a digest of the train split without its pixels; not compared"
+    ]
+    write(tmp_path, {"data": {"train": "pixels:ef56", "test": "cd34"}})
+    with pytest.raises(ConfigError, match=r"the train split has another content \(digest pixels:0000\)"):
+        check_same_data(tmp_path, {"train": "pixels:0000", "test": "cd34"})
 
 
 def test_the_commit_is_the_checkouts_own(tmp_path):

@@ -292,6 +292,8 @@ def test_a_warmup_and_cooldown_longer_than_the_run_are_scaled_together_to_half_o
     assert [float(both(step)) for step in range(17)] == pytest.approx(
         [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, *[1] * 9, 1, 0.5, 0]
     )
+    never = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=4, schedule="linear"), 4)
+    assert [float(never(step)) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.5, 0])
     caplog.clear()
     just = make_schedule(Optimizer(learning_rate=1.0, warmup_steps=3, cooldown_steps=1, schedule="constant"), 4)
     assert [float(just(step)) for step in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0])

@@ -21,6 +21,7 @@ from vit_dist.data.index import Index, Names
 _log = logging.getLogger(__name__)
 _DIGEST_RUN = 1 << 24  # bytes of pixels that are digested at a time
 _DIGEST_LIMIT = 1 << 32
+PIXELS = "pixels:"  # before a digest that covers them
 
 
 class Images(Protocol):
@@ -120,7 +121,8 @@ def fingerprint(source: Source) -> str:
     """A short digest of a split, to tell sets apart: count, labels, class names, mixture, and the examples.
 
     Files are told by their names alone. Examples in memory are told by their pixels, at about a gigabyte a second; of
-    more than `_DIGEST_LIMIT` bytes of them, by those of one example in two, three or as many as it takes.
+    more than `_DIGEST_LIMIT` bytes of them, by those of one example in two, three or as many as it takes. Their digest
+    begins with `PIXELS`.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(source, FileSource):
@@ -132,13 +134,13 @@ def fingerprint(source: Source) -> str:
         digest.update(b"\0")
     digest.update(source.labels.astype("<i4").tobytes())
     digest.update(repr(source.parts).encode())
-    return digest.hexdigest()
+    return ("" if isinstance(source, FileSource) else PIXELS) + digest.hexdigest()
 
 
 def _pixel_digest(images: np.ndarray) -> bytes:
     """The digest of images `uint8 [N, H, W, C]`, read in runs: they may be mapped from a file larger than memory."""
     digest = hashlib.sha256()  # twice as quick as blake2b where the processor has instructions for it
-    images = images[:: max(1, images.nbytes // _DIGEST_LIMIT)]
+    images = images[:: max(1, -(-images.nbytes // _DIGEST_LIMIT))]
     run = max(1, _DIGEST_RUN // max(1, images[:1].nbytes))
     for start in range(0, len(images), run):
         digest.update(images[start : start + run].tobytes())

@@ -132,8 +132,10 @@ def evaluation_batches(
     """Rows `rows` of the batches that hold every example of the source once, in the order of ids.
 
     As `train_batches`, without augmentation and with `mask` `bool [b]`: False for the zero images (of label 0 and id
-    -1) that fill the last batch, and for files that were skipped. Every host gets as many batches.
+    -1) that fill the last batch, and for files that do not decode. These are skipped whatever `data.on_bad` says, so
+    that every host gets as many batches; what `Batches.bad` lists is for the caller to refuse.
     """
+    data = dataclasses.replace(data, on_bad="skip")
     make = _EvaluationPiece(Pixels(source, data, image_size, channels), batch_size)
     return _batches(make, make.pixels, range(-(-len(source) // batch_size)), rows)
 

@@ -12,7 +12,7 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data import augment, crop, images, jpeg
-from vit_dist.data.bad import Bad
+from vit_dist.data.bad import Bad, check_none_bad
 from vit_dist.data.examples import ArraySource, FileSource, Source
 from vit_dist.data.stages import Stages
 
@@ -100,7 +100,7 @@ class Pixels:
         except (images.BadImage, OSError) as error:
             bad = Bad(index, source.name(index), str(error))
             if data.on_bad == "error":
-                raise ConfigError(f"{bad.name}: {error}; repair or remove it, or set data.on_bad=skip") from error
+                check_none_bad([bad])
             return bad
 
 

@@ -43,6 +43,7 @@ def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
     library, a class without images or unknown, damaged files, classes that differ between the splits, sets that do not
     mix, too little memory.
     """
+    _check_names_a_set(data)
     if data.mixture:
         source = open_mixture(data, split, _open_one)
     else:
@@ -59,6 +60,18 @@ def gives_pixels(data: config.Data) -> bool:
     """Whether `open_source` would give pixels in memory (an `ArraySource`), told without opening anything."""
     kinds = [part.source for part in data.mixture] or [data.source]
     return data.in_memory or all(kind in _OF_PIXELS for kind in kinds)
+
+
+def _check_names_a_set(data: config.Data) -> None:
+    """Raises `ConfigError` for keys of `idx` sets where none is read."""
+    if "idx" in (data.source, *(part.source for part in data.mixture)):
+        return
+    for key, none in (("name", "null"), ("download", "false")):
+        if value := getattr(data, key):
+            raise ConfigError(
+                f"data.{key}: {str(value).lower()}, which data.source=idx alone heeds, found {data.source}; "
+                f"set data.{key}={none}"
+            )
 
 
 def _open_one(data: config.Data, split: str) -> Source:

@@ -195,7 +195,9 @@ class ViT(nnx.Module):
             return make_parameter(rngs, initializers.normal(std), (count, shape.width), (None, "width"))
 
         has_class = model.pool == "cls"
-        self.cls = make_parameter(rngs, initializers.zeros, (shape.width,), ("width",)) if has_class else None
+        # Without a position of its own, which is drawn, the class token is: it would begin as a vector of zeros.
+        drawn = initializers.zeros if model.cls_position else initializers.normal(model.position_std)
+        self.cls = make_parameter(rngs, drawn, (shape.width,), ("width",)) if has_class else None
         # The first learned position is the class token's, unless it has none; sines have none for it.
         places = shape.patches + (has_class and model.cls_position)
         self.position = tokens(places, model.position_std) if model.position == "learned" else None

@@ -99,6 +99,8 @@ class Checkpoints:
 
     def would_keep(self, metrics: Mapping[str, float] | None) -> bool:
         """Whether a step of these metrics, were it saved, would be kept as one of the best."""
+        if not self._keep_best:
+            return False
         self.wait()
         score = self._score(metrics)
         as_good = [one for one in self._checkpointer.checkpoints if self._score(one.metrics) >= score]

@@ -18,7 +18,8 @@ from vit_dist.mesh import processes
 from vit_dist.run.files import read_json, write_atomically
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
-# rounding, save that a new length bends the rest of the schedule. (That the data are the same, its digest says.)
+# rounding, save that a new length bends the rest of the schedule and that another number of micro-batches draws other
+# dropout. (That the data are the same, its digest says.)
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",

@@ -52,9 +52,12 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
 
 
 def _fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
-    """The steps of warm-up and cool-down, scaled together to half of a run that is shorter than both."""
+    """The steps of warm-up and cool-down, scaled together to half of a run that has no room for both.
+
+    A warm-up as long as the run leaves none either: the rate would never fall.
+    """
     asked = warmup + cooldown
-    if asked <= total_steps:
+    if asked < total_steps or (asked == total_steps and cooldown):
         return warmup, cooldown
     fitted = warmup * total_steps // (2 * asked), cooldown * total_steps // (2 * asked)
     logging.warning(
