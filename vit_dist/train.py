@@ -44,7 +44,8 @@ _log = logging.getLogger(__name__)
 
 # What an account of a compiled program can raise, of a backend that reports less or other than those known.
 _PLAN_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
 )  # fmt: skip
 
 
