@@ -2,21 +2,26 @@
 
 A test that passes whatever the code does holds no claim. Every row of `mutant_table` is a slip that somebody could
 make. It is made in a copy of the checkout and its test is run there. Where the test still passes, the mutant has
-survived, and the suite has a hole. First the same tests run on an untouched copy, where they must pass.
+survived, and the suite has a hole. Where the test fails by another exception than that of an assertion, such as a
+NameError, the mutant says nothing of the test's claim and is not judged, unless its row names that exception. First the
+same tests run on an untouched copy, where they must pass.
 
     .venv/bin/python tests/mutants.py [WORD ...]     # those whose file or slip contains one of the words; none: all
 
-The last line reads `45 tried, 45 killed`; the exit code is 1 where one survives or cannot be judged.
+The last line reads `45 tried, 45 killed`. The exit code is 1 where one survives or cannot be judged, and 2 where a word
+matches no mutant.
 """
 
 import concurrent.futures
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +30,12 @@ from mutant_table import TABLE
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2  # mutants that are judged at a time
 LIMIT_S = 240  # for the test of one mutant; one that takes longer is not judged
+UNTOUCHED_LIMIT_S = 1800  # for all tests of the chosen mutants, one after another, without a mutant
 _LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info")
 _TESTS_FAILED = 1  # pytest's exit code; others say that no test could be run
+_ASSERTIONS = ("assert", "AssertionError", "Failed")  # the last is that of `pytest.raises` and `pytest.fail`
+# As pytest reports a failure: `assert 1 == 2`, `Failed: DID NOT RAISE ...`, `failed on setup with "NameError: ..."`.
+_ERROR_NAME = re.compile(r'(?:failed on \w+ with ")?(?:\w+\.)*(\w+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +47,34 @@ class Mutant:
     old: str
     new: str
     test: str  # pytest's name of what must fail, below `tests/`
+    error: str = "AssertionError"  # or the name of another exception that is the right way to fail
 
 
-MUTANTS = [Mutant(file, slip, old, new, test) for file, rows in TABLE.items() for slip, old, new, test in rows]
+MUTANTS = [Mutant(file, *row) for file, rows in TABLE.items() for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What pytest did: its exit code (None: it took too long), what it printed, and how the first test failed."""
+
+    code: int | None = None
+    output: str = ""
+    failure: str = ""
+
+    def error(self) -> str:
+        """The name of the failure's exception, one of `_ASSERTIONS` where an assertion fails."""
+        name = _ERROR_NAME.match(self.failure)
+        return name[1] if name else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: "killed", "SURVIVED" or why it could not be judged, and what pytest printed."""
+    """What became of a mutant: "killed", "SURVIVED" or why it could not be judged."""
 
     mutant: Mutant
     word: str
-    seconds: float
-    output: str
+    seconds: float = 0.0
+    outcome: Outcome = Outcome()
 
 
 def judge(mutant: Mutant) -> Verdict:
@@ -62,12 +86,24 @@ def judge(mutant: Mutant) -> Verdict:
         text = file.read_text()
         count = text.count(mutant.old)
         if count != 1:
-            return Verdict(mutant, f"NOT JUDGED: its text stands {count} times in {mutant.file}", 0.0, "")
+            return Verdict(mutant, f"NOT JUDGED: its text stands {count} times in {mutant.file}")
         file.write_text(text.replace(mutant.old, mutant.new))
-        code, output = run(copy, [mutant.test])
-    words = {_TESTS_FAILED: "killed", 0: "SURVIVED", None: f"NOT JUDGED: more than {LIMIT_S} s"}
-    word = words.get(code, f"NOT JUDGED: pytest ended with {code}")
-    return Verdict(mutant, word, time.monotonic() - begun, output)
+        outcome = run(copy, [mutant.test], LIMIT_S)
+    return Verdict(mutant, judgement(mutant, outcome), time.monotonic() - begun, outcome)
+
+
+def judgement(mutant: Mutant, outcome: Outcome) -> str:
+    """The word of a verdict."""
+    if outcome.code is None:
+        return f"NOT JUDGED: more than {LIMIT_S} s"
+    if outcome.code == 0:
+        return "SURVIVED"
+    if outcome.code != _TESTS_FAILED:
+        return f"NOT JUDGED: pytest ended with {outcome.code}"
+    error = outcome.error()
+    if error not in (*_ASSERTIONS, mutant.error):
+        return f"NOT JUDGED: its test fails by {error}, not by an assertion"
+    return "killed"
 
 
 def copied(folder: Path) -> Path:
@@ -79,44 +115,71 @@ def copied(folder: Path) -> Path:
     return copy
 
 
-def run(copy: Path, tests: Sequence[str]) -> tuple[int | None, str]:
-    """pytest's exit code (None: it took too long) and output, of tests in a copy of the checkout."""
+def run(copy: Path, tests: Sequence[str], limit_s: float) -> Outcome:
+    """Runs tests in a copy of the checkout up to the first that fails, for `limit_s` seconds at most."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(copy),  # before what is installed
         "PYTHONDONTWRITEBYTECODE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     }
+    report = copy.with_name("report.xml")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow"]
+    command += [f"--junit-xml={report}", "-o", "junit_family=xunit1"]  # which takes what a test records
     try:
         done = subprocess.run(
             [*command, *(f"tests/{test}" for test in tests)],
-            cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT_S,
+            cwd=copy, env=environment, capture_output=True, text=True, timeout=limit_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout + done.stderr
+        return Outcome()
+    return Outcome(done.returncode, done.stdout + done.stderr, first_failure(report))
+
+
+def first_failure(report: Path) -> str:
+    """The first line of what pytest's XML report says of the first failure or error; "" where there is none."""
+    if not report.exists():  # pytest did not come that far
+        return ""
+    tests = xml.etree.ElementTree.parse(report).iter("testcase")
+    failures = [one.get("message", "") for test in tests for one in test if one.tag in ("failure", "error")]
+    return failures[0].partition("\n")[0] if failures else ""
+
+
+def matches(mutant: Mutant, word: str) -> bool:
+    return word in f"{mutant.file} {mutant.slip}"
 
 
 def main(words: Sequence[str]) -> int:
     """Judges all mutants, or those of which a word is told; returns the exit code."""
-    chosen = [one for one in MUTANTS if not words or any(word in f"{one.file} {one.slip}" for word in words)]
+    unknown = [word for word in words if not any(matches(one, word) for one in MUTANTS)]
+    if unknown:
+        print(f"error: no mutant matches {' '.join(unknown)}", file=sys.stderr)
+        return 2
+    chosen = [one for one in MUTANTS if not words or any(matches(one, word) for word in words)]
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tests = sorted({mutant.test for mutant in chosen})
-        code, output = run(copied(Path(folder)), tests)
-    if code != 0:
-        print(output, f"error: the tests do not pass without a mutant (pytest ended with {code})", sep="\n")
+        outcome = run(copied(Path(folder)), tests, UNTOUCHED_LIMIT_S)
+    if outcome.code is None:
+        print(f"error: the tests without a mutant took longer than their limit of {UNTOUCHED_LIMIT_S} s")
+        return 1
+    if outcome.code != 0:
+        print(
+            outcome.output,
+            f"error: the tests do not pass without a mutant (pytest ended with {outcome.code})",
+            sep="\n",
+        )
         return 1
     print(f"{len(tests)} tests pass without a mutant ({time.monotonic() - begun:.0f} s)", flush=True)
     killed = 0
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         for verdict in pool.map(judge, chosen):
-            mutant = verdict.mutant
-            print(f"{verdict.word:10} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.slip}", flush=True)
+            mutant, outcome = verdict.mutant, verdict.outcome
+            how = f" [{outcome.failure[:80]}]" if outcome.failure else ""
+            print(f"{verdict.word:10} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.slip}{how}", flush=True)
             killed += verdict.word == "killed"
             if verdict.word != "killed":
-                print(verdict.output[-2000:], flush=True)
+                print(outcome.output[-2000:], flush=True)
     print(f"{time.monotonic() - begun:.0f} s")
     print(f"{len(chosen)} tried, {killed} killed")
     return 0 if killed == len(chosen) else 1

@@ -1,0 +1,236 @@
+"""The part of `mutant_table.py` that is of the model and of its steps."""
+
+_UPDATE, _EVALUATION = "step/test_update.py", "step/test_evaluation.py"
+_FOUR_STEPS = f"{_UPDATE}::test_four_steps_are_those_of_the_reference"
+SOFTMAX = f"{_FOUR_STEPS}[softmax on one device]"
+SIGMOID = f"{_FOUR_STEPS}[sigmoid in 2 micro-batches on one device]"
+SIGMOID_ON_4 = f"{_FOUR_STEPS}[sigmoid in 4 micro-batches on data=2 x fsdp=2]"
+DRAWS = f"{_UPDATE}::test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number"
+SEED = f"{_UPDATE}::test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed"
+EVALUATION = f"{_EVALUATION}::test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count"
+WHOLE_IMAGES = f"{_EVALUATION}::test_whole_images_are_cut_to_their_centre_and_resized_on_the_device"
+VIT = "model/test_vit.py::test_logits_and_gradients_are_those_of_the_papers_model"
+
+STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
+    "model/attention.py": [
+        ("scores by the whole width", "q * q.shape[-1] ** -0.5", "q * (q.shape[-2] * q.shape[-1]) ** -0.5", SOFTMAX),
+        (
+            "keys and values swapped",
+            "q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]",
+            "q, v, k = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]",
+            SOFTMAX,
+        ),
+        ("attention weights never dropped", ".astype(v.dtype), rate, key)", ".astype(v.dtype), 0.0, key)", DRAWS),
+    ],
+    "model/layers.py": [
+        (
+            "LayerNorm's eps 1e-5",
+            "epsilon: float = 1e-6",
+            "epsilon: float = 1e-5",
+            "model/test_layers.py::test_layer_norm_adds_a_millionth_to_the_variance",
+        ),
+        (
+            "dropout not scaled",
+            "jnp.where(keep, x / (1 - rate),",
+            "jnp.where(keep, x,",
+            "model/test_layers.py::test_dropout_zeroes_at_its_rate_and_keeps_the_mean",
+        ),
+        (
+            "drop-path not scaled",
+            "((draws >= rate) / (1 - rate))",
+            "(draws >= rate)",
+            "model/test_layers.py::test_drop_path_drops_whole_examples_at_its_rate_and_scales_the_rest_up",
+        ),
+        ("gelu's forms swapped", 'self.activation == "gelu_tanh"', 'self.activation != "gelu_tanh"', SOFTMAX),
+        (
+            "examples share a mask",
+            "shape = (x.shape[1], x.shape[0], *x.shape[2:])\n",
+            "shape = (x.shape[1], 1, *x.shape[2:])\n",
+            DRAWS,
+        ),
+    ],
+    "model/vit.py": [
+        (
+            "attention without its norm",
+            "attended = self.attention(h, keys[0])",
+            "attended = self.attention(x, keys[0])",
+            SOFTMAX,
+        ),
+        (
+            "no residual around attention",
+            'checkpoint_name(x + attended, "residual")',
+            'checkpoint_name(attended, "residual")',
+            SOFTMAX,
+        ),
+        ("MLP and attention share a key", "self.mlp(h, keys[2])", "self.mlp(h, keys[0])", DRAWS),
+        (
+            "blocks share a key",
+            "jax.random.split(key, depth)",
+            "jax.random.split(key, 1)[jnp.zeros(depth, int)]",
+            DRAWS,
+        ),
+        ("registers are pooled", "else (self.shape.special, self.shape.tokens)", "else (0, self.shape.tokens)", VIT),
+        ("class token without a position", "cls + position[:1] if own else cls", "cls", SOFTMAX),
+        (
+            "LayerScale forgotten",
+            "drop_path(self.scale2(y) if self.scale2 is not None else y, path_rate",
+            "drop_path(y, path_rate",
+            SIGMOID,
+        ),
+        (
+            "drop-path not linear",
+            'first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path',
+            "first = self.model.drop_path",
+            "model/test_vit.py::test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_for_itself",
+        ),
+        (
+            "head's bias wrong at the start",
+            "bias=model.head_bias",
+            "bias=0.0",
+            "model/test_vit.py::test_a_fresh_model_starts_as_the_papers_do",
+        ),
+    ],
+    "step/augment.py": [
+        (
+            "partner from the device's own rows",
+            "images * weights + images[::-1] * (1 - weights)",
+            "images * weights + _on_own_rows(lambda own: own[::-1], images) * (1 - weights)",
+            "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
+        ),
+        ("targets not mixed", "targets * share + targets[::-1] * (1 - share)", "targets", SOFTMAX),
+        ("cutmix keeps the drawn share", "share = jnp.where(cut, weights.mean(), share)", "share = share", SIGMOID),
+        (
+            "a box that does not fit is taken",
+            "fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)",
+            "fits = (widths > 0) & (heights > 0)",
+            "data/test_crop.py::test_the_device_draws_boxes_by_the_law_of_the_host",
+        ),
+    ],
+    "step/losses.py": [
+        ("sigmoid's mean over classes", "each.sum(axis=-1)", "each.mean(axis=-1)", SIGMOID),
+    ],
+    "step/optimizer.py": [
+        (
+            "clip after the direction",
+            "    parts = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]\n"
+            "    parts.append(DIRECTIONS[name](settings))",
+            "    parts = [DIRECTIONS[name](settings)]\n"
+            "    parts += [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]",
+            SOFTMAX,
+        ),
+        ("no clip", "[optax.clip_by_global_norm(settings.clip)]", "[]", SOFTMAX),
+        ("clip element by element", "optax.clip_by_global_norm(settings.clip)", "optax.clip(settings.clip)", SOFTMAX),
+        ("decay on biases", "float(is_kernel(path))", "1.0", SOFTMAX),
+        (
+            "b1 and b2 swapped",
+            "settings.b1, settings.b2, settings.eps, mu",
+            "settings.b2, settings.b1, settings.eps, mu",
+            SOFTMAX,
+        ),
+        ("rates of rules ignored", "optax.masked(optax.scale(factor), where)", "optax.identity()", SIGMOID),
+        (
+            "schedule ignored by the optimizer",
+            "scale_by_learning_rate(make_schedule(settings, total_steps))",
+            "scale_by_learning_rate(settings.learning_rate)",
+            SOFTMAX,
+        ),
+    ],
+    "step/schedule.py": [
+        (
+            "warm-up from zero",
+            "optax.linear_schedule(peak / warmup, peak, warmup - 1)",
+            "optax.linear_schedule(0.0, peak, warmup)",
+            SOFTMAX,
+        ),
+    ],
+    "step/state.py": [],
+    "step/update.py": [
+        (
+            "smoothing dropped",
+            "targets = losses.smooth(targets, settings.label_smoothing)",
+            "targets = losses.smooth(targets, 0.0)",
+            SOFTMAX,
+        ),
+        ("targets not binarised", "if settings.binarize_targets:", "if False:", SIGMOID_ON_4),
+        (
+            "smoothing before binarising",
+            "            targets = losses.binarize(targets)\n"
+            "        targets = losses.smooth(targets, settings.label_smoothing)",
+            "            targets = losses.binarize(losses.smooth(targets, settings.label_smoothing))",
+            SIGMOID_ON_4,
+        ),
+        ("EMA's warm-up gone", "d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))", "d = decay", SOFTMAX),
+        (
+            "grad_norm of the updates",
+            '"grad_norm": optax.tree.norm(gradients)',
+            '"grad_norm": optax.tree.norm(updates)',
+            SOFTMAX,
+        ),
+        (
+            "one key for all micro-batches",
+            "(micro, jax.random.split(key, count))",
+            "(micro, jax.random.split(key, 1)[jnp.zeros(count, int)])",
+            DRAWS,
+        ),
+        (
+            "key not folded with the step",
+            "jax.random.fold_in(jax.random.key(settings.seed), state.step)",
+            "jax.random.key(settings.seed)",
+            DRAWS,
+        ),
+        ("seed ignored by the step", "jax.random.key(settings.seed)", "jax.random.key(0)", SEED),
+        (
+            "eval_crop ignored on the device",
+            "if crop_on_device and data.eval_crop is not None:",
+            "if False:",
+            WHOLE_IMAGES,
+        ),
+        ("micro-batches' means summed", "jnp.sum(each) / settings.batch_size", "jnp.mean(each)", SIGMOID),
+        (
+            "EMA of the old parameters",
+            "average(state.ema, parameters,",
+            "average(state.ema, state.parameters,",
+            SOFTMAX,
+        ),
+        ("step not counted", "step=state.step + 1", "step=state.step", SOFTMAX),
+        (
+            "one key for warp, mix and network",
+            "warp_key, mix_key, network_key = jax.random.split(key, 3)",
+            "warp_key = mix_key = network_key = key",
+            DRAWS,
+        ),
+        (
+            "gradient of the last micro-batch",
+            "jax.tree.map(jnp.add, total, gradients), each",
+            "gradients, each",
+            SIGMOID,
+        ),
+        (
+            "masked rows have a loss",
+            "jnp.where(mask, per_example(logits, targets), 0)",
+            "per_example(logits, targets)",
+            EVALUATION,
+        ),
+        (
+            "evaluation is smoothed",
+            "targets = losses.one_hot(labels, classes)\n",
+            "targets = losses.smooth(losses.one_hot(labels, classes), settings.label_smoothing)\n",
+            EVALUATION,
+        ),
+        ("frozen parameters in the logged norm", "p if on else jax.lax.stop_gradient(p)", "p", SIGMOID),
+        ("flipped by host and device", "if not crop_on_device:", "if False:", SIGMOID),
+        (
+            "top-1 of masked rows",
+            "top_k_correct(logits, labels, 1) & mask",
+            "top_k_correct(logits, labels, 1)",
+            EVALUATION,
+        ),
+        ("masked rows counted", "jnp.sum(mask, dtype=jnp.int32)", "jnp.sum(mask | True, dtype=jnp.int32)", EVALUATION),
+        (
+            "evaluation resizes bilinearly",
+            "augment.resize(images, size, data.interpolation)",
+            'augment.resize(images, size, "bilinear")',
+            WHOLE_IMAGES,
+        ),
+    ],
+}
