@@ -112,9 +112,17 @@ def check_labels(source: Source, num_classes: int) -> None:
 
 
 def distinct_names(class_names: Sequence[str]) -> list[str]:
-    """The names, those that several classes share with the class's number behind: `crane (134)`, `crane (517)`."""
-    counts = Counter(class_names)
-    return [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(class_names)]
+    """The names, those that several classes share with the class's number behind: `crane (134)`, `crane (517)`.
+
+    Where a class has that very name, the number stands behind more than once.
+    """
+    counts, distinct = Counter(class_names), []
+    for number, name in enumerate(class_names):
+        if counts[name] > 1:
+            while name in counts:
+                name += f" ({number})"
+        distinct.append(name)
+    return distinct
 
 
 def fingerprint(source: Source) -> str:

@@ -82,11 +82,12 @@ class Index:
     def with_classes(self, class_names: tuple[str, ...], where: object) -> "Index":
         """The same examples, labelled by the training split's classes and in their order.
 
-        Raises `ConfigError` for a class that is not among them.
+        Raises `ConfigError` for a class that is not among them, and where two classes of either have one name.
         """
         if class_names == self.class_names:
             return self
         check_distinct(class_names, where)
+        check_distinct(self.class_names, where)
         numbers = {name: number for number, name in enumerate(class_names)}
         unknown = [name for name in self.class_names if name not in numbers]
         if unknown:
