@@ -93,6 +93,16 @@ def test_accuracies_by_class_add_up_to_the_whole(expected):
     assert sum(by_class) == pytest.approx(right(expected), abs=1e-3)
 
 
+def test_classes_of_one_name_have_an_accuracy_each(workdir, expected, monkeypatch):
+    def two_cranes(*arguments):
+        return dataclasses.replace(open_split(*arguments), class_names=("crane", "crane", *"23456789"))
+
+    monkeypatch.setattr(importlib.import_module("vit_dist.evaluate"), "open_split", two_cranes)
+    found = evaluate(workdir)["class_top1"]
+    assert list(found) == ["crane (0)", "crane (1)", *"23456789"]
+    assert list(found.values()) == list(expected["class_top1"].values())
+
+
 def test_the_eval_verb_prints_one_json_object(workdir, expected, capsys):
     assert cli.main(["eval", f"--workdir={workdir}", "--config.evaluate.batch_size=100"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """Classes of image files by name, from a run of the digits with two classes more than the digits have."""
 
+import importlib
 from pathlib import Path
 
 import cv2
@@ -42,6 +43,14 @@ def test_each_file_has_an_answer_and_classes_without_a_name_are_numbered(run, di
     assert [one["file"] for one in found] == [str(file) for file in digits[:3]]
     for one in found:
         assert {choice["name"] for choice in one["classes"]} == {*"0123456789", "class 10", "class 11"}
+
+
+def test_classes_of_one_name_are_told_apart(run, digits, monkeypatch):
+    module = importlib.import_module("vit_dist.predict")
+    monkeypatch.setattr(module, "class_names", lambda workdir: ("crane", "crane", *"23456789"))
+    (found,) = predict(run, digits[:1], top=12)
+    names = [choice["name"] for choice in found["classes"]]
+    assert sorted(names) == sorted(["crane (0)", "crane (1)", *"23456789", "class 10", "class 11"])
 
 
 def test_files_are_classified_as_evaluation_classifies_the_same_pixels(run, digits):

@@ -19,8 +19,9 @@ from vit_dist.data.stages import Stages
 from vit_dist.mesh import feed
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def judged_at_once(monkeypatch):
+    """Stretches of any length are judged."""
     monkeypatch.setattr(rates, "JUDGED_S", 0.0)
 
 
@@ -66,7 +67,7 @@ def measured(seconds, step_seconds, steps=8):
         return found
 
 
-def test_a_slow_disk_is_named_with_the_time_it_costs(caplog):
+def test_a_slow_disk_is_named_with_the_time_it_costs(judged_at_once, caplog):
     found = measured(seconds=0.004, step_seconds=0.005)
     assert found.waited > 0.5 * found.seconds  # 16 reads of 4 ms on two threads make 32 ms a batch
     assert found.stages.read > 8 * 16 * 0.004 * 0.9
@@ -75,7 +76,7 @@ def test_a_slow_disk_is_named_with_the_time_it_costs(caplog):
     assert int(record.message.split("%")[0].split()[-1]) == round(100 * found.waited / found.seconds)
 
 
-def test_a_slow_decoder_is_told_from_a_slow_disk(caplog, monkeypatch):
+def test_a_slow_decoder_is_told_from_a_slow_disk(judged_at_once, caplog, monkeypatch):
     decode_box = pixels.images.decode_box
 
     def slow(*arguments):
@@ -87,7 +88,7 @@ def test_a_slow_decoder_is_told_from_a_slow_disk(caplog, monkeypatch):
     assert "the slowest stage is decode" in caplog.text
 
 
-def test_a_step_that_is_slower_than_its_data_says_nothing(caplog):
+def test_a_step_that_is_slower_than_its_data_says_nothing(judged_at_once, caplog):
     with stream(0.0) as (host, placed):
         next(placed)
         window = rates.Window(0, host, placed)
@@ -102,9 +103,7 @@ def test_a_step_that_is_slower_than_its_data_says_nothing(caplog):
     assert "waiting for data" not in caplog.text
 
 
-def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(caplog, monkeypatch):
-    monkeypatch.setattr(rates, "JUDGED_S", 10.0)
-
+def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(caplog):
     def said(*waited):
         """After stretches of 4 s, of which so many were spent waiting."""
         caplog.clear()
@@ -120,7 +119,7 @@ def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(capl
     assert said(0.3, 0.1, 0.1, 3.0, 0.0, 0.0) == ["step 60: 25 %"]
 
 
-def test_it_is_said_once_a_minute_at_most(caplog):
+def test_it_is_said_once_a_minute_at_most(judged_at_once, caplog):
     with stream(0.004) as (host, placed):
         next(placed)
         window = rates.Window(0, host, placed)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from system import ROOT
 
+from vit_dist import recipes
 from vit_dist.config import ConfigError, Data
 from vit_dist.data.formats.idx import read_digits
 from vit_dist.data.sources import open_source
 
 
 def _write(folder: Path, prefix: str, labels: list[int]) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, array in (("images-idx3", np.zeros((len(labels), 3, 2), np.uint8)), ("labels-idx1", np.array(labels))):
         data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
         (folder / f"{prefix}-{kind}-ubyte").write_bytes(data + array.astype(np.uint8).tobytes())
@@ -41,6 +43,21 @@ def test_a_set_that_is_named_has_its_own_names_whatever_the_folder_is_called(tmp
     _write(tmp_path / "fashion", "train", [1, 11])
     with pytest.raises(ConfigError, match=r"fashion: labels of 0..11, but 10 class names"):
         open_source(data, "train")
+
+
+def test_the_lessons_recipe_is_of_fashion_mnist_with_its_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # its path is relative
+    data = recipes.load(ROOT / "configs" / "d2l_fashion_mnist.py").data
+    assert (data.source, data.name, data.path) == ("idx", "fashion_mnist", "datasets/fashion_mnist")
+    missing = "data.path: no such file or folder: datasets/fashion_mnist; set data.download=true to fetch fashion_mnist"
+    with pytest.raises(ConfigError, match=missing):
+        open_source(data, "train")
+    _write(tmp_path / "datasets/fashion_mnist", "train", list(range(10)))
+    assert open_source(data, "train").class_names == (
+        "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    )  # fmt: skip
 
 
 def test_a_text_file_names_the_classes(tmp_path: Path) -> None:
