@@ -59,6 +59,22 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "data/test_crop.py::test_where_no_box_fits_the_largest_centred_one_is_taken",
         ),
     ],
+    "data/examples.py": [
+        (
+            "classes of one name are one",
+            "        if counts[name] > 1:",
+            "        if False:",
+            "data/test_examples.py::test_classes_of_one_name_are_shown_with_their_numbers",
+        ),
+    ],
+    "data/index.py": [
+        (
+            "a test split's classes of one name are matched",
+            "        check_distinct(self.class_names, where)\n",
+            "",
+            "data/test_examples.py::test_splits_whose_classes_have_one_name_twice_are_not_matched_by_it",
+        ),
+    ],
     "data/order.py": [
         (
             "every epoch in one order",
@@ -85,12 +101,26 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "data/test_order.py::test_the_order_of_a_mixture_is_that_of_the_first_release",
         ),
     ],
+    "data/workers.py": [
+        (
+            "a parent that has ended already is not noticed",
+            "if wait([parent.sentinel], timeout=0):",
+            "if False:",
+            "data/test_workers.py::test_a_worker_whose_parent_has_ended_before_it_asks_for_a_signal_ends_too",
+        ),
+    ],
     "evaluate.py": [
         (
             "top-1 is top-5",
             'top1=int(sums["top1"]) / max(count, 1)',
             'top1=int(sums["top5"]) / max(count, 1)',
             "test_evaluate.py::test_accuracies_by_class_add_up_to_the_whole",
+        ),
+        (
+            "accuracies of classes with one name are merged",
+            "zip(distinct_names(source.class_names), ",
+            "zip(source.class_names, ",
+            "test_evaluate.py::test_classes_of_one_name_have_an_accuracy_each",
         ),
         (
             "missing examples are not noticed",
@@ -130,10 +160,24 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             PREDICT,
         ),
         (
+            "predict names two classes alike",
+            "distinct_names(class_names(workdir))",
+            "class_names(workdir)",
+            "test_predict.py::test_classes_of_one_name_are_told_apart",
+        ),
+        (
             "predict by the plain parameters",
             'parameters.get("ema", parameters["parameters"])',
             'parameters["parameters"]',
             PREDICT,
+        ),
+    ],
+    "rates.py": [
+        (
+            "a moment is judged",
+            "JUDGED_S = 10.0",
+            "JUDGED_S = 0.0",
+            "test_rates.py::test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds",
         ),
     ],
     "run/checkpoints.py": [

@@ -137,12 +137,12 @@ def run(copy: Path, tests: Sequence[str], limit_s: float) -> Outcome:
 
 
 def first_failure(report: Path) -> str:
-    """The first line of what pytest's XML report says of the first failure or error; "" where there is none."""
+    """What pytest's XML report says of the first failure or error, in one line; "" where there is none."""
     if not report.exists():  # pytest did not come that far
         return ""
     tests = xml.etree.ElementTree.parse(report).iter("testcase")
     failures = [one.get("message", "") for test in tests for one in test if one.tag in ("failure", "error")]
-    return failures[0].partition("\n")[0] if failures else ""
+    return " ".join(failures[0].split()) if failures else ""
 
 
 def matches(mutant: Mutant, word: str) -> bool:

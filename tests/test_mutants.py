@@ -98,7 +98,7 @@ def test_the_last_line_counts_and_a_survivor_fails(mutants, monkeypatch, capsys)
     assert mutants.main(["sums"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "2 tried, 1 killed" and sum("SURVIVED" in line for line in said) == 1
-    assert any(line.startswith("killed") and line.endswith("sums.py: a slip [assert 11 == 10]") for line in said)
+    assert any(line.startswith("killed") and "sums.py: a slip [assert 11 == 10 " in line for line in said)
 
 
 def test_the_text_of_every_mutant_stands_once_in_its_file(mutants):
