@@ -207,7 +207,7 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
     "train.py": [
         (
             "a best between two saves is lost",
-            "if saving or (evaluating and self.checkpoints.would_keep(self._measured())):",
+            "if saving or (evaluating and self._is_one_of_the_best()):",
             "if saving:",
             BEST,
         ),

@@ -102,5 +102,6 @@ def test_the_last_line_counts_and_a_survivor_fails(mutants, monkeypatch, capsys)
 
 
 def test_the_text_of_every_mutant_stands_once_in_its_file(mutants):
-    counts = {one.slip: (ROOT / "vit_dist" / one.file).read_text().count(one.old) for one in mutants.MUTANTS}
-    assert len(counts) == len(mutants.MUTANTS) and {*counts.values()} == {1}
+    counts = {one: (ROOT / "vit_dist" / one.file).read_text().count(one.old) for one in mutants.MUTANTS}
+    assert [f"{one.file}: {one.slip}" for one, count in counts.items() if count != 1] == []
+    assert len({(one.file, one.slip) for one in counts}) == len(mutants.MUTANTS)
