@@ -90,8 +90,8 @@ def _steps(record: Record) -> list[str]:
                 rows.append(_step_row(side, found, ours, ceiling))
     header = ("step", "batch", "img/s", "ms", "least to most", "x timm", "MFU", "of ceiling", "GiB", "compile s")
     note = (
-        "MFU: the arithmetic of three forward passes, as a share of the datasheet's peak; beside it, of the product that "
-        "was measured. GiB: the most that jax or PyTorch has held at once. Compile: of timm's, the first step."
+        "MFU: the arithmetic of three forward passes, as a share of the datasheet's peak; beside it, of the product "
+        "that was measured. GiB: the most that jax or PyTorch has held at once. Compile: of timm's, the first step."
     )
     return _table("A training step: bf16, AdamW, one batch in device memory", header, rows, note)
 
