@@ -1,6 +1,7 @@
 """Parts of a GPU visit that end in every way a part can end."""
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,10 @@ from visit.job import Skipped
 def works(job):
     job.keep(answer=job.arguments["number"])
     job.check("two is two", True, "2")
+
+
+def is_a_gpu(job):
+    job.keep(platform="gpu", device_kind="NVIDIA X")
 
 
 def aborts(job):
@@ -31,6 +36,11 @@ def hangs(job):
 
 def vanishes(job):
     os._exit(0)
+
+
+def removes(job):
+    """A folder of the visit's own."""
+    shutil.rmtree(getattr(job, job.arguments["folder"]))
 
 
 def skips(job):
