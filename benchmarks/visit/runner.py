@@ -219,6 +219,8 @@ class Visit:
             "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            # XLA's own caches would put the path of this folder into the name of every program.
+            "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "HF_HUB_OFFLINE": "1",

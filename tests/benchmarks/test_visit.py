@@ -228,6 +228,14 @@ def test_a_kit_that_cannot_be_read_is_said_and_the_visit_begins(tmp_path, capsys
     assert "plans.json cannot be read: " in capsys.readouterr().err
 
 
+def test_a_program_that_jax_has_compiled_in_one_visit_is_found_in_the_next(tmp_path):
+    visit_to(tmp_path / "first").run_all([part("compiles_with_jax")])
+    archive = tmp_path / "first" / "out" / "cache.tar.gz"
+    visit_to(tmp_path / "second", cache=archive).run_all([part("compiles_with_jax")])
+    found = [result(tmp_path / name, "compiles_with_jax") for name in ("first", "second")]
+    assert found == [{"cache_hits": 0, "cache_misses": 1}, {"cache_hits": 1, "cache_misses": 0}]
+
+
 def test_compiled_programs_go_from_one_visit_to_the_next_jaxs_first_as_far_as_a_file_may_be_large(tmp_path):
     most = runner.MOST_FILE
     files = {"torch/one": most // 2, "jax/one": most // 2, "jax/two": 1000, "torch/two": most // 3, "triton/one": 10}

@@ -64,3 +64,15 @@ def finds(job):
     """Keeps what is in that cache."""
     cache = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).parent
     job.keep(files=sorted(str(one.relative_to(cache)) for one in cache.rglob("*") if one.is_file()))
+
+
+def compiles_with_jax(job):
+    """Keeps how many programs jax found in that cache, and how many it did not."""
+    import jax
+
+    events = []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(lambda x: x @ x + 1).lower(jax.ShapeDtypeStruct((8, 8), "float32")).compile()
+    names = ("cache_hits", "cache_misses")
+    job.keep(**{name: events.count(f"/jax/compilation_cache/{name}") for name in names})
