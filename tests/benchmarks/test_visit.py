@@ -156,17 +156,23 @@ def test_a_signal_ends_the_part_that_runs_and_the_visit_and_keeps_what_was_found
     )
     environment = {**os.environ, "PYTHONPATH": f"{runner.BENCHMARKS}:{HELPERS}", "TMPDIR": str(temporary)}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    hanging = []
     try:
         deadline = time.monotonic() + 60
-        while not list(temporary.glob("gpu-visit-*/hangs.json")):
+        while not (files := list(temporary.glob("gpu-visit-*/hangs.json"))):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        hanging = json.loads(files[0].read_text())["result"]["processes"]
         process.send_signal(number)
         said = process.communicate(timeout=30)[1]
+        wait_until_gone(hanging)
     finally:
         process.kill()
+        process.wait()
+        for pid in filter(alive, hanging):
+            os.kill(pid, signal.SIGKILL)
     assert process.returncode == code and said.splitlines()[-1] == f"ended by {number.name}"
-    wait_until_gone(result(tmp_path, "hangs")["processes"])
+    assert result(tmp_path, "hangs")["processes"] == hanging
     assert list(temporary.iterdir()) == []
     assert statuses(tmp_path) == {"machine": "ok", "works": "ok", "hangs": "failed", **later}
     assert record(tmp_path)["parts"]["hangs"]["reason"] == f"stopped by {number.name}"
