@@ -10,42 +10,45 @@ second visit, and the trace of ten steps. README.md says what to take along and 
 
 import argparse
 import json
+import math
+import signal
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from visit import parts
 from visit.job import GPU
-from visit.runner import Part, Visit
+from visit.runner import NoArchive, Part, Stopped, Visit
 
 DONE, FAILED, MISTAKE = 0, 1, 2
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _ENOUGH = 3600.0  # seconds of a dry run, which has no budget to keep
 
 
+class Mistake(Exception):
+    """What was asked cannot be done; says why in one line."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a visit; returns 0 where all parts went well, 1 where one failed, 2 for what was asked wrongly."""
+    """Runs a visit; returns 0 where all parts went well, 1 where one failed, 2 for what was asked wrongly.
+
+    SIGTERM and Ctrl-C end it and the part that runs; what was found is kept. It then returns 128 + the signal's number.
+    """
     options = parser().parse_args(argv)
-    chosen = [*parts.PARTS, *([parts.LOADER] if options.dry_run else [])]
-    if options.parts is not None:
-        unknown = [name for name in options.parts.split(",") if name not in parts.BY_NAME]
-        if unknown:
-            return _mistake(f"--parts: {unknown[0]!r} is none of {', '.join(parts.BY_NAME)}")
-        chosen = [parts.BY_NAME[name] for name in options.parts.split(",")]
-    if options.cache is not None and not (options.cache.is_file() and tarfile.is_tarfile(options.cache)):
-        return _mistake(f"--cache: no archive: {options.cache}")
-    if options.earlier is not None and not options.earlier.is_file():
-        return _mistake(f"--earlier: no such file: {options.earlier}")
-    with tempfile.TemporaryDirectory(prefix="gpu-visit-") as scratch:
-        visit = Visit(
-            options.out,
-            scratch=Path(scratch),
-            kit=options.kit,
-            budget=_ENOUGH if options.dry_run else options.budget,
-            dry_run=options.dry_run,
-            cache=options.cache,
-        )
-        return _run(visit, chosen, options.earlier)
+    signals: list[int] = []
+    before = {one: signal.signal(one, lambda number, _: signals.append(number)) for one in _ENDING}
+    try:
+        return _visit(options, signals)
+    except Mistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return MISTAKE
+    except Stopped as stopped:
+        print(f"ended by {stopped}", file=sys.stderr)
+        return 128 + signals[0]
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,26 +64,78 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def _run(visit: Visit, chosen: list[Part], earlier: Path | None) -> int:
+def _visit(options: argparse.Namespace, signals: list[int]) -> int:
+    chosen = _chosen(options)
+    if not 0 < options.budget < math.inf:
+        raise Mistake(f"--budget: {options.budget} is no number of seconds above 0")
+    earlier = None if options.earlier is None else _record(options.earlier)
+    with tempfile.TemporaryDirectory(prefix="gpu-visit-", ignore_cleanup_errors=True) as scratch:
+        try:
+            visit = Visit(
+                options.out,
+                scratch=Path(scratch),
+                kit=options.kit,
+                budget=_ENOUGH if options.dry_run else options.budget,
+                dry_run=options.dry_run,
+                cache=options.cache,
+                signals=signals,
+            )
+        except NoArchive as error:
+            raise Mistake(f"--cache: {error}") from error
+        _check_folder(options.out)
+        return _run(visit, chosen, earlier)
+
+
+def _chosen(options: argparse.Namespace) -> list[Part]:
+    if options.parts is None:
+        return [*parts.PARTS, *([parts.LOADER] if options.dry_run else [])]
+    names = options.parts.split(",")
+    if unknown := [name for name in names if name not in parts.BY_NAME]:
+        raise Mistake(f"--parts: {unknown[0]!r} is none of {', '.join(parts.BY_NAME)}")
+    return [parts.BY_NAME[name] for name in names]
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """An earlier visit's."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--earlier: {file} cannot be read: {error}") from error
+    found = record.get("parts") if isinstance(record, dict) and {"time", "dry_run"} <= record.keys() else None
+    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+        raise Mistake(f"--earlier: {file} is not the visit.json of a visit")
+    return record
+
+
+def _check_folder(out: Path) -> None:
+    """Makes it where there is none, and tries to write there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise Mistake(f"--out: {out} is no folder that can be written to: {error}") from error
+
+
+def _run(visit: Visit, chosen: list[Part], earlier: dict[str, Any] | None) -> int:
     machine = visit.run(parts.MACHINE)
+    if machine["status"] == "left out":
+        raise Mistake(f"--budget: too little for the first part, {parts.MACHINE.name}: {machine['reason']}")
     if machine["status"] != "ok":
-        return _mistake(f"jax cannot be used here: {machine['reason']}")
+        print("\n".join(machine.get("log", [])), file=sys.stderr)
+        raise Mistake(f"jax cannot be used here: {machine['reason']}")
     needs_gpu = any(part is not parts.LOADER for part in chosen)
     if machine["result"]["platform"] not in GPU and needs_gpu and not visit.dry_run:
-        return _mistake(f"jax sees no GPU here, but a {machine['result']['device_kind']}; see --dry-run")
+        raise Mistake(f"jax sees no GPU here, but a {machine['result']['device_kind']}; see --dry-run")
     if earlier is not None:
-        visit.take_over(json.loads(earlier.read_text(encoding="utf-8")), parts.BY_NAME.values())
+        visit.take_over(earlier, parts.BY_NAME.values())
+    visit.begin()
     visit.run_all(chosen)
     failed = [name for name, part in visit.parts.items() if part["status"] == "failed"]
     if visit.page_is_whole:
         print((visit.out / "visit.md").read_text(encoding="utf-8"))
     print(f"failed: {', '.join(failed) or 'none'}; the results are in {visit.out}", file=sys.stderr)
     return FAILED if failed or not visit.page_is_whole else DONE
-
-
-def _mistake(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
-    return MISTAKE
 
 
 if __name__ == "__main__":

@@ -114,9 +114,10 @@ def rows(data: Path, precision: str | None) -> list[dict[str, Any]]:
 
 
 def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
-    """The largest relative difference of each measure over all steps."""
+    """The largest relative difference of each measure over all steps; no number where one step's is none."""
+    pairs = list(zip(found, expected, strict=True))
     return {
-        name: max(abs(one[name] - other[name]) / abs(other[name]) for one, other in zip(found, expected, strict=True))
+        name: float(np.max([abs(one[name] - other[name]) / abs(other[name]) for one, other in pairs]))
         for name in COMPARED
     }
 

@@ -1,7 +1,9 @@
 """What the parts of a visit make of what they measure: traces, attention, curves, checkpoints, plans, pages."""
 
+import contextlib
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,66 @@ def test_the_rows_of_the_golden_run_are_compared_one_by_one():
     assert found == {"loss": pytest.approx(1e-3), "grad_norm": pytest.approx(1e-2), "param_norm": 0.0}
 
 
+CLAIMS = ["the examples", *golden.COMPARED]
+
+
+@pytest.mark.parametrize(
+    ("found", "false"),
+    [
+        ({"loss": 2 * (1 + 0.9e-4), "grad_norm": 1 - 0.9e-4, "param_norm": 4 * (1 + 0.9e-4)}, []),
+        ({"loss": 2 * (1 + 1.1e-4)}, ["loss"]),
+        ({"grad_norm": 1 - 1.1e-4}, ["grad_norm"]),
+        ({"param_norm": 4 * (1 + 1.1e-4)}, ["param_norm"]),
+        ({"loss": float("nan")}, ["loss"]),
+        ({"examples": "b"}, ["the examples"]),
+    ],
+)
+def test_rows_that_are_not_the_cpus_to_one_in_ten_thousand_are_refused(tmp_path, monkeypatch, found, false):
+    row = {"loss": 2.0, "grad_norm": 1.0, "param_norm": 4.0, "examples": "a"}
+    (tmp_path / golden.DATA).touch()
+    (tmp_path / golden.ROWS).write_text(json.dumps({"jax": "1.2", "rows": [row, row]}))
+    monkeypatch.setattr(golden, "rows", lambda data, precision: [row, row | found])
+    golden.run(job(tmp_path))
+    checks = outcome(tmp_path)["checks"]
+    assert [name for name, one in zip(CLAIMS, checks, strict=True) if not one["holds"]] == false
+
+
+class Still:
+    """A trainer whose steps do nothing."""
+
+    program = SimpleNamespace(flops_per_step=lambda: 1)
+
+    def __init__(self, loss):
+        self.block = lambda: loss
+        self.step = lambda: None
+        self.in_use = contextlib.nullcontext
+
+    def compile(self):
+        return SimpleNamespace(memory_analysis=lambda: None)
+
+    def parameters(self):
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("loss", "grown", "holds"),
+    [(1.0, 0, [True, True]), (1.0, -1, [True, True]), (1.0, 1, [True, False]), (float("nan"), 0, [False, True])],
+)
+def test_a_step_whose_memory_grows_or_whose_loss_is_no_number_is_refused(tmp_path, monkeypatch, loss, grown, holds):
+    held = iter((1000, 1000 + grown, 0))  # after the warm-up, after all steps, and for the peak
+
+    def stats():
+        return {"bytes_in_use": next(held), "peak_bytes_in_use": 2000}
+
+    device = SimpleNamespace(device_kind="NVIDIA X", process_index=0, memory_stats=stats)
+    monkeypatch.setattr(Job, "device", lambda self: device)
+    monkeypatch.setattr(ours, "make", lambda told: Still(loss))
+    ours.throughput(job(tmp_path, batch=8, settle=1, steps=1, rounds=1))
+    found = outcome(tmp_path)
+    assert [one["holds"] for one in found["checks"]] == holds
+    assert found["result"]["held_bytes"] == [1000, 1000 + grown] and found["result"]["peak_bytes"] == 2000
+
+
 def test_without_a_kit_the_golden_run_is_skipped(tmp_path):
     with pytest.raises(Skipped, match=r"the kit has no golden.json; make visit-kit"):
         golden.run(job(tmp_path))
@@ -194,7 +256,8 @@ def full_record():
         "| golden | loss is the CPU's | **NO** | 3e-3 |",
         "| float32 proper | 1.0e-06 | 2.0e-06 | 3.0e-07 |",
         "| 197 | cudnn | 2.0e-03 | 2.0e-03 | 2.0e-03 | 2.0e-03 |",
-        "10.0% idle; 3 gaps of more than 10 us a step, the longest of all 44 us.",
+        "900 kernels a step; 90 of 100 ms busy, 10.0% idle; "
+        "3 gaps of more than 10 us a step, the longest of all 44 us.",
         "| `gemm/1` | 12 | 1.5 | 60 |",
         "| pillow | 500 | 510 |",
         "| resume | failed | - | 60 | ended by SIGABRT |",
