@@ -23,7 +23,8 @@ import numpy as np
 import optax
 
 from vit_dist import config, recipes
-from vit_dist.mesh import feed, processes
+from vit_dist.job import processes
+from vit_dist.mesh import feed
 from vit_dist.model import vit
 from vit_dist.program import Program
 from vit_dist.step.state import State

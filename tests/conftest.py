@@ -3,7 +3,7 @@
 import os
 import signal
 
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 
 # Compiling takes most of the suite's time, and no claim of it is about how good the machine code is. The second flag
 # chooses the older way to make the code of fused operations, which is twice as quick.

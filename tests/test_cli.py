@@ -15,7 +15,7 @@ import pytest
 
 import vit_dist.train  # noqa: F401
 from vit_dist import cli, config
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 
 REPOSITORY = Path(__file__).parents[1]
 SMALLEST = str(Path(__file__).parent / "helpers" / "smallest.py")

@@ -1,6 +1,6 @@
 """The command line: runs verbs, prints results on stdout, sets exit codes. What can be typed is in `arguments`.
 
-The codes are those of `exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
+The codes are those of `job.exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
 they run: they bring jax, which `--help` and a mistyped key need not wait for.
 """
 
@@ -20,9 +20,10 @@ from typing import Any
 
 from vit_dist import arguments, config, recipes
 from vit_dist.config import ConfigError
-from vit_dist.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
-from vit_dist.mesh.peers import JobError
-from vit_dist.mesh.watch import end_now
+from vit_dist.job.blame import Blame
+from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
+from vit_dist.job.rendezvous import JobError
+from vit_dist.job.watchdog import end_now
 
 LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobError as error:
         said = str(error)
         print(f"error: {said}", file=sys.stderr)
+        if error.blamed is not None:
+            Blame(error.blamed, said).report()
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
@@ -103,7 +106,7 @@ def _keep_stdout_for_results() -> None:
 def _leave(code: int, said: str, together: bool) -> None:
     """Leaves the other processes of a job, if the verb joined any; see `processes.leave`."""
     if "jax" in sys.modules:
-        from vit_dist.mesh import processes
+        from vit_dist.job import processes
 
         processes.leave(code, said, together=together)
 
@@ -275,18 +278,18 @@ def _launch(options: argparse.Namespace) -> int:
         raise ConfigError(f"launch --config.{options.overrides[0]}: the verb's own arguments come after --")
     if (options.nodes is None) != (options.node_rank is None):
         raise ConfigError("launch: --nodes and --node-rank are given together or not at all")
-    from vit_dist import launch
+    from vit_dist.job import launcher
 
-    job = launch.Job(
-        launch.verb_command(options.launched),
-        options.processes or launch.count_gpus(),
+    job = launcher.Job(
+        launcher.verb_command(options.launched),
+        options.processes or launcher.count_gpus(),
         devices_per_process=options.devices_per_process,
         restarts=options.restarts,
         nodes=options.nodes or 1,
         node_rank=options.node_rank or 0,
         coordinator=options.coordinator,
     )
-    return launch.launch(job)
+    return launcher.launch(job)
 
 
 def _configs(options: argparse.Namespace) -> None:
@@ -330,7 +333,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _first_process() -> bool:
     if "jax" not in sys.modules:
         return True
-    from vit_dist.mesh import processes
+    from vit_dist.job import processes
 
     return processes.index() == 0
 

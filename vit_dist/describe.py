@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_dist.config import Config
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.model import flops
 from vit_dist.program import UNUSED, Program
 

@@ -16,7 +16,7 @@ from vit_dist.data.examples import Source, check_labels, distinct_names
 from vit_dist.data.loader import evaluation_batches
 from vit_dist.data.pixels import comes_whole
 from vit_dist.data.sources import open_source
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
 from vit_dist.run.failures import everyones

@@ -11,7 +11,7 @@ from vit_dist.config import ConfigError, Data, pair
 from vit_dist.data.examples import distinct_names
 from vit_dist.data.images import CHANNELS, BadImage
 from vit_dist.data.pixels import evaluation_image
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import restored
 from vit_dist.run.workdir import class_names, read_config

@@ -25,7 +25,8 @@ from vit_dist.data.loader import Batches
 from vit_dist.data.pixels import comes_whole
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
-from vit_dist.mesh import processes
+from vit_dist.job import processes
+from vit_dist.job.preemption import StopRequest
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.plan.here import plan_here
 from vit_dist.plan.report import lines
@@ -37,7 +38,6 @@ from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.failures import BadImages
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
-from vit_dist.run.signals import StopRequest
 from vit_dist.step.state import State
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from visit.job import Job
 from vit_dist import config
 from vit_dist.data.pixels import comes_whole
 from vit_dist.evaluate import open_split
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
 

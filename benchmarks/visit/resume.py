@@ -21,7 +21,7 @@ import numpy as np
 from visit import golden
 from visit.job import Job
 from vit_dist import recipes
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 

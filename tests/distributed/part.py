@@ -14,8 +14,8 @@ import time
 import jax
 
 from vit_dist.config import ConfigError, Deadlines
-from vit_dist.mesh import processes
-from vit_dist.mesh.peers import JobError
+from vit_dist.job import processes
+from vit_dist.job.rendezvous import JobError
 
 
 def die():

@@ -17,7 +17,7 @@ import jax  # noqa: E402
 from compiled import program_on, step_collectives  # noqa: E402
 from system import NO_AUGMENTATION, NO_DROPOUT  # noqa: E402
 
-from vit_dist.mesh import processes  # noqa: E402
+from vit_dist.job import processes  # noqa: E402
 
 ROWS = 16  # of the batch, on each device
 

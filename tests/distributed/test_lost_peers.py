@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from system import started
 
-from vit_dist.launch import free_port
+from vit_dist.job.launcher import free_port
 
 PART = Path(__file__).with_name("part.py")
 QUICK = 40  # seconds in which all must be gone, on a machine that has other things to do

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from system import started
 
-from vit_dist.launch import free_port
+from vit_dist.job.launcher import free_port
 
 SCRIPT = Path(__file__).with_name("scaling.py")
 PARAMETERS = 18_154  # of tiny.py

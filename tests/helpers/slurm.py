@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vit_dist.launch import free_port
+from vit_dist.job.launcher import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 NODES = ("127.0.0.1", "127.0.0.2")

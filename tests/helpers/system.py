@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from vit_dist import recipes
-from vit_dist.launch import free_port
+from vit_dist.job.launcher import free_port
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.metrics import read_rows

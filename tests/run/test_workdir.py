@@ -3,7 +3,7 @@
 import pytest
 
 from vit_dist.config import ConfigError
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.run import workdir as run_files
 
 

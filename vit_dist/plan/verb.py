@@ -13,7 +13,8 @@ import jax
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.describe import CLASSES
-from vit_dist.mesh import layout, processes, topology
+from vit_dist.job import processes
+from vit_dist.mesh import layout, topology
 from vit_dist.plan import targets
 from vit_dist.plan.account import account, account_of_too_large, of_run
 from vit_dist.plan.compile import TooLarge, compile_step, make_program

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from vit_dist.data.bad import Bad, check_bad
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.run.files import write_atomically
 
 FILE = "failures/bad_images.jsonl"

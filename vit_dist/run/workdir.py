@@ -14,7 +14,7 @@ from typing import Any
 
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 from vit_dist.run.files import read_json, write_atomically
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for

@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import multihost_utils
 
-from vit_dist.mesh import processes
+from vit_dist.job import processes
 
 
 class StopRequest:

@@ -1,7 +1,7 @@
 """How a process joins the others of its job, tells them what they need to agree on, and leaves.
 
-One process alone needs nothing. Several find each other as `mesh.place` says, meet by `mesh.peers`, and from then on
-`mesh.watch` ends those that are left when one of them is lost: no wait for another process is without an end.
+One process alone needs nothing. Several know their ranks by `rank`, meet by `rendezvous`, and from then on `watchdog`
+ends those that are left when one of them is lost: no wait for another process is without an end.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.mesh import place as places
-from vit_dist.mesh.peers import roll_call
-from vit_dist.mesh.watch import Watch, end_now
+from vit_dist.job import rank as ranks
+from vit_dist.job.rendezvous import rendezvous
+from vit_dist.job.watchdog import Watchdog, end_now
 
 # XLA ends a process whose CPU collective waits longer than 40 s, which eight fake devices on two busy cores can.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -27,7 +27,7 @@ THREADS_A_DEVICE = 2  # see `pretend`
 # such errors have a type of their own.
 _LOST_PEER = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 
-_watch: Watch | None = None
+_watchdog: Watchdog | None = None
 
 
 def start(
@@ -36,33 +36,33 @@ def start(
     """Makes `fake_devices` CPU devices (0: the real ones) and joins the other processes, if there are any.
 
     Must come before anything else asks jax for devices; a later call does nothing. saves_when_asked_to_stop: SIGTERM
-    is answered by `run.signals.StopRequest`; else it ends the process. Raises `ConfigError` for variables that make no
+    is answered by `preemption.StopRequest`; else it ends the process. Raises `ConfigError` for variables that make no
     sense and for a job joined without it, and `JobError` naming the processes that did not come in time.
     """
-    global _watch
-    fake = places.fake_devices(fake_devices)
+    global _watchdog
+    fake = ranks.fake_devices(fake_devices)
     if fake:
         pretend(fake)
-    if _watch is not None:
+    if _watchdog is not None:
         return
     if jax.distributed.is_initialized():  # the others could not be heard, and what they should agree on not be compared
         raise ConfigError(
             "jax.distributed.initialize: this process has joined its job by itself; leave that to vit_dist, which "
-            f"reads what the cluster says or {', '.join(places.VARIABLES)}"
+            f"reads what the cluster says or {', '.join(ranks.VARIABLES)}"
         )
     deadlines = deadlines or config.Deadlines()
-    place = places.find_place(deadlines.start_seconds)
-    if place is None:
+    rank = ranks.find_rank(deadlines.start_seconds)
+    if rank is None:
         return
-    _watch = Watch(place.index, roll_call(place, deadlines.start_seconds), deadlines)
+    _watchdog = Watchdog(rank.index, rendezvous(rank, deadlines.start_seconds), deadlines)
     jax.config.update("jax_enable_preemption_service", saves_when_asked_to_stop)
     jax.distributed.initialize(
-        place.coordinator,
-        place.count,
-        place.index,
-        list(place.devices),  # not None, or JAX would look for a cluster again
+        rank.coordinator,
+        rank.count,
+        rank.index,
+        list(rank.devices),  # not None, or JAX would look for a cluster again
         initialization_timeout=deadlines.start_seconds,
-        # Our own watch comes first, and says who was lost; JAX's ends the process with a list of C++ functions.
+        # Our own watchdog comes first, and says who was lost; JAX's ends the process with a list of C++ functions.
         heartbeat_timeout_seconds=3 * deadlines.peer_seconds + 60,
         shutdown_timeout_seconds=deadlines.step_seconds,
     )
@@ -92,20 +92,20 @@ def pretend(fake_devices: int) -> None:
 
 
 def alive(step: int | None = None) -> None:
-    """Tells the watch of a job that this process has begun `step`, or (None) another part of the one it is at."""
-    if _watch is not None:
-        _watch.alive(step)
+    """Tells the watchdog of a job that this process has begun `step`, or (None) another part of the one it is at."""
+    if _watchdog is not None:
+        _watchdog.alive(step)
 
 
 def rest() -> None:
     """Stops the clock that `alive` starts: what comes now may take as long as it likes."""
-    if _watch is not None:
-        _watch.rest()
+    if _watchdog is not None:
+        _watchdog.rest()
 
 
 def index() -> int:
     """Which process of its job this is; unlike `jax.process_index`, it starts no backend."""
-    return 0 if _watch is None else _watch.index
+    return 0 if _watchdog is None else _watchdog.index
 
 
 def check_same(what: str, text: str) -> None:
@@ -119,10 +119,10 @@ def check_same(what: str, text: str) -> None:
 def gather(value: Any) -> list[Any]:
     """What JSON can hold -> the value of each process, in their order. All must call it, at the same place.
 
-    It goes over the processes' own line, for devices give up waiting: gloo after 30 s, when one host reads a large
-    index and another has it at hand.
+    It goes over the connections of `rendezvous`, for devices give up waiting: gloo after 30 s, when one host reads a
+    large index and another has it at hand.
     """
-    return [value] if _watch is None else _watch.gather(value)
+    return [value] if _watchdog is None else _watchdog.gather(value)
 
 
 def leave(code: int, text: str, *, together: bool) -> None:
@@ -134,21 +134,21 @@ def leave(code: int, text: str, *, together: bool) -> None:
       together: all processes of the job end so, and are waited for; else this one fails, and tells the others why.
         It is then called with the exception under way, if there is one.
     """
-    global _watch
-    if _watch is None:
+    global _watchdog
+    if _watchdog is None:
         return
     if together:
-        _watch.rest()
+        _watchdog.rest()
         jax.distributed.shutdown()  # waits until all have come here
-        _watch.stop()
-        _watch = None
+        _watchdog.stop()
+        _watchdog = None
         return
     error = sys.exception()
     if error is not None and _LOST_PEER.match(str(error)):
         first_line = str(error).partition("\n")[0]
         print(f"waiting to hear whether another process was lost: {first_line}", file=sys.stderr, flush=True)
-        _watch.wait_for_verdict()
+        _watchdog.wait_for_verdict()
     if error is not None:
         traceback.print_exception(error)
-    _watch.say_failed(text, code)
+    _watchdog.report_failure(text, code)
     end_now(code)

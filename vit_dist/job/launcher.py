@@ -19,10 +19,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from vit_dist.children import Child, say
 from vit_dist.config import ConfigError, one_of
-from vit_dist.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
-from vit_dist.mesh.place import FAKE_DEVICES, LOCAL, VARIABLES
+from vit_dist.job.child import Child, say
+from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
+from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES
 
 VERBS = ("train", "eval", "predict", "bench")  # those that run as several processes
 # How long after the first failure the others have to end by themselves, each with its own words (process 0, if it is at
@@ -32,11 +32,6 @@ GRACE_SECONDS = 6.0
 STRAGGLER_SECONDS = 120.0  # for the last to end where others have ended well
 LONGEST_PAUSE = 60.0  # seconds before the job is started again; the first time 1, then twice as long each time
 _POLL_SECONDS = 0.05
-# How `mesh.watch` and `mesh.peers` say that another process is at fault.
-_ACCUSATION = re.compile(
-    r"error: (?P<what>(no process has come further .* began; )?process(es)? (?P<process>\d+)\b.*"
-    r"( was lost| failed| did not come| was not there).*)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +219,14 @@ class _Attempt:
         return INTERRUPTED if signal.SIGINT in self.asked or self.first.code == INTERRUPTED else FAILED
 
     def _say_who_failed(self, first: Child) -> None:
-        """Blames the first that failed, unless its own error names another of this host's."""
-        found = next(filter(None, map(_ACCUSATION.match, first.tail)), None)
-        blamed = next((one for one in self.children if found and one.index == int(found["process"])), None)
-        if found and blamed is None:  # it ran on another host
-            say(f"error: {found['what']}; so says {self._name(first)}, which {first.how()}")
+        """Blames the first that failed, unless that has blamed another process."""
+        blame = first.blame
+        blamed = next((one for one in self.children if blame and one.index == blame.index), None)
+        if blame and blamed is None:  # it ran on another host
+            say(f"error: {blame.reason}; so says {self._name(first)}, which {first.how()}")
             return
         blamed = blamed or first
-        witness = "" if blamed is first or found is None else f"; of it process {first.index} said: {found['what']}"
+        witness = "" if blamed is first or blame is None else f"; of it process {first.index} said: {blame.reason}"
         said = "".join(f"\n    {line}" for line in blamed.tail) or " nothing"
         say(f"error: {self._name(blamed)} {blamed.how()}{witness}; the last that it said:{said}")
 

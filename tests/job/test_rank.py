@@ -3,7 +3,7 @@
 import pytest
 
 from vit_dist.config import ConfigError
-from vit_dist.mesh.place import Place, fake_devices, find_place
+from vit_dist.job.rank import Rank, fake_devices, find_rank
 
 OURS = {"VIT_DIST_COORDINATOR": "node0:1234", "VIT_DIST_PROCESSES": "4", "VIT_DIST_PROCESS": "3"}
 SLURM = {
@@ -25,14 +25,14 @@ OPEN_MPI = {
 
 @pytest.fixture
 def found(monkeypatch):
-    """What `find_place` finds in an environment of these variables."""
+    """What `find_rank` finds in an environment of these variables."""
     for name in (*OURS, *SLURM, *OPEN_MPI, "VIT_DIST_LOCAL_PROCESS", "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
 
     def find(variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        return find_place(1)
+        return find_rank(1)
 
     return find
 
@@ -56,7 +56,7 @@ def test_a_job_of_one_is_none(found, alone):
 
 
 def test_variables_of_our_own_win_over_a_schedulers(found):
-    assert found(SLURM | OURS) == Place("node0:1234", 4, 3)
+    assert found(SLURM | OURS) == Rank("node0:1234", 4, 3)
 
 
 def test_the_process_of_a_host_takes_its_own_gpu(found):

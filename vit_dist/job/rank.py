@@ -1,4 +1,4 @@
-"""Where a process stands in its job: how many there are, which one this is, and where to meet the first.
+"""The rank of a process in its job: how many processes there are, which one this is, and the coordinator's address.
 
 Said by variables of our own, which `vit-dist launch` and `launch/mpi.sh` set, or found by JAX, which knows SLURM, Open
 MPI, GKE and GCE TPUs, and Kubernetes. A process that none of them speaks of is alone.
@@ -17,7 +17,7 @@ FAKE_DEVICES = "VIT_DIST_FAKE_DEVICES"  # wins over the config's `fake_devices`
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Rank:
     """One process of a job of several."""
 
     coordinator: str  # host:port on which process 0 listens
@@ -32,15 +32,15 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def find_place(start_seconds: int) -> Place | None:
-    """This process's place, or None where it is alone. Raises `ConfigError` for variables that make no sense.
+def find_rank(start_seconds: int) -> Rank | None:
+    """The rank of this process, or None where it is alone. Raises `ConfigError` for variables that make no sense.
 
     start_seconds: how long a cluster's own service may take to answer where process 0 is.
     """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
-    place = _from_variables(values) if any(values.values()) else _from_cluster(start_seconds)
+    rank = _from_variables(values) if any(values.values()) else _from_cluster(start_seconds)
     # A job of one is no job, but for the GPU that the launcher has given it.
-    return place if place is not None and (place.count > 1 or place.devices) else None
+    return rank if rank is not None and (rank.count > 1 or rank.devices) else None
 
 
 def fake_devices(wanted: int) -> int:
@@ -51,7 +51,7 @@ def fake_devices(wanted: int) -> int:
     return int(asked) if asked else wanted
 
 
-def _from_variables(values: Mapping[str, str]) -> Place:
+def _from_variables(values: Mapping[str, str]) -> Rank:
     found = ", ".join(f"{name}={value or '(unset)'}" for name, value in values.items())
     coordinator, count, index = values.values()
     if not coordinator or not count.isdecimal() or not index.isdecimal():
@@ -66,10 +66,10 @@ def _from_variables(values: Mapping[str, str]) -> Place:
     local = os.environ.get(LOCAL, "")
     if local and not local.isdecimal():
         raise ConfigError(f"{LOCAL}: expected a whole number, found {local!r}")
-    return Place(coordinator, int(count), int(index), (int(local),) if local else ())
+    return Rank(coordinator, int(count), int(index), (int(local),) if local else ())
 
 
-def _from_cluster(start_seconds: int) -> Place | None:
+def _from_cluster(start_seconds: int) -> Rank | None:
     """What JAX finds. It is only asked where several processes were started, for some of its ways need a network."""
     from jax._src import clusters  # behind `jax.distributed.initialize`, which tells nobody what it found
 
@@ -81,7 +81,7 @@ def _from_cluster(start_seconds: int) -> Place | None:
     coordinator, count, index, local = found
     if coordinator is None or count is None or index is None:
         return None
-    return Place(coordinator, count, index, () if _gpus_are_dealt() else tuple(local or ()))
+    return Rank(coordinator, count, index, () if _gpus_are_dealt() else tuple(local or ()))
 
 
 def _one_of_several() -> bool:

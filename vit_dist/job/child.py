@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TextIO
 
+from vit_dist.job.blame import VARIABLE, Blame, read
+
 TAIL = 20  # lines kept of each process, to be shown again if it fails
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 20  # bytes; what is longer is cut, so that no process can fill the memory
@@ -30,16 +32,20 @@ class Child:
         self.index = index
         self.code: int | None = None  # with which it has ended; -n: by the signal n
         self.killed = False  # by its launcher, whatever it may have done before
+        self.blame: Blame | None = None  # whom it holds at fault, once it has ended
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
+        self._blames, blames = os.pipe()
         self.process = subprocess.Popen(
             command,
-            env=environment,
+            env={**environment, VARIABLE: str(blames)},
+            pass_fds=(blames,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=_end_with_launcher(),
         )
+        os.close(blames)
         out, err = (_Output(pipe, self.index, self.tail, ready) for pipe in (self.process.stdout, self.process.stderr))
         out.is_result = self.index == 0
         self._outputs = (out, err)
@@ -59,8 +65,19 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         for output in self._outputs:
             output.finish()
+        self.blame = self._read_blame()
         self.code = self.process.returncode
         return True
+
+    def _read_blame(self) -> Blame | None:
+        """What it has written; a process that it started may hold the pipe open, and is not waited for."""
+        os.set_blocking(self._blames, False)
+        try:
+            return read(os.read(self._blames, _CHUNK))
+        except BlockingIOError:
+            return None
+        finally:
+            os.close(self._blames)
 
     def innocence(self) -> int:
         """Of several that were found ended together the lowest is blamed: one killed from outside, an error, an abort.

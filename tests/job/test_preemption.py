@@ -13,7 +13,7 @@ from pids import wait_until_gone, workers
 from PIL import Image
 from system import NOTHING_RANDOM, Running, checkpoint_steps, command, rows, started, train_here, until
 
-from vit_dist.run.signals import StopRequest
+from vit_dist.job.preemption import StopRequest
 
 LONG = ("mesh.data=1", "fake_devices=1", "total_steps=100000", "evaluate.every_steps=0", *NOTHING_RANDOM)
 
@@ -50,7 +50,7 @@ def test_two_processes_stop_at_one_step_when_one_is_asked():
         import jax
         address, rank = sys.argv[1], int(sys.argv[2])
         jax.distributed.initialize(address, 2, rank)
-        from vit_dist.run.signals import StopRequest
+        from vit_dist.job.preemption import StopRequest
         with StopRequest() as stop:
             for step in range(1, 2000):
                 if rank == 1 and step == 5:

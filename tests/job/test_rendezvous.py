@@ -1,4 +1,4 @@
-"""The roll call of a job: who comes late, who calls by mistake, and who hangs up."""
+"""How processes meet: who comes late, who connects by mistake, and who closes the connection."""
 
 import concurrent.futures
 import os
@@ -9,9 +9,9 @@ import time
 import pytest
 
 from vit_dist.config import ConfigError
-from vit_dist.launch import free_port
-from vit_dist.mesh.peers import JobError, as_line, roll_call
-from vit_dist.mesh.place import Place
+from vit_dist.job.launcher import free_port
+from vit_dist.job.rank import Rank
+from vit_dist.job.rendezvous import JobError, encode, rendezvous
 
 
 @pytest.fixture
@@ -19,27 +19,27 @@ def port():
     return free_port()
 
 
-def place(port, index, count=3):
-    return Place(f"127.0.0.1:{port}", count, index)
+def rank(port, index, count=3):
+    return Rank(f"127.0.0.1:{port}", count, index)
 
 
 def all_of(port, count=3, seconds=20, before=lambda: None):
-    """The peers of each process of a job, whose roll calls run in threads; `before` runs once process 0 listens."""
+    """The peers of each process of a job, which meet in threads; `before` runs once process 0 listens."""
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        first = pool.submit(roll_call, place(port, 0, count), seconds)
+        first = pool.submit(rendezvous, rank(port, 0, count), seconds)
         before()
-        others = [pool.submit(roll_call, place(port, index, count), seconds) for index in range(1, count)]
+        others = [pool.submit(rendezvous, rank(port, index, count), seconds) for index in range(1, count)]
         return [one.result(seconds + 15) for one in (first, *others)]
 
 
 def close(*jobs):
     for peers in jobs:
         for peer in peers.values():
-            peer.line.close()
+            peer.connection.close()
 
 
-def call(port):
-    """A line to process 0, once it listens."""
+def connect(port):
+    """A connection to process 0, once it listens."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -57,12 +57,12 @@ def test_process_0_has_a_line_to_all_others_and_they_to_it(port):
 
 
 def test_those_who_call_by_mistake_keep_nobody_waiting(port, monkeypatch):
-    monkeypatch.setattr("vit_dist.mesh.peers._HELLO_SECONDS", 1)
+    monkeypatch.setattr("vit_dist.job.rendezvous._GREETING_SECONDS", 1)
     strangers = []
 
     def knock():
         for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b""):
-            strangers.append(call(port))
+            strangers.append(connect(port))
             strangers[-1].sendall(words)
 
     started = time.monotonic()
@@ -76,17 +76,17 @@ def test_those_who_call_by_mistake_keep_nobody_waiting(port, monkeypatch):
 
 def test_a_process_that_meets_what_hangs_up_on_it_calls_again(port):
     """Such as the last words of the process 0 before this one, or of another service, at the same port."""
-    door = socket.create_server(("127.0.0.1", port))
+    server = socket.create_server(("127.0.0.1", port))
 
     def hang_up():
-        line, _ = door.accept()
+        line, _ = server.accept()
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # with a reset, not an end
         line.close()
-        door.close()
-        return roll_call(place(port, 0, 2), 20)
+        server.close()
+        return rendezvous(rank(port, 0, 2), 20)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.submit(hang_up), pool.submit(roll_call, place(port, 1, 2), 20)
+        first, second = pool.submit(hang_up), pool.submit(rendezvous, rank(port, 1, 2), 20)
         jobs = first.result(40), second.result(40)
     assert [sorted(peers) for peers in jobs] == [[1], [0]]
     close(*jobs)
@@ -94,8 +94,8 @@ def test_a_process_that_meets_what_hangs_up_on_it_calls_again(port):
 
 def test_a_process_that_was_started_again_takes_the_place_of_the_one_that_ended(port):
     def come_and_go():
-        line = call(port)
-        line.sendall(as_line(job="3 processes", index=1, host="gone", pid=1))
+        line = connect(port)
+        line.sendall(encode(job="3 processes", index=1, host="gone", pid=1))
         line.close()
         time.sleep(0.2)
 
@@ -107,7 +107,7 @@ def test_a_process_that_was_started_again_takes_the_place_of_the_one_that_ended(
 def test_a_process_of_a_job_of_another_size_is_refused_and_the_others_go_on(port):
     def stray():
         with pytest.raises(ConfigError, match="process 1 of 2 processes met process 0 at .*, but this is a job of 3"):
-            roll_call(place(port, 1, 2), 10)
+            rendezvous(rank(port, 1, 2), 10)
 
     jobs = all_of(port, before=stray)
     assert [len(peers) for peers in jobs] == [2, 1, 1]
@@ -116,12 +116,12 @@ def test_a_process_of_a_job_of_another_size_is_refused_and_the_others_go_on(port
 
 def test_a_port_that_is_taken_is_said(port):
     with socket.create_server(("", port)), pytest.raises(ConfigError, match=f"process 0 cannot listen at port {port}"):
-        roll_call(place(port, 0), 1)
+        rendezvous(rank(port, 0), 1)
 
 
 def test_all_who_came_hear_who_did_not(port):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = (pool.submit(roll_call, place(port, index, 12), 1) for index in (0, 2))
+        first, second = (pool.submit(rendezvous, rank(port, index, 12), 1) for index in (0, 2))
         for one in (first, second):
             with pytest.raises(JobError, match="processes 1, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 did not come"):
                 one.result(20)

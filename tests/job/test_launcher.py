@@ -14,13 +14,13 @@ from system import ROOT, Running, run, started, until
 
 from vit_dist import cli
 from vit_dist.config import ConfigError
-from vit_dist.launch import Job, count_gpus, verb_command
+from vit_dist.job.launcher import Job, count_gpus, verb_command
 
 HOST = socket.gethostname()
 RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['VIT_DIST_PROCESS']); "
 LAUNCH = """
 import sys
-from vit_dist import launch
+from vit_dist.job import launcher as launch
 launch.LAST_WORDS_SECONDS, launch.GRACE_SECONDS, launch.STRAGGLER_SECONDS = {last_words}, {grace}, {straggler}
 sys.exit(launch.launch(launch.Job((sys.executable, "-c", {code!r}), **{options!r})))
 """
@@ -153,11 +153,11 @@ def test_a_process_killed_by_9_is_named_and_its_own_processes_are_gone_too(tmp_p
 
 WATCHED = """
 from vit_dist.config import Deadlines
-from vit_dist.mesh.peers import roll_call
-from vit_dist.mesh.place import find_place
-from vit_dist.mesh.watch import Watch
-place = find_place(60)
-watch = Watch(rank, roll_call(place, 60), Deadlines(peer_seconds=2, step_seconds=3))
+from vit_dist.job.rendezvous import rendezvous
+from vit_dist.job.rank import find_rank
+from vit_dist.job.watchdog import Watchdog
+mine = find_rank(60)
+watch = Watchdog(rank, rendezvous(mine, 60), Deadlines(peer_seconds=2, step_seconds=3))
 {then}
 watch.alive(2)
 time.sleep(60)
@@ -165,7 +165,7 @@ time.sleep(60)
 
 
 STOPS = "os.kill(os.getpid(), signal.SIGSTOP)"
-FAILS = "watch.say_failed('no space', 1); print('error: no space', file=sys.stderr); sys.exit(1)"
+FAILS = "watch.report_failure('no space', 1); print('error: no space', file=sys.stderr); sys.exit(1)"
 
 
 BLAMED = {
@@ -306,7 +306,12 @@ def test_one_that_stays_when_the_others_have_ended_well_is_killed(tmp_path):
 def test_a_failure_on_another_host_is_told_as_this_hosts_processes_tell_it(tmp_path):
     lost = "process 0 (host-a, 10.0.0.1, pid 7) was lost: it has said nothing for 60 s"
     code, _, err = launched(
-        tmp_path, f"print('error: {lost}', file=sys.stderr); sys.exit(1)", 1, nodes=2, node_rank=1, coordinator="a:1"
+        tmp_path,
+        f"from vit_dist.job.blame import Blame; Blame(0, {lost!r}).report(); sys.exit(1)",
+        1,
+        nodes=2,
+        node_rank=1,
+        coordinator="a:1",
     )
     assert code == 1
     assert re.search(
@@ -366,7 +371,7 @@ def test_processes_are_numbered_over_all_hosts_and_take_a_gpu_each_or_fake_devic
 
 def test_the_verb_and_its_arguments_are_passed_on_untouched(monkeypatch):
     jobs = []
-    monkeypatch.setattr("vit_dist.launch.launch", lambda job: jobs.append(job) or 75)
+    monkeypatch.setattr("vit_dist.job.launcher.launch", lambda job: jobs.append(job) or 75)
     verb = ["train", "--config=a b.py", "--config.mesh.data=-1", "--config.seed", "3", "--", "--restarts=9"]
     assert cli.main(["launch", "--processes=2", "--devices-per-process=4", "--restarts=5", "--", *verb]) == 75
     assert jobs == [Job((sys.executable, "-m", "vit_dist", *verb), 2, devices_per_process=4, restarts=5)]
@@ -395,7 +400,7 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(monkeypatch):
     ],
 )
 def test_what_makes_no_sense_is_one_line_that_names_it(words, said, capsys, monkeypatch):
-    monkeypatch.setattr("vit_dist.launch.launch", lambda job: pytest.fail(f"{job} was started"))
+    monkeypatch.setattr("vit_dist.job.launcher.launch", lambda job: pytest.fail(f"{job} was started"))
     try:
         assert cli.main(["launch", *words.split()]) == 2
     except SystemExit as ended:  # argparse's own
@@ -424,5 +429,5 @@ def test_the_command_of_a_verb_runs_this_package_by_this_python():
 
 
 def test_the_launcher_never_starts_jax():
-    code = "import sys, vit_dist.launch, vit_dist.cli; print('jax' in sys.modules)"
+    code = "import sys, vit_dist.job.launcher, vit_dist.cli; print('jax' in sys.modules)"
     assert os.popen(f'cd {ROOT} && {sys.executable} -c "{code}"').read() == "False\n"
