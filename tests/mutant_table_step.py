@@ -106,6 +106,39 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "data/test_crop.py::test_the_device_draws_boxes_by_the_law_of_the_host",
         ),
     ],
+    "step/evaluation.py": [
+        (
+            "eval_crop ignored on the device",
+            "if crop_on_device and data.eval_crop is not None:",
+            "if False:",
+            WHOLE_IMAGES,
+        ),
+        (
+            "masked rows have a loss",
+            "jnp.where(mask, per_example(logits, targets), 0)",
+            "per_example(logits, targets)",
+            EVALUATION,
+        ),
+        (
+            "evaluation is smoothed",
+            "targets = losses.one_hot(labels, classes)\n",
+            "targets = losses.smooth(losses.one_hot(labels, classes), settings.label_smoothing)\n",
+            EVALUATION,
+        ),
+        (
+            "top-1 of masked rows",
+            "top_k_correct(logits, labels, 1) & mask",
+            "top_k_correct(logits, labels, 1)",
+            EVALUATION,
+        ),
+        ("masked rows counted", "jnp.sum(mask, dtype=jnp.int32)", "jnp.sum(mask | True, dtype=jnp.int32)", EVALUATION),
+        (
+            "evaluation resizes bilinearly",
+            "augment.resize(images, size, data.interpolation)",
+            'augment.resize(images, size, "bilinear")',
+            WHOLE_IMAGES,
+        ),
+    ],
     "step/losses.py": [
         ("sigmoid's mean over classes", "each.sum(axis=-1)", "each.mean(axis=-1)", SIGMOID),
     ],
@@ -179,12 +212,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             DRAWS,
         ),
         ("seed ignored by the step", "jax.random.key(settings.seed)", "jax.random.key(0)", SEED),
-        (
-            "eval_crop ignored on the device",
-            "if crop_on_device and data.eval_crop is not None:",
-            "if False:",
-            WHOLE_IMAGES,
-        ),
         ("micro-batches' means summed", "jnp.sum(each) / settings.batch_size", "jnp.mean(each)", SIGMOID),
         (
             "EMA of the old parameters",
@@ -205,32 +232,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "gradients, each",
             SIGMOID,
         ),
-        (
-            "masked rows have a loss",
-            "jnp.where(mask, per_example(logits, targets), 0)",
-            "per_example(logits, targets)",
-            EVALUATION,
-        ),
-        (
-            "evaluation is smoothed",
-            "targets = losses.one_hot(labels, classes)\n",
-            "targets = losses.smooth(losses.one_hot(labels, classes), settings.label_smoothing)\n",
-            EVALUATION,
-        ),
         ("frozen parameters in the logged norm", "p if on else jax.lax.stop_gradient(p)", "p", SIGMOID),
         ("flipped by host and device", "if not crop_on_device:", "if False:", SIGMOID),
-        (
-            "top-1 of masked rows",
-            "top_k_correct(logits, labels, 1) & mask",
-            "top_k_correct(logits, labels, 1)",
-            EVALUATION,
-        ),
-        ("masked rows counted", "jnp.sum(mask, dtype=jnp.int32)", "jnp.sum(mask | True, dtype=jnp.int32)", EVALUATION),
-        (
-            "evaluation resizes bilinearly",
-            "augment.resize(images, size, data.interpolation)",
-            'augment.resize(images, size, "bilinear")',
-            WHOLE_IMAGES,
-        ),
     ],
 }

@@ -194,7 +194,7 @@ class Deadlines:
 
     start_seconds: int = 300  # for all processes to join
     peer_seconds: int = 60  # without a sign of life from a process
-    step_seconds: int = 1800  # once the data are open: in which no process begins a step, an evaluation's batch, a save
+    step_seconds: int = 1800  # once the data are open: in which no process begins a step or an evaluation's batch
 
 
 @dataclasses.dataclass(frozen=True)

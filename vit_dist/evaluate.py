@@ -21,8 +21,8 @@ from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
 from vit_dist.run.failures import everyones
 from vit_dist.run.workdir import read_config
+from vit_dist.step.evaluation import no_totals
 from vit_dist.step.state import Parameters
-from vit_dist.step.update import no_totals
 
 _log = logging.getLogger(__name__)
 

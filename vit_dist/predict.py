@@ -15,7 +15,7 @@ from vit_dist.job import processes
 from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import restored
 from vit_dist.run.workdir import class_names, read_config
-from vit_dist.step.update import prepare
+from vit_dist.step.evaluation import model_input
 
 
 def predict(
@@ -48,7 +48,8 @@ def predict(
 
         @jax.jit
         def probabilities(parameters: Any, images: jax.Array) -> jax.Array:
-            logits = program.network(parameters, prepare(images, settings.data, settings.model, crop_on_device=False))
+            inputs = model_input(images, settings.data, settings.model, crop_on_device=False)
+            logits = program.network(parameters, inputs)
             return jax.nn.sigmoid(logits) if settings.loss == "sigmoid" else jax.nn.softmax(logits)
 
         size, sharding = program.evaluation_batch_size(), batch_sharding(program.mesh)

@@ -25,7 +25,7 @@ from vit_dist.mesh import feed, layout, topology, xla_options
 from vit_dist.model import context, flops, vit
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.devices import peak_flops
-from vit_dist.step import update
+from vit_dist.step import evaluation, update
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
 from vit_dist.step.state import Network, Parameters, State, make_state
@@ -69,10 +69,12 @@ class Program:
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)
         options = _compiler_options(settings, self.mesh.devices.flat[0].platform)
-        step = update.make_train_step(settings, self.network, self.optimizer, schedule, crop_on_device=crop_on_device)
-        self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
-        evaluation = update.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
-        self.evaluation_step = jax.jit(evaluation, donate_argnums=2, compiler_options=options)
+        train_step = update.make_train_step(
+            settings, self.network, self.optimizer, schedule, crop_on_device=crop_on_device
+        )
+        self.train_step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
+        evaluation_step = evaluation.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
+        self.evaluation_step = jax.jit(evaluation_step, donate_argnums=2, compiler_options=options)
 
     def check_training_batch(self) -> None:
         """Raises `ConfigError` where the batch does not divide over the mesh; an evaluation's need not."""

@@ -133,9 +133,7 @@ class Session:
                     )
                 )
             )
-            processes.alive()
             self.state, self.seconds_before = self._restore()
-            processes.alive()
             self.step = self.first_step = int(self.state.step)
             self.bad_images = BadImages(self.workdir, resume_step=self.step)
             self.log = self.progress = self.profile = None
@@ -168,7 +166,6 @@ class Session:
                 processes.alive(self.step + 1)
                 if self.step == self.first_step:
                     program.meet(program.train_step, self.state, batch)
-                    processes.alive()
                     self._say_plan(batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
@@ -220,7 +217,6 @@ class Session:
         return State(**{"ema": None, **trees}), seconds
 
     def _save(self) -> None:
-        processes.alive()
         if self.log is not None:
             self.log.flush()
         metadata = {"seconds": self._seconds()}
@@ -295,7 +291,6 @@ class Session:
         return skipped
 
     def _finish(self) -> dict[str, Any]:
-        processes.alive()
         self.checkpoints.wait()
         result = self.result or processes.gather(_last_result(self.workdir, self.settings.evaluate.splits))[0]
         if self.splits and result.get("step") != self.step:  # it was trained to its end, but could not be evaluated

@@ -15,7 +15,7 @@ from vit_dist import config, predict
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.workdir import write_run
-from vit_dist.step.update import no_totals, prepare
+from vit_dist.step.evaluation import model_input, no_totals
 
 CLASSES, BATCH, SIZE = 7, 8, (8, 12)
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)
@@ -54,8 +54,9 @@ def test_whole_images_are_cut_to_their_centre_and_resized_on_the_device() -> Non
     def found(images: np.ndarray, crop_on_device: bool, **data: Any) -> np.ndarray:
         """What the network gets, as pixels."""
         asked = settings("softmax", 0.8)
-        prepared = prepare(images, dataclasses.replace(asked.data, **data), asked.model, crop_on_device=crop_on_device)
-        return (np.asarray(prepared, np.float64) * STD + MEAN) * 255
+        wanted = dataclasses.replace(asked.data, **data)
+        inputs = model_input(images, wanted, asked.model, crop_on_device=crop_on_device)
+        return (np.asarray(inputs, np.float64) * STD + MEAN) * 255
 
     whole, cut = pixels(0, (14, 20)), pixels(1, SIZE)
     np.testing.assert_allclose(found(whole, True), center(whole), atol=1e-3)

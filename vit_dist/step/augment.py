@@ -41,12 +41,6 @@ def resize(images: jax.Array, size: tuple[int, int], interpolation: str) -> jax.
     return _on_own_rows(of_own, images)
 
 
-def center_crop(images: jax.Array, size: tuple[int, int], ratio: float) -> jax.Array:
-    """The box of each image [B, H, W, C] that `crop.centre_box` gives, not resized."""
-    top, left, height, width = crop.centre_box(images.shape[1], images.shape[2], size, ratio)
-    return images[:, top : top + height, left : left + width]
-
-
 def warp(images: jax.Array, key: jax.Array, settings: config.Data) -> jax.Array:
     """Each image [B, H, W, C] under its own random crop, flip, shift, rotation, scale and shear; float32.
 

@@ -1,4 +1,4 @@
-"""One training step, and one step of an evaluation, as pure functions to compile.
+"""One training step, as a pure function to compile.
 
 Everything random in a step follows from the seed, the step's number and an example's place in the global batch, so
 the curve is the same on any mesh. With micro-batches the gradient is summed unreduced and crosses the network once.
@@ -6,7 +6,6 @@ the curve is the same on any mesh. With micro-batches the gradient is summed unr
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,56 +124,6 @@ def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Arr
     """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: old + (new - old) * (1 - d), ema, parameters)  # exact where nothing changed
-
-
-def make_evaluation_step(
-    settings: config.Config, network: Network, *, crop_on_device: bool
-) -> Callable[[Parameters, Batch, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """`step(parameters, batch, totals) -> totals` with the batch's sums added; rows of a False `mask` count nothing.
-
-    Totals: `loss` float32; `count`, `top1`, `top5` int32; `class_count`, `class_top1` int32 [classes].
-    """
-    data, model = settings.data, network.settings
-    classes = model.num_classes
-    assert classes is not None
-    per_example = losses.LOSSES[settings.loss]
-
-    def step(parameters: Parameters, batch: Batch, totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        images = prepare(batch["image"], data, model, crop_on_device=crop_on_device)
-        logits = network(parameters, images)
-        labels, mask = batch["label"], batch["mask"]
-        targets = losses.one_hot(labels, classes)
-        loss = jnp.where(mask, per_example(logits, targets), 0)
-        top1 = losses.top_k_correct(logits, labels, 1) & mask
-        top5 = losses.top_k_correct(logits, labels, 5) & mask
-        per_class = targets.astype(jnp.int32)
-        sums = {
-            "loss": jnp.sum(loss),
-            "count": jnp.sum(mask, dtype=jnp.int32),
-            "top1": jnp.sum(top1, dtype=jnp.int32),
-            "top5": jnp.sum(top5, dtype=jnp.int32),
-            "class_count": jnp.sum(per_class * mask[:, None], axis=0),
-            "class_top1": jnp.sum(per_class * top1[:, None], axis=0),
-        }
-        return jax.tree.map(jnp.add, totals, sums)
-
-    return step
-
-
-def no_totals(classes: int) -> dict[str, Any]:
-    """The totals before the first batch of an evaluation."""
-    whole = {name: jnp.zeros((), jnp.int32) for name in ("count", "top1", "top5")}
-    each = {name: jnp.zeros((classes,), jnp.int32) for name in ("class_count", "class_top1")}
-    return {"loss": jnp.zeros((), jnp.float32), **whole, **each}
-
-
-def prepare(images: jax.Array, data: config.Data, model: config.Model, *, crop_on_device: bool) -> jax.Array:
-    """uint8 [B, h, w, c] -> what the network takes, without augmentation; crop_on_device as in `make_train_step`."""
-    size = pair(model.image_size)
-    if crop_on_device and data.eval_crop is not None:
-        images = augment.center_crop(images, size, data.eval_crop)
-    images = augment.normalise(images, data.mean, data.std)
-    return augment.resize(images, size, data.interpolation).astype(model.dtype)
 
 
 def _micro_batches(array: jax.Array, count: int) -> jax.Array:
