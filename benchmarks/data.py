@@ -32,12 +32,12 @@ import numpy as np
 from PIL import Image
 
 from vit_dist import config
-from vit_dist.data import augment, crop
-from vit_dist.data.examples import ArraySource, Source
-from vit_dist.data.loader import train_batches
-from vit_dist.data.order import Order
-from vit_dist.data.prepare import prepare
-from vit_dist.data.sources import open_source
+from vit_dist.data.pictures import augment, crop
+from vit_dist.data.prepare.convert import prepare
+from vit_dist.data.sets.examples import ArraySource, Source
+from vit_dist.data.sets.sources import open_source
+from vit_dist.data.stream.loader import train_batches
+from vit_dist.data.stream.order import Order
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 SIZE, BATCH, SEED = 224, 32, 0

@@ -13,100 +13,102 @@ AXES = "mesh/test_layout.py::test_names_become_the_axes_that_the_mesh_has"
 PREDICT = "step/test_evaluation.py::test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average"
 
 TABLE: dict[str, list[tuple[str, ...]]] = {
-    "data/augment.py": [
+    "data/pictures/augment.py": [
         (
             "flipped nine times in ten",
             "cv2.flip(image, 1).reshape(image.shape) if rng.random() < 0.5 else image",
             "cv2.flip(image, 1).reshape(image.shape) if rng.random() < 0.9 else image",
-            "data/test_augment.py::test_one_image_in_two_is_flipped",
+            "data/pictures/test_augment.py::test_one_image_in_two_is_flipped",
         ),
         (
             "one generator for all examples",
             "counter=position << 64",
             "counter=0",
-            "data/test_augment.py::test_random_numbers_depend_on_seed_and_position_alone",
+            "data/pictures/test_augment.py::test_random_numbers_depend_on_seed_and_position_alone",
         ),
         (
             "erased unless drawn",
             "if rng.random() >= probability:",
             "if rng.random() < probability:",
-            "data/test_augment.py::test_erasing_happens_as_often_as_asked",
+            "data/pictures/test_augment.py::test_erasing_happens_as_often_as_asked",
         ),
         (
             "hue alone changes nothing",
             "if data.color_jitter or data.hue_jitter:",
             "if data.color_jitter:",
-            "data/test_augment.py::test_each_kind_of_change_is_made_when_it_alone_is_asked_for",
+            "data/pictures/test_augment.py::test_each_kind_of_change_is_made_when_it_alone_is_asked_for",
         ),
         (
             "the device takes what it cannot do",
             'return data.augment_on != "host" and in_memory and not host_alone',
             'return data.augment_on != "host" and in_memory',
-            "data/test_augment.py::test_the_device_crops_and_flips_images_in_memory_unless_the_host_alone_can_do_what_is_asked",
+            "data/pictures/test_augment.py::test_the_device_crops_and_flips_images_in_memory_unless_the_host_alone_can_do_what_is_asked",
         ),
     ],
-    "data/crop.py": [
+    "data/pictures/crop.py": [
         (
             "aspect even, not in its logarithm",
             "ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))",
             "ratio = rng.uniform(*aspect)",
-            "data/test_crop.py::test_a_box_drawn_is_the_same_as_ever",
+            "data/pictures/test_crop.py::test_a_box_drawn_is_the_same_as_ever",
         ),
         (
             "the largest box of any aspect",
             "ratio = min(max(width / height, aspect[0]), aspect[1])",
             "ratio = width / height",
-            "data/test_crop.py::test_where_no_box_fits_the_largest_centred_one_is_taken",
+            "data/pictures/test_crop.py::test_where_no_box_fits_the_largest_centred_one_is_taken",
         ),
     ],
-    "data/examples.py": [
+    "data/sets/examples.py": [
         (
             "classes of one name are one",
             "        if counts[name] > 1:",
             "        if False:",
-            "data/test_examples.py::test_classes_of_one_name_are_shown_with_their_numbers",
+            "data/sets/test_examples.py::test_classes_of_one_name_are_shown_with_their_numbers",
         ),
     ],
-    "data/index.py": [
+    "data/sets/index.py": [
         (
             "a test split's classes of one name are matched",
             "        check_distinct(self.class_names, where)\n",
             "",
-            "data/test_examples.py::test_splits_whose_classes_have_one_name_twice_are_not_matched_by_it",
+            "data/sets/test_examples.py::test_splits_whose_classes_have_one_name_twice_are_not_matched_by_it",
         ),
     ],
-    "data/order.py": [
+    "data/stream/order.py": [
         (
             "every epoch in one order",
-            "return _shuffled(seed, (), epochs, size, ranks)",
-            "return _shuffled(seed, (), 0 * epochs, size, ranks)",
-            "data/test_order.py::test_the_order_is_that_of_the_first_release",
-        ),
-        (
-            "the seed changes no order",
-            "np.random.SeedSequence((seed, epoch), spawn_key=what)",
-            "np.random.SeedSequence((0, epoch), spawn_key=what)",
-            "data/test_order.py::test_epochs_and_seeds_have_unrelated_orders",
+            "return shuffled(seed, (), epochs, size, ranks)",
+            "return shuffled(seed, (), 0 * epochs, size, ranks)",
+            "data/stream/test_order.py::test_the_order_is_that_of_the_first_release",
         ),
         (
             "repeats forgotten",
             "places = np.asarray(positions, np.int64) // self.repeats",
             "places = np.asarray(positions, np.int64)",
-            "data/test_order.py::test_repeats_give_each_place_of_the_stream_so_many_positions",
+            "data/stream/test_order.py::test_repeats_give_each_place_of_the_stream_so_many_positions",
         ),
         (
             "all parts of a mixture in one order",
-            "_shuffled(self.seed, (_PART, number), epochs, size, ranks)",
-            "_shuffled(self.seed, (_PART,), epochs, size, ranks)",
-            "data/test_order.py::test_the_order_of_a_mixture_is_that_of_the_first_release",
+            "shuffled(self.seed, (_PART, number), epochs, size, ranks)",
+            "shuffled(self.seed, (_PART,), epochs, size, ranks)",
+            "data/stream/test_order.py::test_the_order_of_a_mixture_is_that_of_the_first_release",
         ),
     ],
-    "data/workers.py": [
+    "data/shuffle.py": [
+        (
+            "the seed changes no order",
+            "np.random.SeedSequence((seed, epoch), spawn_key=what)",
+            "np.random.SeedSequence((0, epoch), spawn_key=what)",
+            "data/stream/test_order.py::test_epochs_and_seeds_have_unrelated_orders",
+        ),
+    ],
+    "data/stream/workers.py": [
         (
             "a parent that has ended already is not noticed",
             "if wait([parent.sentinel], timeout=0):",
             "if False:",
-            "data/test_workers.py::test_a_worker_whose_parent_has_ended_before_it_asks_for_a_signal_ends_too",
+            "data/stream/test_workers.py::test_a_worker_whose_parent_has_ended_before_it_asks_for_a_signal_ends_too",
         ),
     ],
     "evaluate.py": [

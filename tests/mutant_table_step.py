@@ -103,7 +103,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "a box that does not fit is taken",
             "fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)",
             "fits = (widths > 0) & (heights > 0)",
-            "data/test_crop.py::test_the_device_draws_boxes_by_the_law_of_the_host",
+            "data/pictures/test_crop.py::test_the_device_draws_boxes_by_the_law_of_the_host",
         ),
     ],
     "step/evaluation.py": [

@@ -9,8 +9,8 @@ import pytest
 from system import DATA, NOTHING_RANDOM, rows, settings, train_here
 
 from vit_dist import cli
-from vit_dist.data.formats.idx import read_digits
-from vit_dist.data.loader import evaluation_batches
+from vit_dist.data.sets.formats.idx import read_digits
+from vit_dist.data.stream.loader import evaluation_batches
 from vit_dist.evaluate import evaluate, evaluate_source, open_split
 from vit_dist.program import Program
 

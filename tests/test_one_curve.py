@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from system import NO_DROPOUT, examples, largest_difference, losses, train_here
 
-from vit_dist.data.formats.idx import read_digits
+from vit_dist.data.sets.formats.idx import read_digits
 
 TOLERANCE = 1e-4
 MESHES = {

@@ -25,6 +25,7 @@ FLOORS = (
     ("__main__",),
 )
 VERBS = FLOORS[8]
+DATA_ROOMS = ("files, libraries and the like", "pictures", "sets", "stream", "prepare")  # ground floor first
 
 
 def modules() -> dict[str, Path]:
@@ -53,6 +54,12 @@ def of_project(file: Path) -> set[str]:
 
 def room(name: str) -> str:
     return name.partition(".")[0]
+
+
+def data_floor(name: str) -> int:
+    """Of a module such as `data.sets.index`; those that lie in no room of the data are the ground floor."""
+    part = name.split(".")[1]
+    return DATA_ROOMS.index(part) if part in DATA_ROOMS else 0
 
 
 def floor(name: str) -> int:
@@ -85,6 +92,13 @@ def test_a_room_knows_no_more_of_the_project_than_it_must(where, allowed):
         if room(name) == where:
             strange = {other for other in of_project(file) if other not in allowed and room(other) not in allowed}
             assert strange - {"mesh"} == set(), name
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(modules()) if name.startswith("data.")])
+def test_a_module_of_the_data_imports_its_own_room_of_them_and_lower_ones_only(name):
+    for other in of_project(modules()[name]):
+        if other.startswith("data."):
+            assert data_floor(other) <= data_floor(name), f"{name} imports {other}"
 
 
 def test_no_two_modules_import_each_other_by_any_way_round():
@@ -122,7 +136,7 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
         "vit_dist.describe.inspect",
         "vit_dist.plan.verb.plan",
         "vit_dist.bench.bench",
-        "vit_dist.data.prepare.prepare",
+        "vit_dist.data.prepare.convert.prepare",
     ]
 
 

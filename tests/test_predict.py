@@ -10,7 +10,7 @@ import pytest
 
 from vit_dist import evaluate, predict, recipes
 from vit_dist.config import ConfigError
-from vit_dist.data.formats.idx import read_digits
+from vit_dist.data.sets.formats.idx import read_digits
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.train import train
 

@@ -11,11 +11,11 @@ from jax.sharding import AxisType
 
 from vit_dist import rates
 from vit_dist.config import Data
-from vit_dist.data import pixels
-from vit_dist.data.examples import FileSource
-from vit_dist.data.index import Names
-from vit_dist.data.loader import Batches, train_batches
-from vit_dist.data.stages import Stages
+from vit_dist.data.sets.examples import FileSource
+from vit_dist.data.sets.index import Names
+from vit_dist.data.stream import pixels
+from vit_dist.data.stream.loader import Batches, train_batches
+from vit_dist.data.stream.stages import Stages
 from vit_dist.mesh import feed
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vit_dist.bench import bench as bench
-    from vit_dist.data.prepare import prepare as prepare
+    from vit_dist.data.prepare.convert import prepare as prepare
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
     from vit_dist.model.vit import ViT as ViT
@@ -26,7 +26,7 @@ _MODULES = {
     "ViT": "model.vit",
     "inspect": "describe",
     "plan": "plan.verb",
-    "prepare": "data.prepare",
+    "prepare": "data.prepare.convert",
 }  # of the names that their module does not share
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError, total_steps
-from vit_dist.data.pixels import comes_whole
+from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch

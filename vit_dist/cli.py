@@ -234,7 +234,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from vit_dist.data import prepare
+    from vit_dist.data.prepare import convert
 
     if options.merge or options.verify:
         meaningless = [*_PREPARING, "workers"] if options.merge else _PREPARING
@@ -244,7 +244,7 @@ def _prepare(options: argparse.Namespace) -> None:
             extra = f"--{given[0].replace('_', '-')}" if given else "more than one path or --config"
             raise ConfigError(f"prepare {which}: takes DEST alone, found {extra}")
         dest = options.paths[0]
-        _print_json(prepare.merge(dest) if options.merge else prepare.verify(dest, options.workers))
+        _print_json(convert.merge(dest) if options.merge else convert.verify(dest, options.workers))
         return
     if len(options.paths) > 2:
         raise ConfigError(f"prepare: expected SOURCE and DEST, found {len(options.paths)} paths")
@@ -252,7 +252,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for key in options.overrides:
         config.one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
     settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
-    found = prepare.prepare(
+    found = convert.prepare(
         source[0] if source else None,
         dest,
         kind=options.source,

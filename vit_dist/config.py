@@ -95,7 +95,7 @@ class Part:
 class Data:
     """Where images come from, and what is done to them before the model sees them."""
 
-    source: str = "digits"  # the container: a key of `data.sources.SOURCES`
+    source: str = "digits"  # the container: a key of `data.sets.sources.SOURCES`
     path: str | None = None  # a file or folder, or an address that fsspec knows, such as gs://bucket/images
     mixture: tuple[Part, ...] = ()  # sets to train on together, in place of source and path
     classes: tuple[str, ...] = ()  # keep these alone, in this order; none: all

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from vit_dist import config
-from vit_dist.data.bad import Bad, check_bad, check_none_bad
-from vit_dist.data.examples import Source, check_labels, distinct_names
-from vit_dist.data.loader import evaluation_batches
-from vit_dist.data.pixels import comes_whole
-from vit_dist.data.sources import open_source
+from vit_dist.data.sets.examples import Source, check_labels, distinct_names
+from vit_dist.data.sets.sources import open_source
+from vit_dist.data.stream.bad import Bad, check_bad, check_none_bad
+from vit_dist.data.stream.loader import evaluation_batches
+from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored

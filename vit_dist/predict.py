@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from vit_dist.config import ConfigError, Data, pair
-from vit_dist.data.examples import distinct_names
-from vit_dist.data.images import CHANNELS, BadImage
-from vit_dist.data.pixels import evaluation_image
+from vit_dist.data.pictures.images import CHANNELS, BadImage
+from vit_dist.data.sets.examples import distinct_names
+from vit_dist.data.stream.pixels import evaluation_image
 from vit_dist.job import processes
 from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import restored

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
-from vit_dist.data.examples import Source
-from vit_dist.data.loader import Batches, train_batches
+from vit_dist.data.sets.examples import Source
+from vit_dist.data.stream.loader import Batches, train_batches
 from vit_dist.job import processes
 from vit_dist.mesh import feed, layout, topology, xla_options
 from vit_dist.model import context, flops, vit

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_dist.data.loader import Batches
-from vit_dist.data.stages import NAMES, Stages
+from vit_dist.data.stream.loader import Batches
+from vit_dist.data.stream.stages import NAMES, Stages
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
 from vit_dist.run.devices import memory_in_use

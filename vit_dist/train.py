@@ -19,10 +19,10 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.bad import Bad, BadExamples
-from vit_dist.data.examples import Source, fingerprint
-from vit_dist.data.loader import Batches
-from vit_dist.data.pixels import comes_whole
+from vit_dist.data.sets.examples import Source, fingerprint
+from vit_dist.data.stream.bad import Bad, BadExamples
+from vit_dist.data.stream.loader import Batches
+from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.job import processes

@@ -16,7 +16,7 @@ import numpy as np
 
 from visit.job import Job
 from vit_dist import config
-from vit_dist.data.pixels import comes_whole
+from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch

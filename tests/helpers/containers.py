@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vit_dist.data.examples import FileSource, Source, fingerprint
+from vit_dist.data.sets.examples import FileSource, Source, fingerprint
 
 
 def assert_same(one: Source, other: Source) -> None:

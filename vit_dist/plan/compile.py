@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError
-from vit_dist.data import augment
-from vit_dist.data.sources import gives_pixels
+from vit_dist.data.pictures import augment
+from vit_dist.data.sets.sources import gives_pixels
 from vit_dist.describe import CLASSES, bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State

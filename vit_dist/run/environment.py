@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from vit_dist.config import ConfigError
-from vit_dist.data.examples import PIXELS
+from vit_dist.data.sets.examples import PIXELS
 from vit_dist.run.files import read_json, write_atomically
 
 FILE = "environment.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from vit_dist.data.bad import Bad, check_bad
+from vit_dist.data.stream.bad import Bad, check_bad
 from vit_dist.job import processes
 from vit_dist.run.files import write_atomically
 

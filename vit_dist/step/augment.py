@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_dist import config
-from vit_dist.data import crop
+from vit_dist.data.pictures import crop
 from vit_dist.mesh import layout
 
 Affine = tuple[jax.Array, jax.Array]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vit_dist import config
 from vit_dist.config import pair
-from vit_dist.data import crop
+from vit_dist.data.pictures import crop
 from vit_dist.step import augment, losses
 from vit_dist.step.state import Network, Parameters
 

@@ -1,0 +1,71 @@
+"""A folder of class folders: `<split>/<class>/<image>`, one file an image."""
+
+import dataclasses
+from pathlib import Path
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.data.files import entries, folders_stamp, read_file
+from vit_dist.data.progress import counted
+from vit_dist.data.sets.examples import FileSource, file_source
+from vit_dist.data.sets.formats import tar
+from vit_dist.data.sets.formats.listing import (
+    NoSplit,
+    check_filled,
+    class_folders,
+    find_split,
+    is_hidden,
+    is_image,
+    left_out,
+    split_names,
+)
+from vit_dist.data.sets.index import Index, Names, in_order, kept
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+    """Reads images from files below a folder."""
+
+    root: Path
+    names: Names
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.root / self.names[index])
+
+
+def open_split(path: Path, split: str, data: config.Data) -> FileSource:
+    """The images in `path/<split>`. Raises `ConfigError` where there are none or a class is not the train split's."""
+    if not path.is_dir():
+        raise ConfigError(f"data.path: {path} is a file; data.source=folder needs a folder, or set data.source=tar")
+    splits = class_folders(path)
+    name = find_split(split, splits)
+    if name is None:
+        if tar.find_tar(path, split) is not None:
+            raise ConfigError(f"data.source: {path} holds {split!r} as a tar; set data.source=tar")
+        raise NoSplit(
+            f"data.path: no folder {' or '.join(map(repr, split_names(split)))} in {path}; "
+            f"expected <split>/<class>/<image>, found: {', '.join(splits[:5]) or 'no folders'}"
+        )
+    index = _index(path / name, data.cache_dir)
+    if name != "train" and "train" in splits:
+        index = index.with_classes(class_folders(path / "train"), path / name)
+    return file_source(path / name, name, index, FolderImages(path / name, index.names))
+
+
+def _index(folder: Path, cache_dir: str | None) -> Index:
+    folders = class_folders(folder)
+    stamp = folders_stamp([folder, *(folder / name for name in folders)])
+    return kept(f"folder {folder.absolute()}", stamp, cache_dir, lambda: _walk(folder, folders))
+
+
+def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
+    classes: dict[str, list[str]] = {}
+    ignored = [name for name, is_folder in entries(folder) if is_hidden(name) or not is_folder]
+    for name in counted(folders, f"listing {folder}"):
+        found = entries(folder / name)
+        classes[name] = [image for image, is_folder in found if is_image(image) and not is_folder]
+        ignored += [f"{name}/{other}" for other, is_folder in found if is_folder or not is_image(other)]
+    check_filled(folder, classes)
+    labels = [label for label, name in enumerate(folders) for _ in classes[name]]
+    names = [f"{name}/{image}" for name in folders for image in classes[name]]
+    return in_order(folders, names, labels, notes=left_out(folder, ignored))

@@ -1,0 +1,176 @@
+"""ImageNet (ILSVRC 2012) as it is handed out: `ILSVRC2012_img_train.tar`, which holds a tar for each class, and
+`ILSVRC2012_img_val.tar`, whose images lie side by side, with their labels in another file.
+
+Both are read in place. A label is the rank of a class's WordNet id (`n01440764`) among the sorted ones, as everywhere
+in the field. The devkit numbers the classes otherwise, so its numbers are taken through its own table of WordNet ids.
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.data.files import entries, stamp
+from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
+from vit_dist.data.sets.formats.archive import Member, Memory, Tar, followed, members, open_tar
+from vit_dist.data.sets.formats.listing import NoSplit, check_filled, find_split, is_hidden, is_image, left_out
+from vit_dist.data.sets.formats.tar import Classes, Span, ordered, taken_over
+from vit_dist.data.sets.index import Index, kept
+
+TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+_NUMBERS, _TABLE = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"  # inside the devkit
+_WNIDS = "imagenet_2012_validation_synset_labels.txt"
+_SOLUTION = "LOC_val_solution.csv"
+_WNID = re.compile(r"n\d{8}")
+
+
+def open_split(path: Path, split: str, data: config.Data) -> FileSource:
+    """The training images or, as `val` or `test`, the validation images; both are named `<wnid>/<file>`.
+
+    The ground truth of the validation images is the devkit, a text file of a WordNet id a line in the order of the
+    images' names, or Kaggle's `LOC_val_solution.csv`. Raises `ConfigError` where a file is missing, damaged, or does
+    not fit the others.
+    """
+    name = find_split(split, tuple(TARS))
+    if name is None:
+        raise NoSplit(f"no split {split!r}: this source has {' and '.join(TARS)}")
+    if not path.is_dir():
+        raise ConfigError(f"data.path: {path} is a file; expected the folder that holds {TARS[name]}")
+    if not (path / TARS[name]).is_file():
+        raise NoSplit(f"data.path: no {TARS[name]} in {path}")
+    memory = Memory.of(data, "decompress it to a plain tar, which is read where it lies")
+    tar = open_tar(path / TARS[name], memory)
+    if name == "train":
+        index = _train_index(tar, data.cache_dir)
+    else:
+        index = _val_index(tar, _find_truth(path), memory, data.cache_dir)
+        if (path / TARS["train"]).is_file():
+            train = _train_index(open_tar(path / TARS["train"], memory), data.cache_dir)
+            index = index.with_classes(train.class_names, tar.path)
+    assert index.spans is not None
+    return file_source(tar.path, name, index, SpanImages((tar,), index.spans))
+
+
+def _train_index(tar: Tar, cache_dir: str | None) -> Index:
+    return kept(f"imagenet_tar {tar.path.absolute()}", tar.stamp, cache_dir, lambda: _scan_train(tar))
+
+
+def _scan_train(tar: Tar) -> Index:
+    classes: Classes = {}
+    ignored: list[str] = []
+    doubled: list[str] = []
+    with tar.stream() as stream:
+        for member in followed(_members_of_members(stream, tar.path), tar):
+            if len(member.parts) == 1 and member.is_folder:
+                classes.setdefault(member.parts[0], {})
+            elif len(member.parts) == 2 and is_image(member.parts[1]):
+                images = classes.setdefault(member.parts[0], {})
+                if member.parts[1] in images:
+                    doubled.append(member.name)
+                images[member.parts[1]] = (member.offset, member.size)
+            elif not member.is_folder:
+                ignored.append(member.name)
+    check_filled(tar.path, classes)
+    return ordered(classes, [*left_out(tar.path, ignored), *taken_over(tar.path, doubled)])
+
+
+def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
+    """What the tar would hold if each tar in it were a folder of that name."""
+    for outer in members(stream, path):
+        folder, is_tar, _ = outer.name.rpartition(".tar")
+        if outer.is_folder or not is_tar or is_hidden(outer.name):
+            yield outer
+            continue
+        yield Member((folder,), outer.offset, 0, True)
+        for inner in members(stream, f"{path}:{outer.name}", outer.offset, outer.offset + outer.size):
+            yield inner._replace(parts=(folder, *inner.parts))
+
+
+def _val_index(tar: Tar, truth: Path, memory: Memory, cache_dir: str | None) -> Index:
+    stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
+    what = f"imagenet_tar {tar.path.absolute()}"
+    return kept(what, stamps, cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
+
+
+def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:
+    images: dict[str, Span] = {}
+    ignored: list[str] = []
+    with tar.stream() as stream:
+        for member in followed(members(stream, tar.path), tar):
+            if len(member.parts) == 1 and is_image(member.name):
+                images[member.name] = (member.offset, member.size)
+            elif not member.is_folder:
+                ignored.append(member.name)
+    if len(images) != len(wnids):
+        raise ConfigError(f"{truth}: the labels of {len(wnids)} images, but {tar.path} holds {len(images)}")
+    classes: Classes = {}
+    for wnid, image in zip(wnids, sorted(images), strict=True):
+        classes.setdefault(wnid, {})[image] = images[image]
+    check_filled(tar.path, classes)
+    return ordered(classes, left_out(tar.path, ignored))
+
+
+def _find_truth(folder: Path) -> Path:
+    """The file that says of which class each validation image is."""
+    if (folder / DEVKIT).is_file():
+        return folder / DEVKIT
+    names = [name for name, is_folder in entries(folder) if not is_folder]
+    texts = [folder / name for name in names if name.endswith(".txt") and "val" in name.lower()]
+    for file in [*texts, *(folder / name for name in names if name == _SOLUTION)]:
+        if file.name == _SOLUTION or _WNID.fullmatch(_first_line(file)):
+            return file
+    if texts:
+        raise ConfigError(
+            f"{texts[0]}: begins with {_first_line(texts[0])[:40]!r}, expected a WordNet id such as n01440764; the "
+            f"devkit's numbers are not in the order of those, so put {DEVKIT}, which has their table, beside it"
+        )
+    raise ConfigError(
+        f"data.path: no labels of the validation images in {folder}; put {DEVKIT}, {_WNIDS} or {_SOLUTION} there"
+    )
+
+
+def _read_truth(truth: Path, memory: Memory) -> list[str]:
+    """The WordNet id of each validation image, in the order of the images' names."""
+    if truth.name == DEVKIT:
+        return _read_devkit(open_tar(truth, memory))
+    lines = truth.read_text("utf-8", "replace").split("\n")
+    if truth.name == _SOLUTION:  # a header, then lines such as: ILSVRC2012_val_00000001,n01751748 10 20 300 400
+        lines = [label.strip().split(" ")[0] for _, _, label in sorted(line.partition(",") for line in lines[1:])]
+    wnids = [line.strip() for line in lines if line.strip()]
+    for wnid in wnids:
+        if not _WNID.fullmatch(wnid):
+            raise ConfigError(f"{truth}: holds {wnid[:40]!r}, expected a WordNet id such as n01440764")
+    return wnids
+
+
+def _read_devkit(devkit: Tar) -> list[str]:
+    from scipy.io import loadmat  # here: it takes a second, which other sources need not pay
+    from scipy.io.matlab import MatReadError
+
+    found: dict[str, bytes] = {}
+    with devkit.stream() as stream:
+        for member in members(stream, devkit.path):
+            found["/".join(member.parts[-2:])] = devkit.read(member.offset, member.size)
+    missing = [name for name in (_NUMBERS, _TABLE) if name not in found]
+    if missing:
+        raise ConfigError(f"{devkit.path}: no {missing[0]} in it; is it the devkit of ILSVRC 2012's tasks 1 and 2?")
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(found[_TABLE]), squeeze_me=True)["synsets"])
+        wnids = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
+        return [wnids[int(number)] for number in found[_NUMBERS].split()]
+    except KeyError as error:
+        raise ConfigError(f"{devkit.path}: {_TABLE} has no {error}; fetch it again") from error
+    except (MatReadError, ValueError, TypeError, IndexError, EOFError, OSError, zlib.error) as error:
+        raise ConfigError(f"{devkit.path}: {_TABLE} or {_NUMBERS} cannot be read ({error}); fetch it again") from error
+
+
+def _first_line(file: Path) -> str:
+    with file.open("rb") as stream:
+        return stream.readline(1000).decode("utf-8", "replace").strip()

@@ -1,0 +1,286 @@
+"""WebDataset: shards, which are tars, of samples, which are files that lie together under one key.
+
+`0001.jpg` beside `0001.cls` or `0001.json` is an image and its label; the key is the path up to the first dot of the
+file's name. A split is a folder of shards, or the shards whose names say so. One scan reads all headers and labels, and
+its index is kept; after it any sample is read in place, in any order, which the format was not made for.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.data.files import allow_open_files, entries, is_remote, stamp
+from vit_dist.data.progress import counted
+from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
+from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, Member, Memory, Tar, members, open_tar
+from vit_dist.data.sets.formats.listing import (
+    IMAGE_SUFFIXES,
+    KNOWN_SPLITS,
+    MOST_CLASSES,
+    NoSplit,
+    is_hidden,
+    left_out,
+    split_names,
+    split_word,
+)
+from vit_dist.data.sets.index import Index, in_order, kept
+
+_CLASS_FILES = ("classes.txt", "classnames.txt")
+_LABEL_KEYS = ("label", "cls")  # of a sample's JSON: what timm's sets and img2dataset's extra columns call it
+_NAME_KEYS = ("class_name", "classname", "label_name", "class_id", "synset", "wnid")  # likewise, the class's name
+Label = int | str  # the number of a class, or its name
+
+
+@dataclasses.dataclass(slots=True)
+class _Sample:
+    """What is known of one sample; `called` is the class's name in its JSON, beside the label."""
+
+    image: Member | None = None
+    cls: Label | None = None
+    json: Label | None = None
+    called: str | None = None
+    suffixes: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def label(self) -> Label | None:
+        return self.json if self.cls is None else self.cls
+
+
+@dataclasses.dataclass
+class _Shard:
+    """The examples of one shard, and the names of what was left out."""
+
+    names: list[str]
+    labels: list[Label]
+    spans: list[tuple[int, int]]
+    called: set[tuple[int, str]]
+    ignored: list[str]
+
+
+def open_split(path: Path, split: str, data: config.Data) -> FileSource:
+    """The samples of a split's shards, named `<key>.<suffix>`, with labels from `.cls` or else `.json`.
+
+    Labels are numbers, or names of classes. The classes' names are those in `classes.txt` or `classnames.txt` beside
+    the shards, else in the samples' JSON, else the numbers. Raises `ConfigError` for a missing split, a damaged shard,
+    two files of one name in a shard, labels that do not fit the classes, and what `archive` refuses.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"data.path: {path} is a file; data.source=webdataset needs the folder of its shards")
+    name, shards = find_shards(path, split)
+    if not shards:
+        names = " or ".join(split_names(split))
+        found = [name for name, is_folder in entries(path) if not is_folder and name.endswith(TAR_SUFFIXES)]
+        raise NoSplit(
+            f"data.path: no shards of {split!r} in {path}; expected {names} as a folder of tars or as a word of their "
+            f"names (train-0000.tar), found: {', '.join(found[:3]) or 'no tars'}"
+        )
+    class_file = _class_file(path, shards)
+    tars, index = _open(shards, class_file, path, split, data)
+    _, train = find_shards(path, "train")
+    if split != "train" and train and class_file is None:
+        index = _numbered_as(index, _open(train, None, path, "train", data)[1], shards[0].parent)
+    assert index.spans is not None
+    return file_source(shards[0].parent, name, index, SpanImages(tars, index.spans))
+
+
+def find_shards(folder: Path, split: str) -> tuple[str, list[Path]]:
+    """What a split is called there, and its shards, sorted: none where it is not found.
+
+    Of two words in a shard's name that are splits the last counts.
+    """
+    found = entries(folder)
+    tars = [name for name, is_folder in found if not is_folder and _is_shard(name)]
+    for name in split_names(split):
+        if (name, True) in found:
+            inside = [one for one, is_folder in entries(folder / name) if not is_folder and _is_shard(one)]
+            if inside:
+                return name, [folder / name / one for one in inside]
+        shards = [tar for tar in tars if split_word(tar, (*KNOWN_SPLITS, name)) == name]
+        if shards:
+            return name, [folder / tar for tar in shards]
+    return "", []
+
+
+def _is_shard(name: str) -> bool:
+    return not is_hidden(name) and name.endswith(TAR_SUFFIXES)
+
+
+def _class_file(path: Path, shards: Sequence[Path]) -> Path | None:
+    """The file that lists the classes' names, a line each, beside a split's shards or its folder."""
+    files = [folder / name for folder in (shards[0].parent, path) for name in _CLASS_FILES]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _open(
+    shards: Sequence[Path], class_file: Path | None, path: Path, split: str, data: config.Data
+) -> tuple[tuple[Tar, ...], Index]:
+    memory = Memory.of(data, "decompress the shards to plain tars, which are read in place")
+    with ThreadPoolExecutor(data.threads) as pool:  # a request each, where they are remote
+        tars = tuple(pool.map(lambda shard: open_tar(shard, memory), shards))
+    if not is_remote(path):
+        allow_open_files(tars, 1, path)
+    stamps = [f"{tar.path.name} {tar.stamp}" for tar in tars]
+    if class_file is not None:
+        stamps.append(f"{class_file.name} {stamp(class_file)}")
+
+    def build() -> Index:
+        class_names = None if class_file is None else _listed(class_file)
+        return _scan(tars, class_names, data.threads)
+
+    return tars, kept(f"webdataset {path.absolute()} {split}", "\n".join(stamps), data.cache_dir, build)
+
+
+def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) -> Index:
+    """Reads the headers and labels of all shards, several at a time."""
+    where = tars[0].path.parent
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
+    ignored = [name for shard in found for name in shard.ignored]
+    notes = left_out(where, ignored, "samples or files without an image or a label")
+    labels = [label for shard in found for label in shard.labels]
+    if not labels:
+        raise ConfigError(
+            f"{where}: no sample with an image and a label; expected KEY.jpg beside KEY.cls or KEY.json (of class "
+            "folders in tars, set data.source=tar)"
+        )
+    called = set().union(*(shard.called for shard in found))
+    if class_names is None and len(dict(called)) < len(called):
+        notes.append(f"{where}: the samples of one label name several classes; classes are called by their numbers")
+        called = set()
+    class_names, numbers = _classes(labels, class_names, called, where)
+    return in_order(
+        class_names,
+        [name for shard in found for name in shard.names],
+        numbers,
+        [(number, *span) for number, shard in enumerate(found) for span in shard.spans],
+        notes,
+    )
+
+
+def _scan_shard(tar: Tar) -> _Shard:
+    samples: dict[str, _Sample] = {}
+    ignored: list[str] = []
+    with tar.stream() as stream:
+        for member in members(stream, tar.path):
+            name = member.parts[-1] if member.parts else ""
+            stem, dot, suffix = name.partition(".")
+            if member.is_folder:
+                continue
+            if not (stem and dot) or any(map(is_hidden, member.parts)):
+                ignored.append(member.name)
+                continue
+            suffix = suffix.lower()
+            sample = samples.setdefault("/".join((*member.parts[:-1], stem)), _Sample())
+            if suffix in sample.suffixes:
+                raise ConfigError(f"{tar.path}: holds {member.name!r} twice; make or fetch it again")
+            sample.suffixes.add(suffix)
+            if f".{suffix}" in IMAGE_SUFFIXES:
+                if sample.image is not None:
+                    raise ConfigError(f"{tar.path}: {sample.image.name!r} and {member.name!r} are images of one sample")
+                sample.image = member
+            elif suffix in ("cls", "json"):
+                stream.seek(member.offset)
+                content = stream.read(member.size)
+                if suffix == "cls":
+                    sample.cls = _label(content.decode("utf-8", "replace"))
+                else:
+                    sample.json, sample.called = _json_label(content)
+    return _sorted_out(samples, ignored)
+
+
+def _sorted_out(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
+    shard = _Shard([], [], [], set(), ignored)
+    for key, sample in samples.items():
+        image, label = sample.image, sample.label
+        if image is None or label is None:
+            shard.ignored.append(key)
+            continue
+        shard.names.append(image.name)
+        shard.labels.append(label)
+        shard.spans.append((image.offset, image.size))
+        if sample.called is not None and isinstance(label, int):
+            shard.called.add((label, sample.called))
+    return shard
+
+
+def _json_label(content: bytes) -> tuple[Label | None, str | None]:
+    """The label in a sample's JSON and the name of its class, where they are there."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None, None
+    if not isinstance(found, dict):
+        return None, None
+    labels = [_label(found[key]) for key in _LABEL_KEYS if key in found]
+    names = [found[key].strip() for key in _NAME_KEYS if isinstance(found.get(key), str) and found[key].strip()]
+    return next((label for label in labels if label is not None), None), (names[0] if names else None)
+
+
+def _label(value: Any) -> Label | None:
+    """A label as it is written: a number, a number as text, or a class's name; of -1 and all else there is none."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+            return text or None
+        value = int(text)
+    if isinstance(value, float) and value.is_integer():  # what a table with gaps makes of integers
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _classes(
+    labels: Sequence[Label], listed: Sequence[str] | None, called: set[tuple[int, str]], where: Path
+) -> tuple[Sequence[str], np.ndarray]:
+    """The classes' names, and labels as their numbers."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    names = {label for label in labels if isinstance(label, str)}
+    if listed is None and numbers and names:
+        raise ConfigError(
+            f"{where}: some labels are numbers ({numbers[0]}), some are names ({min(names)!r}); "
+            f"list the names in {_CLASS_FILES[0]}, a line each"
+        )
+    if listed is None:
+        if numbers and max(numbers) >= MOST_CLASSES:
+            raise ConfigError(f"{where}: label {max(numbers)} is no number of a class")
+        listed = sorted(names) if names else _names(dict(called), max(numbers) + 1)
+    if numbers and max(numbers) >= len(listed):
+        raise ConfigError(f"{where}: label {max(numbers)}, but {len(listed)} classes are listed; list them all")
+    table = {name: number for number, name in enumerate(listed)}
+    unknown = sorted(names - set(table))
+    if unknown:
+        raise ConfigError(f"{where}: label {unknown[0]!r} is not among the {len(listed)} classes that are listed")
+    return listed, np.array([label if isinstance(label, int) else table[label] for label in labels], np.int32)
+
+
+def _names(names: dict[int, str], count: int) -> list[str]:
+    """What the samples call their classes, or the number where none is called anything."""
+    return _told_apart([names.get(number, str(number)) for number in range(count)])
+
+
+def _listed(file: Path) -> list[str]:
+    return _told_apart([line.strip() for line in file.read_text("utf-8", "replace").strip().split("\n")])
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """Names that several classes share, as ImageNet's two cranes do, get the class's number."""
+    counts = Counter(names)
+    return [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(names)]
+
+
+def _numbered_as(index: Index, train: Index, where: Path) -> Index:
+    """The same examples with the training split's classes: by number where the names allow it, else by name."""
+    by_number = len(index.class_names) <= len(train.class_names) and all(
+        name in (train.class_names[number], str(number)) for number, name in enumerate(index.class_names)
+    )
+    if by_number:
+        return dataclasses.replace(index, class_names=train.class_names)
+    return index.with_classes(train.class_names, where)
