@@ -31,7 +31,7 @@ from vit_dist.data.sets.examples import ArraySource, FileSource, fingerprint
 from vit_dist.data.sets.formats.array_record import Writer, pack
 from vit_dist.data.sets.sources import open_source
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def _open(source: str, path: Path | None, split: str = "train", **keys: Any) -> Any:

@@ -24,7 +24,7 @@ BATCH = 500
 @pytest.fixture(scope="module")
 def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource]:
 
-    packed = Path(__file__).parents[3] / "shared/data/cifar10/test.tar.gz"
+    packed = Path(__file__).parents[4] / "shared/data/cifar10/test.tar.gz"
     if not packed.exists():
         pytest.skip(f"{packed} is not here")
     place = tmp_path_factory.mktemp("cifar10")

@@ -223,7 +223,7 @@ def test_an_index_of_1_200_000_files_is_read_in_seconds_and_within_a_gigabyte(tm
     said = []
     for _ in range(2):
         command = [sys.executable, "-c", code, str(tmp_path / "set"), str(tmp_path / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
         said.append(done.stdout.split())
     (first, second) = said
     print("built and read:", first, second)

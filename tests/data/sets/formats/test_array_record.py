@@ -135,7 +135,7 @@ def test_a_process_with_too_many_files_open_does_not_call_an_image_bad(records: 
         "except ConfigError as error: os.write(1, str(error).encode())\n"
     )
     command = [sys.executable, "-c", code, str(records)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[4])
     assert "train-00000-of-00004.array_record: Too many open files; raise the limit" in done.stdout
 
 

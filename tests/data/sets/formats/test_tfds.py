@@ -172,5 +172,5 @@ source = open_source(Data(source="tfds", path={str(pets)!r}), "train")
 assert len(source.read(0)) > 100
 print(sorted({{"tensorflow", "jax", "torch"}} & set(sys.modules)))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[4])
     assert run.stdout == "[]\n", run.stderr
