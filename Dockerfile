@@ -13,7 +13,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 RUN useradd --create-home --uid 1000 vit && install --directory --owner=vit /runs
 WORKDIR /opt/vit_dist
 # What changes seldom comes first: the libraries are installed beside an empty package, and kept as a layer.
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml setup.py constraints.txt ./
 RUN mkdir vit_dist && touch vit_dist/__init__.py README.md
 VOLUME /runs
 ENTRYPOINT ["vit-dist"]

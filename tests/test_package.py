@@ -12,7 +12,7 @@ import vit_dist
 ROOT = Path(vit_dist.__file__).parent
 # Ground floor first; a module imports its own floor's room or lower floors only.
 FLOORS = (
-    ("arguments", "config"),
+    ("config", "configs"),
     ("recipes", "job"),
     ("mesh", "data"),
     ("model",),
@@ -21,6 +21,7 @@ FLOORS = (
     ("program",),
     ("rates",),
     ("train", "evaluate", "predict", "describe", "plan", "bench"),
+    ("arguments",),
     ("cli",),
     ("__main__",),
 )

@@ -5,7 +5,10 @@ A mistake is said in one line that begins as every other error does, with exit c
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from vit_dist.job import launcher
 
 Verbs = Mapping[str, Callable[[argparse.Namespace], Any]]
 
@@ -27,10 +30,13 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
 
 def _parse(arguments: Sequence[str], verbs: Verbs) -> argparse.Namespace:
     """The options of a verb. Its paths may have options between them, which argparse takes for the end of the paths."""
-    options, left = _parser(verbs).parse_known_args(arguments)
+    parser = _parser(verbs)
+    options, left = parser.parse_known_args(arguments)
+    if options.run is None:
+        parser.error("the following arguments are required: VERB")
     unknown = [word for word in left if word.startswith("-") or not hasattr(options, "paths")]
     if unknown:
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if left:
         options.paths += left
     return options
@@ -38,7 +44,10 @@ def _parse(arguments: Sequence[str], verbs: Verbs) -> argparse.Namespace:
 
 def _parser(runs: Verbs) -> argparse.ArgumentParser:
     parser = _Parser(prog="vit-dist", description="Train, evaluate and use Vision Transformers on any device mesh.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    parser.add_argument(
+        "--version", action="store_const", dest="run", const=runs["version"], help="versions, devices and commit"
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 
     def verb(name: str, *needs: str, help: str) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
@@ -102,7 +111,7 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
         "--coordinator", metavar="HOST:PORT", help="where process 0 of all can be reached; of one host, any"
     )
     one = verb("configs", "json", help="list the recipes")
-    one.add_argument("folder", nargs="?", default="configs", help="where they are (configs)")
+    one.add_argument("folder", nargs="?", help="of this folder; else those that are found by name")
     return parser
 
 
@@ -116,7 +125,10 @@ class _Parser(argparse.ArgumentParser):
 def _path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("no directory is given")
-    return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: no home folder of that user is known; write it out") from error
 
 
 def _largest(text: str) -> str:
@@ -145,11 +157,18 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
-    """What `launch` is told, and the verb after `--` with its own arguments, which are not looked at here."""
-    if words[:1] != ["launch"] or "--" not in words:
+    """What `launch` is told, and the verb with its own arguments, which are not looked at here.
+
+    The verb comes after `--`, or is the first word that names one.
+    """
+    if words[:1] != ["launch"]:
         return words, []
-    end = words.index("--")
-    return words[:end], words[end + 1 :]
+    for number, word in enumerate(words):
+        if word == "--":
+            return words[:number], words[number + 1 :]
+        if word in launcher.VERBS:
+            return words[:number], words[number:]
+    return words, []
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -295,16 +295,26 @@ def _launch(options: argparse.Namespace) -> int:
 def _configs(options: argparse.Namespace) -> None:
     if options.overrides:
         raise ConfigError(f"--config.{options.overrides[0]}: configs only lists the recipes and takes no keys")
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give the one that holds the recipes")
-    rows = []
-    for file in sorted(folder.glob("*.py")):
-        rows.append({"config": str(file), "summary": _summary(file)})
+    folder = Path(options.folder).expanduser() if options.folder else None
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; give one that holds recipes")
+    files = [file for one in ([folder] if folder else recipes.folders()) for file in sorted(one.glob("*.py"))]
+    rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
     if options.json:
         _print_json(rows)
     else:
-        _print_table(("config", "summary"), [tuple(row.values()) for row in rows])
+        _print_table(("name", "config", "summary"), [tuple(row.values()) for row in rows])
+
+
+def _version(options: argparse.Namespace) -> None:
+    from vit_dist.run.environment import describe
+
+    found = describe(None, {})
+    versions = [f"{name} {version or 'not installed'}" for name, version in found["versions"].items()]
+    git, devices = found["git"], found["devices"]
+    commit = f"commit {git['commit']}{', changed' if git['dirty'] else ''}" if git else "no checkout"
+    for line in (*versions, f"python {found['python']}", f"{devices['count']} x {devices['kind']}", commit):
+        print(line)
 
 
 def _summary(recipe: Path) -> str:
@@ -348,4 +358,5 @@ _VERBS = {
     "prepare": _prepare,
     "launch": _launch,
     "configs": _configs,
+    "version": _version,
 }

@@ -349,7 +349,20 @@ def check_known(hint: Any, name: str, parent: str) -> None:
     """Raises `ConfigError` where the dataclass `hint`, at key `parent`, declares no key `name`."""
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
-        raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{near_miss(name, fields, parent)}")
+        meant = near_miss(name, fields, parent) or _elsewhere(name)
+        raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
+
+
+_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps"}
+
+
+def _elsewhere(name: str) -> str:
+    """The keys anywhere in the schema that end as `name`, one of its usual short forms, or nearly so."""
+    keys = flatten(dataclasses.asdict(Config()))
+    ends = {key.rpartition(".")[2] for key in keys}
+    wanted = _SHORT.get(name) or next(iter(difflib.get_close_matches(name, ends, n=1, cutoff=0.75)), None)
+    meant = [key for key in keys if key.rpartition(".")[2] == wanted]
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
 def near_miss(name: str, options: Iterable[str], parent: str = "") -> str:

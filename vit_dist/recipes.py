@@ -7,6 +7,7 @@ A recipe is a Python file whose `get_config()` returns the schema's defaults wit
 import dataclasses
 import importlib.util
 import json
+import sys
 import traceback
 import types
 import typing
@@ -17,28 +18,50 @@ from typing import Any
 import ml_collections
 import yaml
 
+from vit_dist import configs
 from vit_dist.config import Config, ConfigError, check_known, near_miss, resolve, to_dict, typed
 
 
-def load(file: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
 
-    Raises `ConfigError` for a missing or broken file, an unknown key, an ill-typed value or keys that contradict each
-    other.
+    recipe: a file, or the name of one as `find` knows it. Raises `ConfigError` for a missing or broken file, an unknown
+    key, an ill-typed value or keys that contradict each other.
     """
-    path = Path(file)
-    if not path.is_file():
-        names = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        what = "is a folder, not a config file" if path.is_dir() else "no such config file"
-        raise ConfigError(f"{file}: {what}{near_miss(path.name, names)}")
-    if path.suffix != ".py":
-        raise ConfigError(f"{file}: a config file is a Python file, .py, such as configs/digits.py")
-    recipe = _run_recipe(path)
+    path = find(recipe)
+    values = _run_recipe(path)
     try:
-        written = typed(recipe.to_dict())
+        written = typed(values.to_dict())
     except ConfigError as error:  # the file's own, before the command line has had its say
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{path}: {error}") from error
     return resolve(override(to_dict(written), overrides))
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe: a path that exists, or a name such as `digits` that one of `folders` has.
+
+    Raises `ConfigError` where there is none.
+    """
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        if path.suffix != ".py":
+            raise ConfigError(f"{recipe}: a config file is a Python file, .py, such as configs/digits.py")
+        return path
+    is_name = path.name == str(recipe) and path.suffix in ("", ".py")
+    places = folders() if is_name else [path.parent]
+    for folder in places if is_name else ():
+        if (folder / f"{path.stem}.py").is_file():
+            return folder / f"{path.stem}.py"
+    names = [file.stem if is_name else file.name for folder in places for file in folder.glob("*.py")]
+    what = "is a folder, not a config file" if path.is_dir() else "no such config file"
+    raise ConfigError(f"{recipe}: {what}{near_miss(path.stem if is_name else path.name, names)}")
+
+
+def folders() -> list[Path]:
+    """Where recipes are looked for by name: `configs` in the current folder, then this package's own."""
+    here = Path("configs")
+    own = [] if here.resolve() == configs.FOLDER.resolve() else [configs.FOLDER]
+    return [folder for folder in (here, *own) if folder.is_dir()]
 
 
 # What a mistake in a recipe raises, which is the user's own program.
@@ -49,16 +72,26 @@ _RECIPE_ERRORS = (
 
 
 def _run_recipe(path: Path) -> ml_collections.ConfigDict:
+    """What `get_config()` returns. A recipe may import those beside it, and have dataclasses of its own."""
     spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    beside = str(path.parent.resolve())
+    sys.path.insert(0, beside)
+    sys.modules[spec.name] = module  # where dataclasses look up what their annotations name
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path}: defines no get_config(); see configs/digits.py for what a recipe is")
         recipe = module.get_config()
     except SyntaxError as error:
         raise ConfigError(f"{path}{f':{error.lineno}' if error.lineno else ''}: {error.msg}") from error
+    except ConfigError:
+        raise
     except _RECIPE_ERRORS as error:
         raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
+    finally:
+        sys.path.remove(beside)
     if not isinstance(recipe, ml_collections.ConfigDict):
         raise ConfigError(
             f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict, such as "

@@ -1,0 +1,119 @@
+"""Recipes: found by path or by name, and Python programs like any other."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from system import ROOT
+
+from vit_dist import recipes
+from vit_dist.config import ConfigError
+
+
+def written(folder, name, text):
+    """A recipe `folder/name.py` of this text."""
+    file = folder / f"{name}.py"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(textwrap.dedent(text))
+    return file
+
+
+SMALL = """
+    from vit_dist.config import default_config
+    def get_config():
+        config = default_config()
+        config.total_steps, config.batch_size = 3, {batch}
+        return config
+    """
+
+
+def test_a_recipe_is_found_by_its_path_then_in_the_folder_configs_then_among_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load("digits").batch_size == 96 == recipes.load("digits.py").batch_size
+    written(tmp_path / "configs", "digits", SMALL.format(batch=7))
+    assert recipes.load("digits").batch_size == 7
+    here = written(tmp_path, "digits", SMALL.format(batch=5))
+    assert recipes.load("digits.py").batch_size == recipes.load(here).batch_size == 5
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipes.load("~/digits.py").batch_size == 5
+    with pytest.raises(ConfigError, match=r"^digit: no such config file \(did you mean digits\?\)$"):
+        recipes.load("digit")
+    with pytest.raises(ConfigError, match="^configs: is a folder, not a config file"):
+        recipes.load("configs")
+
+
+def test_a_recipe_may_import_one_beside_it_or_one_of_the_packages_own(tmp_path):
+    written(tmp_path, "base_of_mine", SMALL.format(batch=11))
+    written(
+        tmp_path,
+        "mine",
+        """
+        import base_of_mine
+        from vit_dist.configs import digits
+        def get_config():
+            config = base_of_mine.get_config()
+            config.log_every = digits.get_config().batch_size
+            return config
+        """,
+    )
+    found = recipes.load(tmp_path / "mine.py")
+    assert (found.batch_size, found.log_every) == (11, 96)
+
+
+def test_a_recipe_may_have_dataclasses_and_annotations_that_are_texts(tmp_path):
+    written(
+        tmp_path,
+        "modern",
+        """
+        from __future__ import annotations
+        import dataclasses
+        from vit_dist.config import default_config
+        @dataclasses.dataclass
+        class Sizes:
+            batch: int = 13
+        def get_config():
+            config = default_config()
+            config.total_steps, config.batch_size = 1, Sizes().batch
+            return config
+        """,
+    )
+    assert recipes.load(tmp_path / "modern.py").batch_size == 13
+
+
+def test_a_file_without_get_config_is_said(tmp_path):
+    file = written(tmp_path, "empty", "x = 1")
+    with pytest.raises(ConfigError, match="defines no get_config"):
+        recipes.load(file)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("epochs", "total_epochs"),
+        ("batch", "batch_size"),
+        ("workers", "data.workers"),
+        ("model.weight_decay", "optimizer.weight_decay"),
+    ],
+)
+def test_a_key_that_lies_elsewhere_or_has_a_longer_name_is_suggested(word, meant):
+    with pytest.raises(ConfigError, match=f"unknown key {word} \\(did you mean {meant}\\?\\)"):
+        recipes.load("digits", [f"{word}=1"])
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_recipes_by_name(tmp_path):
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), "."]
+    subprocess.run(pip, cwd=ROOT, check=True)
+    (wheel,) = (tmp_path / "wheels").glob("vit_dist-*.whl")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
+    assert (tmp_path / "site/vit_dist/py.typed").exists() and not (tmp_path / "site/configs").exists()
+    (tmp_path / "empty").mkdir()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from vit_dist import recipes, configs; "
+    code += "from vit_dist.configs import digits; print(recipes.load('digits').batch_size, configs.FOLDER)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "empty", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["96", str(tmp_path / "site/vit_dist/configs")]
