@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
+import vit_dist
 import vit_dist.train  # noqa: F401
 from vit_dist import cli, config
 from vit_dist.job import processes
@@ -114,13 +115,22 @@ def test_configs_lists_the_recipes_with_what_they_are(said, tmp_path):
     rows = json.loads(said("configs", str(REPOSITORY / "configs"), "--json"))
     names = [Path(row["config"]).stem for row in rows]
     assert names == sorted(names) and {"digits", "d2l_fashion_mnist", "cifar10"} <= set(names)
-    assert all(set(row) == {"config", "summary"} and row["summary"] for row in rows)
+    assert all(set(row) == {"name", "config", "summary"} and row["summary"] for row in rows)
     lines = said("configs", str(REPOSITORY / "configs")).splitlines()
-    assert lines[0].split() == ["config", "summary"] and len(lines) == 1 + len(rows)
+    assert lines[0].split() == ["name", "config", "summary"] and len(lines) == 1 + len(rows)
+    assert [Path(row["config"]).resolve() for row in json.loads(said("configs", "--json"))] == [
+        Path(row["config"]).resolve() for row in rows
+    ]
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "fine.py").write_text('"""One line.\n\nMore."""\n')
     broken, fine = json.loads(said("configs", str(tmp_path), "--json"))
     assert broken["summary"].startswith("(cannot be read: invalid syntax") and fine["summary"] == "One line."
+
+
+def test_version_says_what_is_installed_on_what_devices_and_the_commit(said):
+    lines = said("--version").splitlines()
+    assert lines[0] == f"vit-dist {vit_dist.__version__}" and f"jax {jax.__version__}" in lines
+    assert "8 x cpu" in lines and any(line.startswith(("commit ", "no checkout")) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +185,8 @@ def test_help_is_quick_and_needs_no_jax():
         "    try:\n        main(words)\n    except SystemExit as stopped:\n        assert stopped.code == 0\n"
         "print([name for name in ('jax', 'flax', 'grain', 'numpy') if name in sys.modules])"
     )
-    begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    assert done.stdout.splitlines()[-1] == "[]" and time.monotonic() - begun < 10
+    assert done.stdout.splitlines()[-1] == "[]"
     for verb in ("train", "eval", "predict", "inspect", "bench", "prepare", "configs"):
         assert f"    {verb} " in done.stdout
 

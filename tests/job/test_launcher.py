@@ -369,11 +369,12 @@ def test_processes_are_numbered_over_all_hosts_and_take_a_gpu_each_or_fake_devic
     assert fake["VIT_DIST_FAKE_DEVICES"] == "3" and "VIT_DIST_LOCAL_PROCESS" not in fake
 
 
-def test_the_verb_and_its_arguments_are_passed_on_untouched(monkeypatch):
+@pytest.mark.parametrize("between", [["--"], []])
+def test_the_verb_and_its_arguments_are_passed_on_untouched(between, monkeypatch):
     jobs = []
     monkeypatch.setattr("vit_dist.job.launcher.launch", lambda job: jobs.append(job) or 75)
     verb = ["train", "--config=a b.py", "--config.mesh.data=-1", "--config.seed", "3", "--", "--restarts=9"]
-    assert cli.main(["launch", "--processes=2", "--devices-per-process=4", "--restarts=5", "--", *verb]) == 75
+    assert cli.main(["launch", "--processes=2", "--devices-per-process", "4", "--restarts=5", *between, *verb]) == 75
     assert jobs == [Job((sys.executable, "-m", "vit_dist", *verb), 2, devices_per_process=4, restarts=5)]
 
 
@@ -386,7 +387,7 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(monkeypatch):
         ("--processes=2 -- launch -- train", "'launch' is none of train, eval, predict, bench"),
         ("--processes=2 -- configs", "'configs' is none of"),
         ("--processes=2 -- --config=x.py", "'--config=x.py' is none of"),
-        ("--processes=2 train", "unrecognized arguments: train"),
+        ("--processes=2 trian", "unrecognized arguments: trian"),
         ("--processes=0 -- train", "expected a whole number above 0, found '0'"),
         ("--processes=2 --restarts=-1 -- train", "expected a whole number, found '-1'"),
         ("--processes=2 --devices-per-process=0 -- train", "expected a whole number above 0"),
