@@ -141,7 +141,7 @@ TAIL = "    return config\n"
         ("def get_config():\n    raise RuntimeError('two\\nlines')\n", ":2: RuntimeError: two lines"),
         ("def get_config():\n    pass\n", ": get_config() returned NoneType, expected a ConfigDict"),
         ("def get_config(batch):\n    pass\n", "get_config() missing 1 required positional argument: 'batch'"),
-        ("x = 1\n", "has no attribute 'get_config'"),
+        ("x = 1\n", "defines no get_config()"),
         (HEAD + "    config.model.dept = 3\n" + TAIL, ": unknown key model.dept (did you mean model.depth?)"),
         (HEAD + "    config.modle.depth = 3\n" + TAIL, ":6: AttributeError: 'modle' Did you mean \"model\""),
         (HEAD + "    config.model = 3\n" + TAIL, ": model: expected keys and values, found 3 (int)"),
