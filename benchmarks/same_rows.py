@@ -19,7 +19,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECIPES = {
     "digits": (),
     "d2l_fashion_mnist": (f"data.path={DATA / 'fashion_mnist_900'}", "batch_size=32"),
-    "cifar10": (f"data.path={DATA / 'cifar10'}", "batch_size=32", "evaluate.every_steps=0"),
+    "cifar10": (f"data.path={DATA / 'cifar10'}", "batch_size=32", "evaluate.every_steps=0", "model.heads=4"),
 }
 MESHES = {
     "1 device": ("fake_devices=1", "mesh.data=1"),
