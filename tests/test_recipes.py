@@ -1,5 +1,7 @@
 """Recipes: found by path or by name, and Python programs like any other."""
 
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -7,8 +9,10 @@ import textwrap
 import pytest
 from system import ROOT
 
-from vit_dist import recipes
+import vit_dist
+from vit_dist import recipes, train
 from vit_dist.config import ConfigError
+from vit_dist.configs import digits
 
 
 def written(folder, name, text):
@@ -101,6 +105,52 @@ def test_a_file_without_get_config_is_said(tmp_path):
 def test_a_key_that_lies_elsewhere_or_has_a_longer_name_is_suggested(word, meant):
     with pytest.raises(ConfigError, match=f"unknown key {word} \\(did you mean {meant}\\?\\)"):
         recipes.load("digits", [f"{word}=1"])
+
+
+def test_a_config_is_made_from_a_name_a_file_another_config_and_keys_with_values():
+    wanted = recipes.load("digits", ["batch_size=64", "model.depth=3", "mesh.data=1"])
+    changes = {"batch_size": 64, "model": {"depth": 3}, "mesh.data": 1}
+    assert recipes.load_config("digits", changes) == wanted
+    assert recipes.load_config(recipes.load("digits"), changes) == wanted
+    assert recipes.load_config(digits.get_config(), ["batch_size=64", "model.depth=3", "mesh.data=1"]) == wanted
+    assert recipes.load_config(wanted) is wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "said"),
+    [
+        (7, (), "config: expected a recipe's name or file, or a config, found int"),
+        ("digits", "batch_size=64", "overrides: expected several such as"),
+        ("digits", {"batch_size": "many"}, "batch_size: expected a whole number, found 'many'"),
+        ("digits", {"batchsize": 64}, "unknown key batchsize .did you mean batch_size"),
+    ],
+)
+def test_arguments_that_are_wrong_are_said_as_what_they_are(config, overrides, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        train(config, tmp_path / "run", overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_six_lines_of_a_notebook(tmp_path):
+    lines = """
+        import vit_dist
+        small = {"total_steps": 2, "batch_size": 64, "fake_devices": 1, "evaluate.every_steps": 0, "model.depth": 1}
+        summary = vit_dist.train("digits", "run", small)
+        found = vit_dist.evaluate("run")
+        print(summary["step"], found["count"])
+        help(vit_dist)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "2 360\n" in done.stdout
+    for name in vit_dist.__all__:
+        assert re.search(rf"^    {name}  +\S", done.stdout, re.MULTILINE), name
 
 
 @pytest.mark.slow

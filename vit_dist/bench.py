@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import Config, ConfigError, total_steps
+from vit_dist.config import ConfigError, total_steps
 from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
+from vit_dist.recipes import Overrides, Recipe, load_config
 
 
-def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
+def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict[str, Any]:
     """Trains for `steps` steps after the first and a few to settle, and keeps nothing.
 
     Returns images_per_second, step_ms, mfu (None where the devices' peak is unknown), data_wait_fraction (of the time,
@@ -23,6 +24,7 @@ def bench(settings: Config, *, steps: int = 30) -> dict[str, Any]:
     loop spends to take a batch and dispatch the step on idle devices: a median), and what it was measured on. Raises
     `ConfigError`.
     """
+    settings = load_config(config, overrides)
     if steps < 1:
         raise ConfigError(f"steps: must be above 0, found {steps}")
     processes.start(settings.fake_devices, settings.deadlines)

@@ -10,22 +10,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vit_dist.config import Config
 from vit_dist.job import processes
 from vit_dist.model import flops
 from vit_dist.program import UNUSED, Program
+from vit_dist.recipes import Overrides, Recipe, load_config
 
 CLASSES = 1000  # assumed where the config leaves it to the data, which is not opened here
 
 _log = logging.getLogger(__name__)
 
 
-def inspect(settings: Config) -> dict[str, Any]:
+def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     """The account of a config on the devices that it asks for; opens no data and allocates no arrays.
 
     Returns parameters (how many), flops_per_image (of a training step), bytes_per_device: {parameters, optimizer, ema},
     mesh, and tensors: a list of {name, shape, dtype, sharding, bytes_per_device}.
     """
+    settings = load_config(config, overrides)
     processes.start(settings.fake_devices, settings.deadlines)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)

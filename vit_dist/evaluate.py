@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from vit_dist.data.stream.pixels import comes_whole
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
+from vit_dist.recipes import Overrides
 from vit_dist.run.failures import everyones
 from vit_dist.run.workdir import read_config
 from vit_dist.step.evaluation import no_totals
@@ -100,7 +100,7 @@ def evaluate(
     split: str = "test",
     step: int | None = None,
     best: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run: the newest, the best, or that of `step`.
 

@@ -14,6 +14,7 @@ from vit_dist.data.stream.pixels import evaluation_image
 from vit_dist.job import processes
 from vit_dist.mesh.feed import batch_sharding, place
 from vit_dist.program import restored
+from vit_dist.recipes import Overrides
 from vit_dist.run.workdir import class_names, read_config
 from vit_dist.step.evaluation import model_input
 
@@ -25,7 +26,7 @@ def predict(
     top: int = 5,
     step: int | None = None,
     best: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
 ) -> list[dict[str, Any]]:
     """For each file, `{"file", "classes": [{"name", "probability"}, ...]}`, the `top` most probable first.
 

@@ -11,18 +11,45 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_collections
 import yaml
 
 from vit_dist import configs
-from vit_dist.config import Config, ConfigError, check_known, near_miss, resolve, to_dict, typed
+from vit_dist.config import Config, ConfigError, check_known, flatten, near_miss, resolve, to_dict, typed
+
+Recipe: TypeAlias = str | Path | Config | ml_collections.ConfigDict
+Overrides: TypeAlias = (
+    Iterable[str] | Mapping[str, Any]
+)  # `model.depth=4`; or {"model.depth": 4}, {"model": {"depth": 4}}
 
 
-def load(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(recipe: Recipe, overrides: Overrides = ()) -> Config:
+    """The config of a run, checked.
+
+    Args:
+      recipe: the name or file of a recipe, such as `digits`; or a config that another call or a recipe has returned.
+      overrides: what is to differ from it, as texts like `model.depth=4` or as keys and values.
+
+    Returns:
+      The config, as `train`, `plan` and the others take it.
+
+    Raises:
+      ConfigError: naming the key or file that is wrong.
+    """
+    if isinstance(recipe, str | Path):
+        return load(recipe, overrides)
+    if isinstance(recipe, ml_collections.ConfigDict):
+        return resolve(override(to_dict(typed(recipe.to_dict())), overrides))
+    if not isinstance(recipe, Config):
+        raise ConfigError(f"config: expected a recipe's name or file, or a config, found {type(recipe).__name__}")
+    return resolve(override(to_dict(recipe), overrides)) if overrides else recipe
+
+
+def load(recipe: str | Path, overrides: Overrides = ()) -> Config:
     """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
 
     recipe: a file, or the name of one as `find` knows it. Raises `ConfigError` for a missing or broken file, an unknown
@@ -113,15 +140,19 @@ def _say_error(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def override(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Applies `a.b=value` assignments; values are read as YAML, so `true`, `1e-3`, `[96,128]` and `null` are typed."""
-    for assignment in overrides:
-        key, equals, text = assignment.partition("=")
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: expected several such as ['seed=1'], or keys and values, found {overrides!r}")
+    if isinstance(overrides, Mapping):
+        overrides = [assignment(key, value) for key, value in flatten(overrides).items()]
+    for one in overrides:
+        key, equals, text = one.partition("=")
         if not equals:
             raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
         *parents, leaf = key.split(".")
         if not all((*parents, leaf)):
-            raise ConfigError(f"{assignment}: names no key; an override is written like --config.model.depth=4")
+            raise ConfigError(f"{one}: names no key; an override is written like --config.model.depth=4")
         node, hint = values, Config
         for depth, parent in enumerate(parents):
             check_known(hint, parent, ".".join(parents[:depth]))

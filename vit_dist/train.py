@@ -17,8 +17,7 @@ from typing import Any, Self
 
 import jax
 
-from vit_dist import config
-from vit_dist.config import Config, ConfigError
+from vit_dist.config import ConfigError, total_steps
 from vit_dist.data.sets.examples import Source, fingerprint
 from vit_dist.data.stream.bad import Bad, BadExamples
 from vit_dist.data.stream.loader import Batches
@@ -32,6 +31,7 @@ from vit_dist.plan.here import plan_here
 from vit_dist.plan.report import lines
 from vit_dist.program import Program
 from vit_dist.rates import Pending, Window
+from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
@@ -61,21 +61,33 @@ class Diverged(Exception):
     """The loss or the parameters are not numbers any more."""
 
 
-def train(settings: Config, workdir: str | Path, *, own_process: bool = False) -> dict[str, Any]:
+def train(
+    config: Recipe, workdir: str | Path, overrides: Overrides = (), *, own_process: bool = False
+) -> dict[str, Any]:
     """Trains into `workdir`, going on from where it stands if it holds this run.
 
-    own_process: this process does nothing else, so that a second Ctrl-C may end it; see `StopRequest`.
+    Args:
+      config: a recipe's name or file, or a config; see `load_config`.
+      workdir: where the run is kept.
+      overrides: what is to differ from the config, such as {"batch_size": 64}.
+      own_process: this process does nothing else, so that a second Ctrl-C may end it; see `StopRequest`.
 
-    Returns the summary: step, count, loss, top1 (of the last evaluation of the first split; None without one),
-    seconds (of training, over all sessions), workdir. Raises `ConfigError` before anything is written, `Preempted`
-    after a SIGTERM and a complete save, `Interrupted` after a Ctrl-C and a complete save (a second Ctrl-C does not wait
-    for it: see `StopRequest`), `Diverged` for a loss that is not finite; no such state is ever saved.
+    Returns:
+      The summary: step, count, loss, top1 (of the last evaluation of the first split; None without one), seconds (of
+      training, over all sessions), workdir.
+
+    Raises:
+      ConfigError: before anything is written.
+      Preempted: after a SIGTERM and a complete save.
+      Interrupted: after a Ctrl-C and a complete save; a second Ctrl-C does not wait for it, see `StopRequest`.
+      Diverged: for a loss that is not finite; no such state is ever saved.
     """
+    settings = load_config(config, overrides)
     workdir = Path(workdir)
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
     source = open_split(settings, "train")
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
-    steps = config.total_steps(settings, len(source))
+    steps = total_steps(settings, len(source))
     whole = comes_whole(source, settings.data)
     for name, one in splits.items():
         if comes_whole(one, settings.data) != whole:  # a mixture may be of another kind than what it is tested on

@@ -21,14 +21,16 @@ from vit_dist.plan.compile import TooLarge, compile_step, make_program
 from vit_dist.plan.largest import largest_multiple
 from vit_dist.plan.search import search as search_layouts
 from vit_dist.plan.targets import Target
+from vit_dist.recipes import Overrides, Recipe, load_config
 
 _log = logging.getLogger(__name__)
 Account = dict[str, Any]
 
 
 def plan(
-    settings: Config,
+    config: Recipe,
     target: str,
+    overrides: Overrides = (),
     *,
     slices: int = 1,
     search: bool = False,
@@ -47,6 +49,7 @@ def plan(
     fits. What is too large is an answer: `fits` is False. Raises `ConfigError`. The process is then one for planning:
     jax is left with CPU devices alone and, unless the target is one, without its cache of compiled programs.
     """
+    settings = load_config(config, overrides)
     if search and largest_batch:
         raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
     where = targets.parse(target, slices)
@@ -58,7 +61,7 @@ def plan(
     def account_of(asked: Config) -> Account:
         if asked not in made:
             made[asked] = _compiled_account(asked, where, devices)
-            what = ", ".join(overrides(settings, asked)) or "the config"
+            what = ", ".join(changed_keys(settings, asked)) or "the config"
             _log.info("%s: %.0f s to compile", what, made[asked]["compile_seconds"])
         return made[asked]
 
@@ -81,14 +84,14 @@ def plan(
         "devices": where.count,
         "batch_size": chosen.batch_size,
         "dtype": chosen.model.dtype,
-        "overrides": overrides(settings, chosen),
+        "overrides": changed_keys(settings, chosen),
         **made_of,
         **of_run(chosen, made_of, where.count, hosts, examples),
         **found,
     }
 
 
-def overrides(settings: Config, changed: Config) -> list[str]:
+def changed_keys(settings: Config, changed: Config) -> list[str]:
     """What turns one config into the other, as `key=value`."""
     flat = config.flatten(config.to_dict(changed))
     return [recipes.assignment(key, flat[key]) for key in config.differences(settings, changed)]

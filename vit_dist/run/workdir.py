@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def check_shared(workdir: Path) -> None:
     )
 
 
-def read_config(workdir: Path, overrides: Iterable[str] = ()) -> Config:
+def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
     """The run's config, with overrides such as `mesh.data=4` that do not change what the run is."""
     file = workdir / "config.json"
     if not file.is_file():
