@@ -24,6 +24,7 @@ from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
+from vit_dist.schema import one_of
 
 LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
 # Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
@@ -250,7 +251,7 @@ def _prepare(options: argparse.Namespace) -> None:
         raise ConfigError(f"prepare: expected SOURCE and DEST, found {len(options.paths)} paths")
     *source, dest = options.paths
     for key in options.overrides:
-        config.one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
+        one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
     settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
     found = convert.prepare(
         source[0] if source else None,

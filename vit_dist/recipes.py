@@ -19,7 +19,8 @@ import ml_collections
 import yaml
 
 from vit_dist import configs
-from vit_dist.config import Config, ConfigError, check_known, flatten, near_miss, resolve, to_dict, typed
+from vit_dist.config import Config, ConfigError, resolve, to_dict, typed
+from vit_dist.schema import check_known, flatten, near_miss
 
 Recipe: TypeAlias = str | Path | Config | ml_collections.ConfigDict
 Overrides: TypeAlias = (
@@ -155,12 +156,12 @@ def override(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
             raise ConfigError(f"{one}: names no key; an override is written like --config.model.depth=4")
         node, hint = values, Config
         for depth, parent in enumerate(parents):
-            check_known(hint, parent, ".".join(parents[:depth]))
+            check_known(hint, parent, ".".join(parents[:depth]), Config)
             hint = typing.get_type_hints(hint)[parent]
             node = node[parent]
             if not dataclasses.is_dataclass(hint):
                 raise ConfigError(f"{key}: {'.'.join(parents[: depth + 1])} is a value and has no keys below it")
-        check_known(hint, leaf, ".".join(parents))
+        check_known(hint, leaf, ".".join(parents), Config)
         wanted = typing.get_type_hints(hint)[leaf]
         if not text:
             none = f", or {key}=null for none" if type(None) in typing.get_args(wanted) else ""

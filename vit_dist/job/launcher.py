@@ -19,10 +19,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from vit_dist.config import ConfigError, one_of
+from vit_dist.config import ConfigError
 from vit_dist.job.child import Child, say
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES
+from vit_dist.schema import one_of
 
 VERBS = ("train", "eval", "predict", "bench")  # those that run as several processes
 # How long after the first failure the others have to end by themselves, each with its own words (process 0, if it is at

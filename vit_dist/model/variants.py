@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from vit_dist.config import ConfigError, one_of
+from vit_dist.config import ConfigError
+from vit_dist.schema import one_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vit_dist.plan.estimate import Estimate, estimate, wires_of
 from vit_dist.plan.load import held_of
 from vit_dist.plan.targets import Target
 from vit_dist.program import check_model
+from vit_dist.schema import flatten
 
 # The deepest model whose blocks are tried unrolled. Of L/16, with 24, the GPUs' compiler makes a program in half a
 # minute, and the TPUs' in more than two.
@@ -146,7 +147,7 @@ def _overrides(settings: Config, changed: Config) -> tuple[str, ...]:
         "accumulate_steps": changed.accumulate_steps,
         "accumulate_gather": changed.accumulate_gather,
     }
-    own = config.flatten(dataclasses.asdict(settings))
+    own = flatten(dataclasses.asdict(settings))
     differing = ((key, value) for key, value in flat.items() if own[key] != value)
     return tuple(recipes.assignment(key, value) for key, value in differing)
 

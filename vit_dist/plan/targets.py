@@ -24,9 +24,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from vit_dist.config import ConfigError, near_miss
+from vit_dist.config import ConfigError
 from vit_dist.plan import gpu
 from vit_dist.run.devices import peak_flops
+from vit_dist.schema import near_miss
 
 GIB = 2**30
 MEMORY_SHARE = 0.75  # jaxlib's default of the two variables (JAX documentation, "GPU memory allocation")

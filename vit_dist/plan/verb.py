@@ -22,6 +22,7 @@ from vit_dist.plan.largest import largest_multiple
 from vit_dist.plan.search import search as search_layouts
 from vit_dist.plan.targets import Target
 from vit_dist.recipes import Overrides, Recipe, load_config
+from vit_dist.schema import flatten
 
 _log = logging.getLogger(__name__)
 Account = dict[str, Any]
@@ -93,7 +94,7 @@ def plan(
 
 def changed_keys(settings: Config, changed: Config) -> list[str]:
     """What turns one config into the other, as `key=value`."""
-    flat = config.flatten(config.to_dict(changed))
+    flat = flatten(config.to_dict(changed))
     return [recipes.assignment(key, flat[key]) for key in config.differences(settings, changed)]
 
 

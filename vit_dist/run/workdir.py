@@ -15,6 +15,7 @@ from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.job import processes
 from vit_dist.run.files import read_json, write_atomically
+from vit_dist.schema import flatten
 
 # What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
 # rounding, save that a new length bends the rest of the schedule and that another number of micro-batches draws other
@@ -110,7 +111,7 @@ def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str
     """What `wanted` changes of the run, in words; raises `ConfigError` for what may not change."""
     changed = config.differences(saved, wanted)
     refused = [key for key in changed if not {key, key.partition(".")[0]} & set(MAY_CHANGE)]
-    old, new = (config.flatten(config.to_dict(one)) for one in (saved, wanted))
+    old, new = (flatten(config.to_dict(one)) for one in (saved, wanted))
     said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
     if refused:
         raise ConfigError(

@@ -16,6 +16,7 @@ import optax
 
 from vit_dist import config
 from vit_dist.config import ConfigError, Rule
+from vit_dist.schema import one_of
 from vit_dist.step import muon
 from vit_dist.step.schedule import make_schedule
 
@@ -39,7 +40,7 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
     The state has the parameters' shardings: make it by `init` on arrays, or `jax.eval_shape` of it, under the mesh.
     `init` raises `ConfigError` for a rule that holds for no parameter.
     """
-    name = config.one_of("optimizer.name", settings.name, DIRECTIONS)
+    name = one_of("optimizer.name", settings.name, DIRECTIONS)
     rules = settings.rules
     for i, rule in enumerate(rules):
         try:

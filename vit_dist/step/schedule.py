@@ -12,6 +12,7 @@ from absl import logging
 
 from vit_dist import config
 from vit_dist.config import ConfigError
+from vit_dist.schema import one_of
 
 
 @functools.cache  # so that what it has to say of a config is said once
@@ -36,7 +37,7 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
         "rsqrt": lambda step: peak / jnp.sqrt(1 + step / settings.rsqrt_timescale),
         "constant": optax.constant_schedule(peak),
     }
-    name = config.one_of("optimizer.schedule", settings.schedule, shapes)
+    name = one_of("optimizer.schedule", settings.schedule, shapes)
     if settings.cooldown_steps and name in ("cosine", "linear"):
         raise ConfigError(
             f"optimizer.cooldown_steps: goes with the schedules rsqrt and constant, found {name}, "

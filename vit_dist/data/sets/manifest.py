@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist.config import ConfigError, flatten
+from vit_dist.config import ConfigError
 from vit_dist.data.files import replacing
+from vit_dist.schema import flatten
 
 MANIFEST = "manifest.json"
 PARTS = ".vit_dist_parts"  # the folder of a set's unfinished business

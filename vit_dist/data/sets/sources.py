@@ -16,6 +16,7 @@ from vit_dist.data.sets.formats import array_record, arrays, folder, idx, imagen
 from vit_dist.data.sets.in_memory import decode_all
 from vit_dist.data.sets.mixture import open_mixture
 from vit_dist.data.sets.subset import subset
+from vit_dist.schema import one_of
 
 # What `data.source` may be, and what opens a split of it: `open_split(path, split, data)`.
 SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
@@ -76,7 +77,7 @@ def _check_names_a_set(data: config.Data) -> None:
 
 def _open_one(data: config.Data, split: str) -> Source:
     """A split of the set that `data.source` and `data.path` name, whole."""
-    open_split = SOURCES[config.one_of("data.source", data.source, SOURCES)]
+    open_split = SOURCES[one_of("data.source", data.source, SOURCES)]
     if data.source in _NEED_NO_PATH:
         if data.path is not None:
             raise ConfigError(

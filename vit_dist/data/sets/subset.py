@@ -12,11 +12,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import ArraySource, Images, Source
 from vit_dist.data.sets.index import check_distinct
 from vit_dist.data.shuffle import permutation
+from vit_dist.schema import near_miss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def check_classes(classes: Sequence[str], known: Sequence[str]) -> None:
     """Raises `ConfigError` where `data.classes` names a class twice, or one that is not among those known."""
     for number, name in enumerate(classes):
         if name not in known:
-            close = config.near_miss(name, known)
+            close = near_miss(name, known)
             raise ConfigError(f"data.classes: {name!r} is not among the data's {len(known)} classes{close}")
         if name in classes[:number]:
             raise ConfigError(f"data.classes: {name!r} stands in it twice; name each class once")

@@ -1,0 +1,150 @@
+"""Nested values made into typed dataclasses, with errors that name the key.
+
+A field's type says what a value may be. `Annotated[int, Bound(...)]` also says which numbers it may be, so that a key's
+bounds stand beside it.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps"}
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done; the message is one line that says which key or file, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Which numbers a key may be, in words and as a test."""
+
+    wanted: str
+    holds: Callable[[float], bool]
+
+
+_POSITIVE = Bound("above 0", lambda value: value > 0)
+_NOT_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+Count = Annotated[int, _NOT_NEGATIVE]
+Amount = Annotated[float, _NOT_NEGATIVE]
+Share = Annotated[float, Bound("in [0, 1)", lambda value: 0 <= value < 1)]
+Portion = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < value <= 1)]
+
+
+def build(hint: Any, value: Any, key: str = "") -> Any:
+    """`value` as the type `hint` of the field at `key`. Raises `ConfigError`."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__})")
+        for name in value:
+            check_known(hint, name, key)
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return typing.cast(type, hint)(
+            **{name: build(hints[name], item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        )
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        built, bound = build(arguments[0], value, key), arguments[1]
+        if not bound.holds(built):
+            raise ConfigError(f"{key}: must be {bound.wanted}, found {value}")
+        return built
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            if _fits(option, value):
+                return build(option, value, key)
+    elif origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(items) == len(value):
+            return tuple(build(item, one, f"{key}[{i}]") for i, (item, one) in enumerate(zip(items, value)))
+    elif origin is Literal:
+        if isinstance(value, str):
+            return one_of(key, value, arguments)
+    elif _fits(hint, value):
+        return hint(value) if hint in (int, float) else value
+    raise ConfigError(f"{key}: expected {_name(hint)}, found {value!r} ({type(value).__name__})")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return _fits(typing.get_args(hint)[0], value)
+    if typing.get_origin(hint) is tuple:
+        arguments = typing.get_args(hint)
+        right_length = arguments[-1] is Ellipsis or (hasattr(value, "__len__") and len(value) == len(arguments))
+        return isinstance(value, list | tuple) and right_length
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if hint is types.NoneType:
+        return value is None
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is int:
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    """A type as a person would say it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _name(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_name(a) for a in arguments)
+    if origin is tuple:
+        return (
+            f"a list of {_name(arguments[0])}" if arguments[-1] is Ellipsis else f"({', '.join(map(_name, arguments))})"
+        )
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+    return plain.get(hint) or "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
+
+
+def check_known(hint: Any, name: str, parent: str, whole: Any = None) -> None:
+    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, declares no key `name`.
+
+    whole: the dataclass of the whole schema, whose other keys may be what was meant.
+    """
+    fields = [field.name for field in dataclasses.fields(hint)]
+    if name not in fields:
+        meant = near_miss(name, fields, parent) or (_elsewhere(name, whole) if whole else "")
+        raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
+
+
+def _elsewhere(name: str, whole: Any) -> str:
+    """The keys anywhere in a schema that end as `name`, one of its usual short forms, or nearly so."""
+    keys = flatten(dataclasses.asdict(whole()))
+    ends = {key.rpartition(".")[2] for key in keys}
+    wanted = _SHORT.get(name) or next(iter(difflib.get_close_matches(name, ends, n=1, cutoff=0.75)), None)
+    meant = [key for key in keys if key.rpartition(".")[2] == wanted]
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
+
+
+def one_of(key: str, value: str, options: Iterable[str]) -> str:
+    """`value`, if it is among the options; otherwise a `ConfigError` that lists them and the near miss."""
+    options = list(options)
+    if value not in options:
+        raise ConfigError(f"{key}: {value!r} is none of {', '.join(options)}{near_miss(value, options)}")
+    return value
+
+
+def near_miss(name: str, options: Iterable[str], parent: str = "") -> str:
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
