@@ -62,7 +62,7 @@ def test_a_target_is_slim_pinned_and_not_root_and_its_libraries_come_before_the_
     installs = [place for place, (keyword, rest) in enumerate(steps) if keyword == "RUN" and "pip install" in rest]
     assert len(installs) == 1 and "--constraint constraints.txt" in steps[installs[0]][1]
     before = [rest for keyword, rest in steps[: installs[0]] if keyword == "COPY"]
-    assert before == ["pyproject.toml constraints.txt ./"]
+    assert before == ["pyproject.toml setup.py constraints.txt ./"]
     assert ("COPY", "--from=code / ./") in steps[installs[0] :]
 
 
