@@ -133,7 +133,7 @@ def test_an_override_that_does_not_fit_is_refused_by_name(assignment, message):
         ("data.crop_area=[0.5,2]", r"data.crop_area\[1\]: must be above 0 and at most 1, found 2"),
         ("data.eval_crop=0", "data.eval_crop: must be above 0 and at most 1, found 0"),
         ("optimizer.b2=1", r"optimizer.b2: must be in \[0, 1\), found 1"),
-        ("optimizer.rules=[{path: a}, {path: b, weight_decay: -1}]", r"optimizer.rules\[1\].weight_decay: must be 0 or more"),
+        ("optimizer.rules=[{path: a}, {path: b, weight_decay: -1}]", r"rules\[1\].weight_decay: must be 0 or more"),
         ("model.image_size=[8,0]", r"model.image_size\[1\]: must be above 0, found 0"),
         ("model.attention=cudnn", "model.attention: cudnn takes dtype=bfloat16 and attention_dropout=0, found float32"),
     ],
