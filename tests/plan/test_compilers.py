@@ -126,7 +126,8 @@ BY_HAND = {
 ESTIMATES = """
 import dataclasses, json, sys
 from vit_dist import config, recipes
-from vit_dist.job import processes, topology
+from vit_dist.job import processes
+from vit_dist.mesh import topology
 from vit_dist.plan import roofline, targets
 from vit_dist.plan.estimate import estimate, wires_of
 from vit_dist.plan.load import held_of
