@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -155,8 +156,9 @@ def test_six_lines_of_a_notebook(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_has_the_recipes_by_name(tmp_path):
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "runs", "tests"))
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path / "wheels"), "."]
-    subprocess.run(pip, cwd=ROOT, check=True)
+    subprocess.run(pip, cwd=source, check=True)  # not in the checkout, where it would leave a folder `build`
     (wheel,) = (tmp_path / "wheels").glob("vit_dist-*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
     assert (tmp_path / "site/vit_dist/py.typed").exists() and not (tmp_path / "site/configs").exists()

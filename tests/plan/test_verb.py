@@ -12,7 +12,7 @@ import vit_dist
 from vit_dist import cli
 from vit_dist.config import ConfigError
 from vit_dist.plan import report, targets, verb
-from vit_dist.plan.verb import overridden, overrides, plan
+from vit_dist.plan.verb import changed_keys, overridden, plan
 from vit_dist.program import Program
 
 CPU = ("model.num_classes=10", *NOTHING_RANDOM)
@@ -162,7 +162,7 @@ def test_classes_that_are_left_to_the_data_are_assumed_and_said(caplog):
 
 def test_overrides_turn_one_config_into_another():
     one, other = settings(), settings("mesh.data=2", "model.scan=false", "model.remat=block", "model.layer_scale=1e-4")
-    changed = overrides(one, other)
+    changed = changed_keys(one, other)
     assert overridden(one, changed) == other
     assert set(changed) >= {"model.remat=block", "mesh.data=2"}
 
