@@ -75,14 +75,15 @@ def find(recipe: str | Path) -> Path:
         if path.suffix != ".py":
             raise ConfigError(f"{recipe}: a config file is a Python file, .py, such as configs/digits.py")
         return path
-    is_name = path.name == str(recipe) and path.suffix in ("", ".py")
-    places = folders() if is_name else [path.parent]
-    for folder in places if is_name else ():
-        if (folder / f"{path.stem}.py").is_file():
-            return folder / f"{path.stem}.py"
-    names = [file.stem if is_name else file.name for folder in places for file in folder.glob("*.py")]
+    if path.name == str(recipe) and path.suffix in ("", ".py"):
+        known = {file.stem: file for folder in reversed(folders()) for file in folder.glob("*.py")}
+        if path.stem in known:
+            return known[path.stem]
+        meant = near_miss(path.stem, known)
+    else:
+        meant = near_miss(path.name, [file.name for file in path.parent.glob("*.py")])
     what = "is a folder, not a config file" if path.is_dir() else "no such config file"
-    raise ConfigError(f"{recipe}: {what}{near_miss(path.stem if is_name else path.name, names)}")
+    raise ConfigError(f"{recipe}: {what}{meant}")
 
 
 def folders() -> list[Path]:

@@ -185,7 +185,7 @@ class Watchdog:
         steps = {self.index: self._step} | {index: peer.step for index, peer in self.peers.items()}
         names = {self.index: f"process {self.index}"} | {index: str(peer) for index, peer in self.peers.items()}
         begun = [self._stepped, *(peer.stepped for peer in self.peers.values())]
-        running = [time_ for time_ in begun if time_ is not None]
+        running = [moment for moment in begun if moment is not None]
         if len(running) < len(begun) or now - max(running) <= self.deadlines.step_seconds:
             return
         last = max(steps.values())
