@@ -57,11 +57,11 @@ class Ours:
     ):
         """new_state: makes the state before the first step, with the mesh in use."""
         assert settings.model.num_classes is not None
-        self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, crop_on_device=False)
+        self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, augment_on_device=False)
         with self.in_use():
             self._state = new_state(self.program)
             sharding = feed.batch_sharding(self.program.mesh)
-            self._batch = feed.place({"image": images, "label": labels}, sharding, settings.batch_size)
+            self._batch = feed.put({"image": images, "label": labels}, sharding, settings.batch_size)
         self._metrics: dict[str, jax.Array] = {}
 
     def in_use(self) -> contextlib.AbstractContextManager:

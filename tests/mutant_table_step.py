@@ -109,7 +109,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "step/evaluation.py": [
         (
             "eval_crop ignored on the device",
-            "if crop_on_device and data.eval_crop is not None:",
+            "if augment_on_device and data.eval_crop is not None:",
             "if False:",
             WHOLE_IMAGES,
         ),
@@ -221,9 +221,9 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         ("step not counted", "step=state.step + 1", "step=state.step", SOFTMAX),
         (
-            "one key for warp, mix and network",
-            "warp_key, mix_key, network_key = jax.random.split(key, 3)",
-            "warp_key = mix_key = network_key = key",
+            "one key for warp, mix and dropout",
+            "warp_key, mix_key, dropout_key = jax.random.split(key, 3)",
+            "warp_key = mix_key = dropout_key = key",
             DRAWS,
         ),
         (
@@ -233,6 +233,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             SIGMOID,
         ),
         ("frozen parameters in the logged norm", "p if on else jax.lax.stop_gradient(p)", "p", SIGMOID),
-        ("flipped by host and device", "if not crop_on_device:", "if False:", SIGMOID),
+        ("flipped by host and device", "if not augment_on_device:", "if False:", SIGMOID),
     ],
 }

@@ -12,7 +12,7 @@ from vit_dist.describe import bytes_per_device
 from vit_dist.mesh import layout, topology
 from vit_dist.model import vit
 from vit_dist.step.optimizer import make_optimizer
-from vit_dist.step.state import Network, make_state
+from vit_dist.step.state import ModelFunction, make_state
 
 GIB = 2**30
 # recipe: (devices, bytes of one's memory, parameters, bytes of parameters and of optimizer state on one device)
@@ -41,8 +41,8 @@ def deployed(request):
     settings = load(request.param)
     with jax.sharding.use_abstract_mesh(abstract_mesh(settings, DEPLOYED[request.param][0])):
         optimizer = make_optimizer(settings.optimizer, 400_000)
-        network, average = Network(settings.model), settings.ema_decay > 0
-        state = jax.eval_shape(lambda: make_state(network, optimizer, settings.seed, average))
+        model, average = ModelFunction(settings.model), settings.ema_decay > 0
+        state = jax.eval_shape(lambda: make_state(model, optimizer, settings.seed, average))
         yield request.param, settings, state
 
 

@@ -73,7 +73,7 @@ def test_what_training_would_refuse_is_refused_here_too():
 
 
 def test_the_table_of_parameters_ends_with_their_sum():
-    program = Program(settings(), classes=1000, steps=10, crop_on_device=True)
+    program = Program(settings(), classes=1000, steps=10, augment_on_device=True)
     with jax.set_mesh(program.mesh):
         lines = parameter_table(program.abstract_state().parameters).splitlines()
     assert lines[0].split() == ["parameter", "shape", "sharding", "bytes", "a", "device"]

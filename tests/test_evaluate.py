@@ -130,7 +130,7 @@ def test_all_10_000_test_images_of_cifar10_are_counted_on_any_mesh(cifar10):
         axes = settings(*MESHES[mesh]).mesh
         evaluation = dataclasses.replace(asked.evaluate, batch_size=333)
         here = dataclasses.replace(asked, mesh=axes, evaluate=evaluation)
-        program = Program(here, classes=10, steps=1, crop_on_device=True)
+        program = Program(here, classes=10, steps=1, augment_on_device=True)
         with program.in_use():
             results.append(evaluate_source(program, program.new_state().parameters, source))
     assert len(source) == 10_000

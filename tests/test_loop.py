@@ -131,10 +131,10 @@ def test_fewer_steps_than_a_run_has_done_are_refused_and_nothing_is_changed(fini
 
 
 def test_a_plan_that_cannot_be_made_does_not_end_a_run(tmp_path, monkeypatch, caplog):
-    def plan_here(*arguments):
+    def plan_attached(*arguments):
         raise KeyError("network_ms")
 
-    monkeypatch.setattr(loop, "plan_here", plan_here)
+    monkeypatch.setattr(loop, "plan_attached", plan_attached)
     assert train(settings(*PLAIN), tmp_path)["step"] == 2
     assert "no plan of this run can be made (KeyError: 'network_ms'); it goes on" in caplog.text
 
@@ -165,11 +165,11 @@ def test_a_run_that_diverges_says_which_checkpoint_there_is(tmp_path, measured):
 
 
 def test_a_mesh_that_leaves_devices_idle_says_so(caplog):
-    Program(settings("mesh.data=2"), classes=10, steps=1, crop_on_device=True)
+    Program(settings("mesh.data=2"), classes=10, steps=1, augment_on_device=True)
     assert caplog.messages == ["mesh: 6 of the 8 devices stay idle; set one axis to -1"]
     caplog.clear()
-    Program(settings("mesh.data=2"), classes=10, steps=1, crop_on_device=True, devices=jax.devices()[:2])
-    Program(settings("mesh.data=-1"), classes=10, steps=1, crop_on_device=True)
+    Program(settings("mesh.data=2"), classes=10, steps=1, augment_on_device=True, devices=jax.devices()[:2])
+    Program(settings("mesh.data=-1"), classes=10, steps=1, augment_on_device=True)
     assert caplog.messages == []
 
 

@@ -103,6 +103,16 @@ def test_a_module_of_the_data_imports_its_own_room_of_them_and_lower_ones_only(n
             assert data_floor(other) <= data_floor(name), f"{name} imports {other}"
 
 
+def test_training_needs_no_estimate_of_the_plan():
+    reached, waiting = set(), {"train"}
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting |= of_project(modules()[name]) - reached
+    assert "plan.account" in reached
+    assert not [name for name in reached if name.startswith("plan.estimate")]
+
+
 def test_no_two_modules_import_each_other_by_any_way_round():
     wanted = {name: of_project(file) - {name} for name, file in modules().items()}
     while free := [name for name, others in wanted.items() if not others]:

@@ -15,7 +15,7 @@ from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.index import Names
 from vit_dist.data.stream import pixels
 from vit_dist.data.stream.loader import Batches, train_batches
-from vit_dist.data.stream.stages import Stages
+from vit_dist.data.stream.timings import Timings
 from vit_dist.mesh import feed
 
 
@@ -110,7 +110,7 @@ def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(capl
         with stream(0.0) as (host, placed):
             window = rates.Window(0, host, placed)
             for step, seconds in enumerate(waited, 1):
-                window.say_slow_data(rates.Rates(4.0, 10, seconds, Stages(read=2.0)), 10 * step)
+                window.say_slow_data(rates.Rates(4.0, 10, seconds, Timings(read=2.0)), 10 * step)
         return [record.message.partition(" of the time")[0] for record in caplog.records]
 
     assert said(4.0, 4.0) == []  # too short to say
@@ -132,10 +132,10 @@ def test_it_is_said_once_a_minute_at_most(judged_at_once, caplog):
 @pytest.mark.parametrize(
     ("stages", "parallel", "slowest"),
     [
-        (Stages(read=1, decode=5, augment=2, copy=0.1), 4, "decode"),
-        (Stages(read=6, decode=5, augment=2, copy=0.1), 4, "read"),
-        (Stages(read=1, decode=2, augment=3, copy=1.4), 4, "augment"),
-        (Stages(read=1, decode=2, augment=3, copy=1.6), 4, "copy"),  # done by one thread while four share the rest
+        (Timings(read=1, decode=5, augment=2, copy=0.1), 4, "decode"),
+        (Timings(read=6, decode=5, augment=2, copy=0.1), 4, "read"),
+        (Timings(read=1, decode=2, augment=3, copy=1.4), 4, "augment"),
+        (Timings(read=1, decode=2, augment=3, copy=1.6), 4, "copy"),  # done by one thread while four share the rest
     ],
 )
 def test_the_slowest_stage_is_that_which_a_batch_waits_for(stages, parallel, slowest):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vit_dist.config import ConfigError, total_steps
-from vit_dist.data.stream.pixels import comes_whole
+from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
@@ -33,7 +33,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
         settings,
         classes=len(source.class_names),
         steps=total_steps(settings, len(source)),
-        crop_on_device=comes_whole(source, settings.data),
+        augment_on_device=augments_on_device(source, settings.data),
     )
     program.check_training_batch()
     settle, probes = 3, 15
@@ -42,7 +42,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
     with contextlib.closing(host), contextlib.closing(batches), program.in_use():
         state = program.new_state()
         begun, batch = time.perf_counter(), next(batches)
-        program.meet(program.train_step, state, batch)
+        program.compile_together(program.train_step, state, batch)
         state, metrics = program.train_step(state, batch)
         jax.block_until_ready(metrics)
         first = time.perf_counter() - begun

@@ -92,7 +92,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MixtureSource:
     """One of the sets that a mixture is made of."""
 
     source: str = "folder"
@@ -106,7 +106,7 @@ class Data:
 
     source: str = "digits"  # the container: a key of `data.sets.sources.SOURCES`
     path: str | None = None  # a file or folder, or an address that fsspec knows, such as gs://bucket/images
-    mixture: tuple[Part, ...] = ()  # sets to train on together, in place of source and path
+    mixture: tuple[MixtureSource, ...] = ()  # sets to train on together, in place of source and path
     classes: tuple[str, ...] = ()  # keep these alone, in this order; none: all
     fraction: Portion = 1.0  # of each class's training examples; a smaller one's are among a larger one's
     repeats: PositiveInt = (

@@ -30,7 +30,7 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     processes.start(settings.fake_devices, settings.deadlines)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
-    program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, crop_on_device=True)
+    program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, augment_on_device=True)
     program.check_training_batch()
     with program.in_use():
         state = program.abstract_state()

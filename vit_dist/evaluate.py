@@ -12,9 +12,9 @@ import numpy as np
 from vit_dist import config
 from vit_dist.data.sets.examples import Source, check_labels, distinct_names
 from vit_dist.data.sets.sources import open_source
-from vit_dist.data.stream.bad import Bad, check_bad, check_none_bad
+from vit_dist.data.stream.bad_examples import BadExample, check_bad, check_none_bad
 from vit_dist.data.stream.loader import evaluation_batches
-from vit_dist.data.stream.pixels import comes_whole
+from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
@@ -36,7 +36,7 @@ class Result:
     top1: float
     top5: float
     class_top1: dict[str, float | None]  # by `distinct_names`; None for a class of no examples
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[BadExample, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """What a row of `metrics.jsonl` holds; `class_top1` in the order of the classes."""
@@ -48,7 +48,7 @@ class Result:
 def evaluate_source(program: Program, parameters: Parameters, source: Source) -> Result:
     """Runs the whole source through the model. The mesh must be in use.
 
-    Raises `BadExamples` for files that do not decode, unless they may be skipped, on all processes alike; and
+    Raises `TooManyBadExamples` for files that do not decode, unless they may be skipped, on all processes alike; and
     `RuntimeError` if the examples counted and skipped are not the examples there are.
     """
     settings = program.settings
@@ -67,7 +67,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         for number, batch in enumerate(placed):
             processes.alive()
             if number == 0:
-                program.meet(program.evaluation_step, parameters, batch, totals)
+                program.compile_together(program.evaluation_step, parameters, batch, totals)
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])
@@ -110,8 +110,12 @@ def evaluate(
     settings = read_config(Path(workdir), overrides)
     processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, split)
-    whole = comes_whole(source, settings.data)
-    with restored(Path(workdir), settings, crop_on_device=whole, step=step, best=best) as (program, found, parameters):
+    on_device = augments_on_device(source, settings.data)
+    with restored(Path(workdir), settings, augment_on_device=on_device, step=step, best=best) as (
+        program,
+        found,
+        parameters,
+    ):
         results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
         bad = results["parameters"].bad
         for one in bad:

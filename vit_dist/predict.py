@@ -12,7 +12,7 @@ from vit_dist.data.pictures.images import CHANNELS, BadImage
 from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image
 from vit_dist.job import processes
-from vit_dist.mesh.feed import batch_sharding, place
+from vit_dist.mesh.feed import batch_sharding, put
 from vit_dist.program import restored
 from vit_dist.recipes import Overrides
 from vit_dist.run.workdir import class_names, read_config
@@ -45,12 +45,12 @@ def predict(
     processes.start(settings.fake_devices, settings.deadlines)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
-    with restored(workdir, settings, crop_on_device=False, step=step, best=best) as (program, _, parameters):
+    with restored(workdir, settings, augment_on_device=False, step=step, best=best) as (program, _, parameters):
 
         @jax.jit
         def probabilities(parameters: Any, images: jax.Array) -> jax.Array:
-            inputs = model_input(images, settings.data, settings.model, crop_on_device=False)
-            logits = program.network(parameters, inputs)
+            inputs = model_input(images, settings.data, settings.model, augment_on_device=False)
+            logits = program.model(parameters, inputs)
             return jax.nn.sigmoid(logits) if settings.loss == "sigmoid" else jax.nn.softmax(logits)
 
         size, sharding = program.evaluation_batch_size(), batch_sharding(program.mesh)
@@ -59,7 +59,7 @@ def predict(
             rows = np.zeros((size, *images[0].shape), np.uint8)
             some = images[start : start + size]
             rows[: len(some)] = some
-            placed = place({"image": rows}, sharding, size)["image"]
+            placed = put({"image": rows}, sharding, size)["image"]
             found = np.asarray(jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), placed)))
             for file, row in zip(files[start:], found[: len(some)], strict=False):
                 order = np.argsort(-row, kind="stable")[:top]

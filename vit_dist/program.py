@@ -28,7 +28,7 @@ from vit_dist.run.devices import peak_flops
 from vit_dist.step import evaluation, update
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
-from vit_dist.step.state import Network, Parameters, State, make_state
+from vit_dist.step.state import ModelFunction, Parameters, State, make_state
 
 _log = logging.getLogger(__name__)
 UNUSED = 1_000_000  # a length for the schedule of a program that will not train
@@ -47,13 +47,13 @@ class Program:
         *,
         classes: int,
         steps: int,
-        crop_on_device: bool,
+        augment_on_device: bool,
         devices: Sequence[jax.Device] | None = None,
     ):
         """classes: of the data, where the config leaves them open. steps: of the whole run, for the schedule.
         devices: None for those that are here.
 
-        crop_on_device: the data are whole images in memory, for the device to crop and resize (`ArraySource`).
+        augment_on_device: the data are whole images in memory, for the device to crop and resize (`ArraySource`).
         """
         model = settings.model
         if model.num_classes is None:
@@ -65,15 +65,15 @@ class Program:
         if devices is None and self.mesh.size < jax.device_count():
             idle = jax.device_count() - self.mesh.size
             _log.warning("mesh: %d of the %d devices stay idle; set one axis to -1", idle, jax.device_count())
-        self.network = Network(model)
+        self.model = ModelFunction(model)
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)
         options = _compiler_options(settings, self.mesh.devices.flat[0].platform)
         train_step = update.make_train_step(
-            settings, self.network, self.optimizer, schedule, crop_on_device=crop_on_device
+            settings, self.model, self.optimizer, schedule, augment_on_device=augment_on_device
         )
         self.train_step = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-        evaluation_step = evaluation.make_evaluation_step(settings, self.network, crop_on_device=crop_on_device)
+        evaluation_step = evaluation.make_evaluation_step(settings, self.model, augment_on_device=augment_on_device)
         self.evaluation_step = jax.jit(evaluation_step, donate_argnums=2, compiler_options=options)
 
     def check_training_batch(self) -> None:
@@ -99,10 +99,10 @@ class Program:
     def new_state(self) -> State:
         """The state before the first step; every array is born split."""
         make = jax.jit(self._make_state)
-        self.meet(make)
+        self.compile_together(make)
         return make()
 
-    def meet(self, compiled: Any, *arguments: Any) -> None:
+    def compile_together(self, compiled: Any, *arguments: Any) -> None:
         """Compiles a function, and waits until all processes have: to be called before the first call of it.
 
         Some compile sooner than others, and devices that begin to talk wait no longer than they please: gloo 30 s.
@@ -150,19 +150,19 @@ class Program:
         return None if peak is None else self.flops_per_step() / (step_seconds * peak * self.mesh.size)
 
     def _make_state(self) -> State:
-        return make_state(self.network, self.optimizer, self.settings.seed, self.settings.ema_decay > 0)
+        return make_state(self.model, self.optimizer, self.settings.seed, self.settings.ema_decay > 0)
 
 
 @contextlib.contextmanager
 def restored(
-    workdir: Path, settings: config.Config, *, crop_on_device: bool, step: int | None = None, best: bool = False
+    workdir: Path, settings: config.Config, *, augment_on_device: bool, step: int | None = None, best: bool = False
 ) -> Iterator[tuple[Program, int, dict[str, Parameters]]]:
     """With the mesh in use: a program, the step of the checkpoint, and its `parameters` and, where kept, their `ema`.
 
     step: which checkpoint; None: the newest, or with `best` the one of the highest top-1. Raises `ConfigError`.
     """
     assert settings.model.num_classes is not None
-    program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, crop_on_device=crop_on_device)
+    program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, augment_on_device=augment_on_device)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     try:
         with program.in_use():

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from vit_dist.data.stream.loader import Batches
-from vit_dist.data.stream.stages import NAMES, Stages
+from vit_dist.data.stream.timings import NAMES, Timings
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
 from vit_dist.run.devices import memory_in_use
@@ -32,7 +32,7 @@ class Rates:
     seconds: float
     steps: int
     waited: float
-    stages: Stages
+    stages: Timings
 
     def plus(self, other: "Rates") -> "Rates":
         """Of both stretches together."""
@@ -88,7 +88,7 @@ class Window:
             self._host.parallel,
         )
 
-    def _spent(self) -> Stages:
+    def _spent(self) -> Timings:
         host = self._host.stages
         return dataclasses.replace(host, copy=host.copy + self._batches.copied)
 

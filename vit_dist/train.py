@@ -19,15 +19,15 @@ import jax
 
 from vit_dist.config import ConfigError, total_steps
 from vit_dist.data.sets.examples import Source, fingerprint
-from vit_dist.data.stream.bad import Bad, BadExamples
+from vit_dist.data.stream.bad_examples import BadExample, TooManyBadExamples
 from vit_dist.data.stream.loader import Batches
-from vit_dist.data.stream.pixels import comes_whole
+from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.job import processes
 from vit_dist.job.preemption import StopRequest
 from vit_dist.mesh.feed import Prefetch
-from vit_dist.plan.here import plan_here
+from vit_dist.plan.attached import plan_attached
 from vit_dist.plan.report import lines
 from vit_dist.program import Program
 from vit_dist.rates import Pending, Window
@@ -35,7 +35,7 @@ from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
-from vit_dist.run.failures import BadImages
+from vit_dist.run.failures import BadExampleList
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
 from vit_dist.step.state import State
@@ -88,14 +88,14 @@ def train(
     source = open_split(settings, "train")
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
     steps = total_steps(settings, len(source))
-    whole = comes_whole(source, settings.data)
+    on_device = augments_on_device(source, settings.data)
     for name, one in splits.items():
-        if comes_whole(one, settings.data) != whole:  # a mixture may be of another kind than what it is tested on
+        if augments_on_device(one, settings.data) != on_device:  # a mixture can be of another kind than its test set
             raise ConfigError(
                 f"evaluate.splits: of the splits {name} and train one is files and one is pixels in memory; "
                 "the model cannot take both, so prepare both alike or set data.in_memory"
             )
-    program = Program(settings, classes=len(source.class_names), steps=steps, crop_on_device=whole)
+    program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
     program.check_training_batch()
     prints = {name: fingerprint(one) for name, one in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, prints)))
@@ -147,7 +147,7 @@ class Session:
             )
             self.state, self.seconds_before = self._restore()
             self.step = self.first_step = int(self.state.step)
-            self.bad_images = BadImages(self.workdir, resume_step=self.step)
+            self.bad_images = BadExampleList(self.workdir, resume_step=self.step)
             self.log = self.progress = self.profile = None
             if jax.process_index() == 0:  # it alone writes
                 self.log = opened.enter_context(contextlib.closing(MetricLog(self.workdir, resume_step=self.step)))
@@ -177,7 +177,7 @@ class Session:
             for batch in batches:
                 processes.alive(self.step + 1)
                 if self.step == self.first_step:
-                    program.meet(program.train_step, self.state, batch)
+                    program.compile_together(program.train_step, self.state, batch)
                     self._say_plan(batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
@@ -205,7 +205,7 @@ class Session:
                     if evaluating:
                         try:
                             self._evaluate()
-                        except BadExamples:  # what was trained is not lost for it
+                        except TooManyBadExamples:  # what was trained is not lost for it
                             self._save()
                             self.checkpoints.wait()
                             raise
@@ -293,7 +293,7 @@ class Session:
             left = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
             raise Diverged(f"step {step}: {found}; {left}; lower optimizer.learning_rate?")
 
-    def _note_bad(self, step: int, split: str, bad: Sequence[Bad], source: Source) -> int:
+    def _note_bad(self, step: int, split: str, bad: Sequence[BadExample], source: Source) -> int:
         """Lists what was skipped, over all processes, and stops the run where it is too much; returns the count."""
         data = self.settings.data
         if data.on_bad == "error":
@@ -332,7 +332,7 @@ class Session:
         self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
         self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
         if self.settings.data.crop_area is not None or self.settings.data.flip:
-            where = "device" if comes_whole(self.source, self.settings.data) else "host"
+            where = "device" if augments_on_device(self.source, self.settings.data) else "host"
             self.progress.line(f"crop and flip on the {where} (data.augment_on={self.settings.data.augment_on})")
         if self.settings.checkpoint.keep_best and not self.splits:
             self.progress.line("nothing is evaluated, so checkpoint.keep_best finds no best: the newest alone are kept")
@@ -346,7 +346,7 @@ class Session:
         step = self.program.train_step
         executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
         try:
-            planned = lines(plan_here(self.program, executable, self.state, batch))
+            planned = lines(plan_attached(self.program, executable, self.state, batch))
         except _PLAN_ERRORS as error:  # a run does not end because nobody can say how long it will take
             _log.warning("no plan of this run can be made (%s: %s); it goes on", type(error).__name__, error)
             return

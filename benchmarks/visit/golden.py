@@ -16,7 +16,7 @@ import numpy as np
 
 from visit.job import Job
 from vit_dist import config
-from vit_dist.data.stream.pixels import comes_whole
+from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
@@ -98,9 +98,9 @@ def rows(data: Path, precision: str | None) -> list[dict[str, Any]]:
     """
     run = settings(data)
     source = open_split(run, "train")
-    whole = comes_whole(source, run.data)
+    whole = augments_on_device(source, run.data)
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        program = Program(run, classes=CLASSES, steps=STEPS, crop_on_device=whole, devices=jax.devices()[:1])
+        program = Program(run, classes=CLASSES, steps=STEPS, augment_on_device=whole, devices=jax.devices()[:1])
         host = program.training_batches(source, 0, STEPS)
         batches = Prefetch(host, program.mesh, BATCH, run.data.prefetch)
         with contextlib.closing(host), contextlib.closing(batches), program.in_use():

@@ -105,7 +105,7 @@ def _saved(workdir: Path) -> list[int]:
 def _arrays(workdir: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """All arrays of the newest checkpoint, by path."""
     settings = recipes.load(RECIPE, keys)
-    program = Program(settings, classes=10, steps=1, crop_on_device=True)
+    program = Program(settings, classes=10, steps=1, augment_on_device=True)
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     with program.in_use():
         state = program.abstract_state()

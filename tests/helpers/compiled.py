@@ -13,7 +13,7 @@ def program_on(sizes, *overrides, devices=None):
     """tiny.py on a mesh of these sizes of its axes, over these devices, which need not be here (None: those here)."""
     asked = {"data": 1, **sizes}
     axes = (f"mesh.{axis}={size}" for axis, size in asked.items())
-    return Program(settings(*axes, *overrides), classes=10, steps=20, crop_on_device=True, devices=devices)
+    return Program(settings(*axes, *overrides), classes=10, steps=20, augment_on_device=True, devices=devices)
 
 
 def compiled_step(program):

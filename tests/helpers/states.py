@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from reference import Flat, flattened
 
-from vit_dist.mesh.feed import batch_sharding, place
+from vit_dist.mesh.feed import batch_sharding, put
 from vit_dist.program import Program
 from vit_dist.step.state import State
 
@@ -30,7 +30,7 @@ def state_of(program: Program, parameters: Any, average: Any = None) -> State:
 
 def batch_of(program: Program, **arrays: np.ndarray) -> dict[str, jax.Array]:
     """A global batch of these arrays."""
-    return place(arrays, batch_sharding(program.mesh), len(arrays["label"]))
+    return put(arrays, batch_sharding(program.mesh), len(arrays["label"]))
 
 
 def _put(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -141,7 +141,7 @@ def checkpoint_steps(workdir):
 def saved_state(workdir, *overrides):
     """(step, {path: array}) of all that the newest checkpoint holds, read onto one device."""
     wanted = settings(*overrides, "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1")
-    program = Program(wanted, classes=10, steps=1, crop_on_device=True)
+    program = Program(wanted, classes=10, steps=1, augment_on_device=True)
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     with program.in_use():
         state = program.abstract_state()

@@ -44,7 +44,7 @@ def test_what_a_caller_changes_stays_out_of_the_table():
 
 def test_the_steps_are_compiled_with_the_options_of_their_devices(monkeypatch):
     monkeypatch.setitem(OPTIONS, "cpu", {"xla_no_such_option": True})
-    program = Program(settings("mesh.data=1"), classes=10, steps=1, crop_on_device=True)
+    program = Program(settings("mesh.data=1"), classes=10, steps=1, augment_on_device=True)
     with program.in_use():
         state = program.abstract_state()
         sharding, shapes = batch_sharding(program.mesh), {"image": (64, 8, 8, 1), "label": (64,), "id": (64,)}

@@ -231,7 +231,7 @@ def test_remat_of_all_but_the_dense_products_goes_round_the_ring_no_more_often(s
 def compiled_step(sizes: dict[str, int], *overrides: str) -> Any:
     axes = (f"mesh.{axis}={size}" for axis, size in {"data": 1, **sizes}.items())
     asked = settings(*axes, *overrides, *NO_DROPOUT, *NO_AUGMENTATION)
-    program = Program(asked, classes=10, steps=20, crop_on_device=True)
+    program = Program(asked, classes=10, steps=20, augment_on_device=True)
     with program.in_use():
         rows, sharding = asked.batch_size, batch_sharding(program.mesh)
         shapes = {"image": ((rows, 8, 8, 1), jnp.uint8), "label": ((rows,), jnp.int32), "id": ((rows,), jnp.int32)}
@@ -282,7 +282,7 @@ def test_a_model_whose_tokens_cannot_be_split_so_is_refused_before_anything_is_c
     overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        Program(settings("mesh.data=1", *overrides), classes=10, steps=1, crop_on_device=True)
+        Program(settings("mesh.data=1", *overrides), classes=10, steps=1, augment_on_device=True)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_attention_over_split_tokens_is_not_computed_again_under_names() -> None
         with program.in_use():
             state = program.abstract_state()
             images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
-            return products(jax.grad(lambda p, x: jnp.sum(program.network(p, x))), state.parameters, images)[1]
+            return products(jax.grad(lambda p, x: jnp.sum(program.model(p, x))), state.parameters, images)[1]
 
     assert found("none") == found("names") < found("block")
 

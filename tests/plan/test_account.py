@@ -9,11 +9,12 @@ from system import NOTHING_RANDOM, settings, train_here
 
 from vit_dist.model import flops
 from vit_dist.plan import compile as compiling
+from vit_dist.plan import account as accounts
 from vit_dist.plan import links, targets
 from vit_dist.plan.account import account, account_of_too_large, memory, of_run
+from vit_dist.plan.attached import plan_attached
 from vit_dist.plan.collectives import collectives
 from vit_dist.plan.compile import Step, TooLarge, compile_step, held_bytes, make_program
-from vit_dist.plan.here import plan_here
 from vit_dist.plan.report import lines
 from vit_dist.plan.roofline import EFFICIENCY
 from vit_dist.plan.targets import Chip
@@ -170,22 +171,38 @@ def compiled(request):
 def test_a_run_says_what_it_needs_and_on_known_chips_how_long_it_takes(platform, compiled, monkeypatch, wired):
     program, state, batch, executable = compiled
     with program.in_use():
-        unknown = plan_here(program, executable, state, batch)
+        unknown = plan_attached(program, executable, state, batch)
         chip = dataclasses.replace(CHIP, platform=platform)
-        monkeypatch.setattr(targets, "chip_here", lambda device: chip)
-        known = plan_here(program, executable, state, batch)
+        monkeypatch.setattr(targets, "attached_chip", lambda device: chip)
+        known = plan_attached(program, executable, state, batch)
         nameless = dataclasses.replace(chip, memory_bytes=None)
-        monkeypatch.setattr(targets, "chip_here", lambda device: nameless)
-        unlimited = plan_here(program, executable, state, batch)
+        monkeypatch.setattr(targets, "attached_chip", lambda device: nameless)
+        unlimited = plan_attached(program, executable, state, batch)
     whole = sum(memory(Step(program, executable, held_bytes(state, batch)), CHIP).values())
     assert unknown["peak_bytes"] == known["peak_bytes"] == unlimited["peak_bytes"] == whole
-    assert unknown["step_ms"] is None and "not published" in lines(unknown)[2]
+    assert unknown["step_ms"] is None and len(lines(unknown)) == 2
+    planned = account(Step(program, executable, held_bytes(state, batch)), chip)  # as `plan` has it
+    assert known == {**planned, **{name: known[name] for name in known.keys() - planned.keys()}}
     assert known["hours"] == pytest.approx(program.steps * known["step_ms"] / 3.6e6)
     assert len(lines(known)) == 3 and "images/s" in lines(known)[2]
 
 
+def test_a_program_that_cannot_be_read_still_says_what_memory_a_run_needs(compiled, monkeypatch, caplog):
+    def unreadable(text, axes):
+        raise ValueError("no groups that can be read in: all-reduce")
+
+    monkeypatch.setattr(targets, "attached_chip", lambda device: CHIP)
+    monkeypatch.setattr(accounts, "collectives", unreadable)
+    program, state, batch, executable = compiled
+    with program.in_use():
+        found = plan_attached(program, executable, state, batch)
+    assert "the time of a step cannot be planned: no groups that can be read" in caplog.text
+    assert found["step_ms"] is None and len(lines(found)) == 2
+    assert found["peak_bytes"] == sum(memory(Step(program, executable, held_bytes(state, batch)), CHIP).values())
+
+
 def test_training_begins_with_three_lines(tmp_path, monkeypatch, wired, capfd):
-    monkeypatch.setattr(targets, "chip_here", lambda device: CHIP)
+    monkeypatch.setattr(targets, "attached_chip", lambda device: CHIP)
     train_here(tmp_path, "total_steps=2", "mesh.data=8", *NOTHING_RANDOM)
     said = [line for line in capfd.readouterr().err.splitlines() if "plan: " in line]
     assert len(said) == 3 and "a device needs" in said[0] and "images/s" in said[2]

@@ -129,15 +129,15 @@ from vit_dist import config, recipes
 from vit_dist.job import processes
 from vit_dist.mesh import topology
 from vit_dist.plan import roofline, targets
-from vit_dist.plan.estimate import estimate, wires_of
-from vit_dist.plan.load import held_of
+from vit_dist.plan.estimate.step import estimate, wires_of
+from vit_dist.plan.estimate.workload import state_bytes_of
 from vit_dist.program import check_model
 
 processes.pretend(1)
 target = targets.parse(sys.argv[1])
 devices = targets.devices(target)
 settings = recipes.load("configs/vit_g14_64gpu.py")
-held = held_of(settings)
+held = state_bytes_of(settings)
 for dcn_data, data, fsdp, tensor, remat, times in json.loads(sys.argv[2]):
     sizes = {"dcn_data": dcn_data, "data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
     model = dataclasses.replace(settings.model, remat=remat)

@@ -1,4 +1,4 @@
-"""Who talks over which wire, with devices that are no more than their places; every rate by hand."""
+"""Who transfers over which wire, with devices that are no more than their places; every rate by hand."""
 
 import dataclasses
 import itertools

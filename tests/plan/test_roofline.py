@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from vit_dist.plan.roofline import EFFICIENCY, Talk, Work, bounds_ms, network_ms, step_seconds
+from vit_dist.plan.roofline import EFFICIENCY, Cost, Transfer, bounds_ms, network_ms, step_seconds
 
 # 100 TFLOP/s, 1 TB/s.
 CHIP = types.SimpleNamespace(memory_bandwidth=1e12, link_bandwidth=1e11, peak_flops=lambda dtype: 100e12)
@@ -13,30 +13,33 @@ E, M, N = (EFFICIENCY[name] for name in ("arithmetic", "memory", "network"))
 
 
 def test_the_bounds_are_what_each_takes_at_its_full_rate():
-    work = Work(
-        2e12, 5e9, 3e9, (Talk("NVLink", 0.004, True), Talk("NVLink", 0.002, False), Talk("network", 0.005, True))
+    work = Cost(
+        2e12,
+        5e9,
+        3e9,
+        (Transfer("NVLink", 0.004, True), Transfer("NVLink", 0.002, False), Transfer("network", 0.005, True)),
     )
-    assert network_ms(work.talks) == pytest.approx({"NVLink": 6.0, "network": 5.0})
+    assert network_ms(work.transfers) == pytest.approx({"NVLink": 6.0, "network": 5.0})
     assert bounds_ms(work, CHIP, "bfloat16") == pytest.approx({"arithmetic": 20.0, "memory": 5.0, "network": 6.0})
 
 
 def test_products_and_what_lies_between_them_come_one_after_the_other():
-    assert step_seconds(Work(2e12, 5e9, 3e9), CHIP, "bfloat16") == pytest.approx(0.02 / E + 0.003 / M)
+    assert step_seconds(Cost(2e12, 5e9, 3e9), CHIP, "bfloat16") == pytest.approx(0.02 / E + 0.003 / M)
 
 
 def test_talk_hides_behind_products_as_long_as_they_last():
     alone = 0.02 / E
     for said, seconds in ((0.001, alone), (0.1, 0.1 / N)):
-        work = Work(2e12, 0, 0, (Talk("ICI", said, True),))
+        work = Cost(2e12, 0, 0, (Transfer("ICI", said, True),))
         assert step_seconds(work, CHIP, "bfloat16") == pytest.approx(seconds)
 
 
 def test_talk_that_a_product_waits_for_adds_to_the_step():
-    work = Work(2e12, 0, 0, (Talk("ICI", 0.001, True), Talk("ICI", 0.007, False)))
+    work = Cost(2e12, 0, 0, (Transfer("ICI", 0.001, True), Transfer("ICI", 0.007, False)))
     assert step_seconds(work, CHIP, "bfloat16") == pytest.approx(0.02 / E + 0.007 / N)
 
 
 def test_of_a_device_whose_rates_are_not_known_nothing_is_said():
-    work = Work(2e12, 5e9, 3e9)
+    work = Cost(2e12, 5e9, 3e9)
     assert bounds_ms(work, UNKNOWN, "float32") == {"arithmetic": None, "memory": None, "network": None}
     assert step_seconds(work, UNKNOWN, "float32") is None

@@ -203,16 +203,16 @@ def test_the_chip_of_a_device_that_is_here_is_known_by_its_kind(monkeypatch):
             self.device_kind = kind
 
     for kind, name in (("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("NVIDIA H200", "h200")):
-        chip = targets.chip_here(Device(kind))
+        chip = targets.attached_chip(Device(kind))
         assert (chip.name, chip.memory_bytes) == (name, 123)
-    unknown = targets.chip_here(Device("TPU v99"))
+    unknown = targets.attached_chip(Device("TPU v99"))
     assert (unknown.name, unknown.kind, unknown.memory_bytes, unknown.memory_bandwidth) == (
         "TPU v99",
         "TPU v99",
         123,
         None,
     )
-    here = targets.chip_here(jax.devices()[0])
+    here = targets.attached_chip(jax.devices()[0])
     assert (here.name, here.memory_bytes, here.peak_flops("bfloat16")) == ("cpu", None, None)
 
 

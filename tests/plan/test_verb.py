@@ -52,7 +52,7 @@ def test_memory_is_what_the_program_that_trains_needs(layout):
 def test_what_is_held_is_what_devices_really_hold(layout):
     overrides, planned = layout
     asked = settings(*overrides)
-    program = Program(asked, classes=10, steps=20, crop_on_device=True)
+    program = Program(asked, classes=10, steps=20, augment_on_device=True)
     with program.in_use():
         state = program.new_state()
     device = program.mesh.devices.flat[0]

@@ -51,11 +51,11 @@ def center(images: np.ndarray) -> np.ndarray:
 
 
 def test_whole_images_are_cut_to_their_centre_and_resized_on_the_device() -> None:
-    def found(images: np.ndarray, crop_on_device: bool, **data: Any) -> np.ndarray:
-        """What the network gets, as pixels."""
+    def found(images: np.ndarray, augment_on_device: bool, **data: Any) -> np.ndarray:
+        """What the model gets, as pixels."""
         asked = settings("softmax", 0.8)
         wanted = dataclasses.replace(asked.data, **data)
-        inputs = model_input(images, wanted, asked.model, crop_on_device=crop_on_device)
+        inputs = model_input(images, wanted, asked.model, augment_on_device=augment_on_device)
         return (np.asarray(inputs, np.float64) * STD + MEAN) * 255
 
     whole, cut = pixels(0, (14, 20)), pixels(1, SIZE)
@@ -69,7 +69,7 @@ def test_whole_images_are_cut_to_their_centre_and_resized_on_the_device() -> Non
 @pytest.mark.parametrize("loss", MESHES)
 def test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count(loss: str) -> None:
     asked = settings(loss, 0.8)
-    program = Program(asked, classes=CLASSES, steps=1, crop_on_device=True)
+    program = Program(asked, classes=CLASSES, steps=1, augment_on_device=True)
     with program.in_use():
         parameters = random_parameters(program, 0)
         own, totals = state_of(program, nested(parameters), nested(parameters)).parameters, no_totals(CLASSES)
@@ -103,7 +103,7 @@ def test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count(los
 @pytest.mark.parametrize("loss", MESHES)
 def test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average(loss: str, tmp_path: Path) -> None:
     asked, names = settings(loss, None), tuple("abcdefg")
-    program = Program(asked, classes=CLASSES, steps=1, crop_on_device=False)
+    program = Program(asked, classes=CLASSES, steps=1, augment_on_device=False)
     write_run(tmp_path / "run", asked, names)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=1, keep_best=0)
     average = random_parameters(program, 1)

@@ -47,7 +47,7 @@ def curves(batch_size: int, steps: int, dropout: float, *overrides: str) -> tupl
 
     recipe = ROOT / "configs" / "d2l_fashion_mnist.py"
     asked = recipes.load(recipe, ["mesh.data=1", f"batch_size={batch_size}", *overrides])
-    program, ours = Program(asked, classes=lesson.CLASSES, steps=4690, crop_on_device=True), []
+    program, ours = Program(asked, classes=lesson.CLASSES, steps=4690, augment_on_device=True), []
     with program.in_use():
         state = state_of(program, lesson.as_ours(jax.tree.map(np.asarray, parameters)))
         for own in order:

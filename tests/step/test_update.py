@@ -110,7 +110,7 @@ def run(name: str) -> Run:
         return mix(images, targets, key, **alphas)
 
     mix, asked = augment.mix, settings(RUNS[name])
-    program = Program(asked, classes=CLASSES, steps=TOTAL, crop_on_device=not asked.data.flip)
+    program = Program(asked, classes=CLASSES, steps=TOTAL, augment_on_device=not asked.data.flip)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "mix", spied)
         parameters, average = random_parameters(program, 0), random_parameters(program, 1)
@@ -171,7 +171,7 @@ def test_the_four_steps_clip_some_gradients_and_not_others_and_warm_up_before_th
 @pytest.mark.parametrize("keys", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
 def test_the_references_gradient_is_the_slope_of_its_loss(keys: dict[str, Any]) -> None:
     asked, rng = settings(keys), np.random.default_rng(5)
-    parameters = random_parameters(Program(asked, classes=CLASSES, steps=1, crop_on_device=True), 6)
+    parameters = random_parameters(Program(asked, classes=CLASSES, steps=1, augment_on_device=True), 6)
     images, targets = rng.normal(size=(BATCH, 8, 8, 2)), rng.dirichlet(np.ones(CLASSES), BATCH)
     direction = {path: rng.normal(size=leaf.shape) for path, leaf in parameters.items()}
 
@@ -207,7 +207,7 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
     rows, micro = 12, 6  # sizes that no other dimension has
     rates = {f"model.{name}": 0.5 for name in ("dropout", "embedding_dropout", "attention_dropout", "drop_path")}
     asked = {"batch_size": rows, "accumulate_steps": rows // micro, "mixup": 0.5, "cutmix": 0.5, "data.flip": True}
-    program = Program(settings(asked | rates), classes=CLASSES, steps=TOTAL, crop_on_device=True)
+    program = Program(settings(asked | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         for name in ("split", "bernoulli", "uniform", "beta"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
@@ -232,9 +232,9 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
 
 
 def test_a_fresh_state_follows_the_seed_and_its_average_begins_as_the_parameters() -> None:
-    program = Program(settings({"model.depth": 1}), classes=CLASSES, steps=TOTAL, crop_on_device=True)
+    program = Program(settings({"model.depth": 1}), classes=CLASSES, steps=TOTAL, augment_on_device=True)
     first, again, other = (
-        make_state(program.network, program.optimizer, seed, ema) for seed, ema in ((0, True), (0, False), (1, False))
+        make_state(program.model, program.optimizer, seed, ema) for seed, ema in ((0, True), (0, False), (1, False))
     )
     assert first.step == 0 and again.ema is None and first.ema is not None
     kernel = "patch/kernel"

@@ -42,7 +42,7 @@ def _held(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.flatnonzero(held)
 
 
-def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> Batch:
+def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> Batch:
     """Local rows [b, ...] of each array -> global arrays [batch_size, ...] split as `sharding` says."""
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)  # the same, and several times quicker
@@ -104,7 +104,7 @@ class Prefetch:
         try:
             for batch in batches:
                 begun = time.perf_counter()
-                placed = place(batch, sharding, batch_size)
+                placed = put(batch, sharding, batch_size)
                 self.copied += time.perf_counter() - begun
                 self._ready.put(placed)
                 if self._closing.is_set():

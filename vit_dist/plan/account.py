@@ -6,11 +6,10 @@ from vit_dist import config
 from vit_dist.config import Config
 from vit_dist.model import flops
 from vit_dist.plan import links, roofline
+from vit_dist.plan.arithmetic import attention_of, device_flops
 from vit_dist.plan.collectives import Collective, collectives
 from vit_dist.plan.compile import Step, TooLarge
-from vit_dist.plan.estimate import device_flops
-from vit_dist.plan.load import attention_of
-from vit_dist.plan.roofline import EFFICIENCY, Talk, Work
+from vit_dist.plan.roofline import EFFICIENCY, Cost, Transfer
 from vit_dist.plan.targets import Chip
 from vit_dist.plan.traffic import traffic
 from vit_dist.program import Program
@@ -29,11 +28,11 @@ def account(step: Step, chip: Chip) -> dict[str, Any]:
     sizes = dict(program.mesh.shape)
     found, moved = collectives(text, sizes), traffic(text)
     attention = attention_of(program.settings, chip.platform, sizes)
-    work = Work(
+    work = Cost(
         flops=device_flops(program.settings, attention, sizes),
         bytes=moved.product_bytes + moved.other_bytes,
         other_bytes=moved.other_bytes,
-        talks=tuple(said for one in found if (said := _talk(one, program, chip)) is not None),
+        transfers=tuple(said for one in found if (said := _talk(one, program, chip)) is not None),
     )
     return {
         **of_memory(memory(step, chip), chip),
@@ -42,20 +41,16 @@ def account(step: Step, chip: Chip) -> dict[str, Any]:
     }
 
 
+def account_without_time(step: Step, chip: Chip) -> dict[str, Any]:
+    """The account of a step where the chip's rates are not known or its program cannot be read."""
+    return {**of_memory(memory(step, chip), chip), **_of_arithmetic(step.program, chip)}
+
+
 def account_of_too_large(program: Program, error: TooLarge, chip: Chip) -> dict[str, Any]:
     """The account of a step that the compiler gave up: it says only how much memory that would take, rounded."""
     needed = max(error.needed, (chip.memory_bytes or 0) + 1)
-    parts = {**error.held, "temporaries": needed - sum(error.held.values())}
-    attention = attention_of(program.settings, chip.platform, dict(program.mesh.shape))
-    least = Work(device_flops(program.settings, attention, dict(program.mesh.shape)), 0, 0)
-    arithmetic = roofline.bounds_ms(least, chip, program.settings.model.dtype)["arithmetic"]
-    return {
-        **of_memory(parts, chip),
-        **of_time(program, least, chip),
-        "bounds_ms": {"arithmetic": arithmetic, "memory": None, "network": None},
-        **dict.fromkeys(("binds", "step_ms", "images_per_second", "mfu")),
-        "collectives": [],
-    }
+    uses = {**error.held, "temporaries": needed - sum(error.held.values())}
+    return {**of_memory(uses, chip), **_of_arithmetic(program, chip)}
 
 
 def memory(step: Step, chip: Chip) -> dict[str, int]:
@@ -90,7 +85,7 @@ def of_memory(parts: dict[str, int], chip: Chip) -> dict[str, Any]:
     }
 
 
-def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
+def of_time(program: Program, work: Cost, chip: Chip) -> dict[str, Any]:
     """The arithmetic of a step and the time that its work takes on the chip."""
     settings, dtype = program.settings, program.settings.model.dtype
     attention = attention_of(settings, chip.platform, dict(program.mesh.shape))
@@ -104,11 +99,25 @@ def of_time(program: Program, work: Work, chip: Chip) -> dict[str, Any]:
         },
         "bounds_ms": bounds,
         "binds": max(known, key=lambda name: known[name]) if known else None,
-        "network_ms": roofline.network_ms(work.talks),
+        "network_ms": roofline.network_ms(work.transfers),
         "efficiencies": EFFICIENCY,
         "step_ms": None if seconds is None else seconds * 1000,
         "images_per_second": None if seconds is None else settings.batch_size / seconds,
         "mfu": None if seconds is None or not peak else program.flops_per_step() / (seconds * peak * program.mesh.size),
+    }
+
+
+def _of_arithmetic(program: Program, chip: Chip) -> dict[str, Any]:
+    """What `account` returns beside memory, of a step of which only the arithmetic is known."""
+    sizes = dict(program.mesh.shape)
+    attention = attention_of(program.settings, chip.platform, sizes)
+    least = Cost(device_flops(program.settings, attention, sizes), 0, 0)
+    arithmetic = roofline.bounds_ms(least, chip, program.settings.model.dtype)["arithmetic"]
+    return {
+        **of_time(program, least, chip),
+        "bounds_ms": {"arithmetic": arithmetic, "memory": None, "network": None},
+        **dict.fromkeys(("binds", "step_ms", "images_per_second", "mfu")),
+        "collectives": [],
     }
 
 
@@ -126,10 +135,10 @@ def of_run(settings: Config, step: dict[str, Any], devices: int, hosts: int, exa
     }
 
 
-def _talk(one: Collective, program: Program, chip: Chip) -> Talk | None:
+def _talk(one: Collective, program: Program, chip: Chip) -> Transfer | None:
     members, settings = links.group(program.mesh, one.axes), program.settings
     wire = links.link(chip, members)
-    return roofline.talk(one, len(members), wire, settings.model, settings.accumulate_steps)
+    return roofline.transfer(one, len(members), wire, settings.model, settings.accumulate_steps)
 
 
 def _rows(found: list[Collective], program: Program, chip: Chip) -> list[dict[str, Any]]:
@@ -144,7 +153,7 @@ def _rows(found: list[Collective], program: Program, chip: Chip) -> list[dict[st
 def _row(several: list[Collective], program: Program, chip: Chip) -> dict[str, Any]:
     first, members = several[0], links.group(program.mesh, several[0].axes)
     link, rate = links.link(chip, members)
-    talks = (_talk(one, program, chip) for one in several)
+    transfers = (_talk(one, program, chip) for one in several)
     return {
         "kind": first.kind,
         "axes": list(first.axes),
@@ -152,5 +161,5 @@ def _row(several: list[Collective], program: Program, chip: Chip) -> dict[str, A
         "count": sum(one.count for one in several),
         "link": link or None,
         "crosses": links.crosses(members),
-        "ms": None if rate is None else sum(talk.seconds for talk in talks if talk is not None) * 1000,
+        "ms": None if rate is None else sum(talk.seconds for talk in transfers if talk is not None) * 1000,
     }

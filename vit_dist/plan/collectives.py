@@ -1,8 +1,9 @@
 """The collectives of a compiled program: which, over which axes of the mesh, how many bytes and how often a step.
 
-XLA writes who talks to whom as groups of partition numbers, which are places in the mesh, counted row by row. The axes
-along which the members of a group differ are the axes of the collective. The groups come in three forms: a list, a
-transposed range (`[4,2]<=[2,4]T(1,0)`), and the axes of a mesh of XLA's own making, whose names mean nothing to us.
+XLA writes which devices communicate as groups of partition numbers, which count the devices of the mesh row by row.
+The axes along which the members of a group differ are the axes of the collective. The groups come in three forms: a
+list, a transposed range (`[4,2]<=[2,4]T(1,0)`), and the axes of a mesh that XLA made itself, whose names mean nothing
+to us.
 
 Compilers disguise some of them. On a TPU a collective that runs beside products is cut into pieces that lie in several
 fusions, and a reduce-scatter is a fusion of an all-reduce with the slice that is kept. Between slices there are no
@@ -111,7 +112,7 @@ def axes_of(line: str, axes: Mapping[str, int]) -> tuple[str, ...]:
     return over
 
 
-def _axes_of_partitions(program: hlo.Program, axes: Mapping[str, int]) -> dict[str, int]:
+def _axes_of_partitions(program: hlo.HloModule, axes: Mapping[str, int]) -> dict[str, int]:
     """The axes that the program's partitions fill: all, or those within one slice."""
     within = {axis: size for axis, size in axes.items() if axis != BETWEEN_SLICES}
     for one in (dict(axes), within):

@@ -9,7 +9,7 @@ import jax
 
 from vit_dist.config import Config, ConfigError
 from vit_dist.data.pictures import augment
-from vit_dist.data.sets.sources import gives_pixels
+from vit_dist.data.sets.sources import is_in_memory
 from vit_dist.describe import CLASSES, bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State
@@ -48,9 +48,9 @@ def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
     The data stay closed: where the config leaves them open, there are `CLASSES` classes; a run in epochs has a length
     that changes nothing but a constant of the schedule.
     """
-    whole = augment.on_device(settings.data, in_memory=gives_pixels(settings.data))
+    whole = augment.on_device(settings.data, in_memory=is_in_memory(settings.data))
     steps = settings.total_steps or UNUSED
-    program = Program(settings, classes=CLASSES, steps=steps, crop_on_device=whole, devices=devices)
+    program = Program(settings, classes=CLASSES, steps=steps, augment_on_device=whole, devices=devices)
     program.check_training_batch()
     if program.mesh.size < len(devices):
         raise ConfigError(

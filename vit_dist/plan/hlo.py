@@ -109,7 +109,7 @@ class Runs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloModule:
     computations: dict[str, Computation]
     entry: str
     partitions: int  # devices that run it together; of one slice where there are several
@@ -150,7 +150,7 @@ class Program:
         return int(found[1]) if found and counter.opcode in ("get-tuple-element", "parameter") else None
 
 
-def read(text: str) -> Program:
+def read(text: str) -> HloModule:
     """The program of a compiled module's text."""
     computations: dict[str, Computation] = {}
     entry, current = "", Computation()
@@ -166,7 +166,7 @@ def read(text: str) -> Program:
             current = computations[found["name"]] = Computation()
             entry = found["name"] if found["entry"] else entry
     partitions = _PARTITIONS.search(text.partition("\n")[0])
-    return Program(computations, entry, int(partitions[1]) if partitions else 1)
+    return HloModule(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _bits(dtype: str) -> int:

@@ -159,7 +159,7 @@ def _collectives(plan: dict[str, Any]) -> str:
         for one in by_time
     ]
     header = ("collective", "over", "bytes", "times a step", "by", "crosses", "time a step")
-    return _table("collectives", "Who talks", header, rows, numbers=(2, 3, 6))
+    return _table("collectives", "Who transfers", header, rows, numbers=(2, 3, 6))
 
 
 def _ranking(plan: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ _CUBE_SIDE = 4  # chips, of a torus of three
 
 
 def group(mesh: Mesh, axes: Iterable[str]) -> list[jax.Device]:
-    """The devices that the first of the mesh talks with over these axes, itself the first among them."""
+    """The devices that the first of the mesh transfers with over these axes, itself the first among them."""
     over = set(axes)
     places = tuple(slice(None) if axis in over else slice(1) for axis in mesh.axis_names)
     return list(mesh.devices[places].ravel())
@@ -44,7 +44,7 @@ def crosses(devices: Sequence[jax.Device]) -> str | None:
 def link(chip: Chip, devices: Sequence[jax.Device]) -> tuple[str, float | None]:
     """The slowest wire that these devices talk over, and the bytes a second that leave one of them over it.
 
-    "ICI", "NVLink" or "network". ("", None) for a single device, which talks with nobody, and for a CPU's.
+    "ICI", "NVLink" or "network". ("", None) for a single device, which transfers with nobody, and for a CPU's.
     """
     if len(devices) < 2 or chip.link_bandwidth is None or chip.network_bandwidth is None:
         return "", None

@@ -1,4 +1,4 @@
-"""A plan as text: tables for a terminal, and the three lines that a run begins with."""
+"""A plan as text: tables for a terminal, and the lines that a run begins with."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
 
 def tables(plan: dict[str, Any]) -> list[Table]:
-    """What `plan` returned, a table for each question: does it fit, how fast is it, who talks, what else is there."""
+    """What `plan` returned, a table a question: does it fit, how fast is it, who communicates, what else is there."""
     found = [_summary(plan), _memory(plan), _time(plan)]
     if plan["collectives"]:
         found.append(_collectives(plan))
@@ -17,16 +17,16 @@ def tables(plan: dict[str, Any]) -> list[Table]:
 
 
 def lines(plan: dict[str, Any]) -> list[str]:
-    """Memory, bounds and what follows, in three lines."""
+    """Memory, bounds and, where it is known, the time that follows: a line each."""
     parts = ", ".join(f"{name} {gib(size)}" for name, size in plan["memory"].items() if size)
     of = f" of {gib(plan['device_bytes'])}" if plan["device_bytes"] is not None else ""
     known = [f"{name} {say_ms(bound)}" for name, bound in plan["bounds_ms"].items() if bound is not None]
     least = f", which takes at least: {', '.join(known)}" if known else ""
-    return [
+    found = [
         f"plan: a device needs {gib(plan['peak_bytes'])}{of}: {parts}",
         f"plan: a step is {_say_flops(plan['flops']['hardware'])} on all devices{least}",
-        f"plan: {_likely(plan)}",
     ]
+    return found if plan["step_ms"] is None else [*found, f"plan: {_likely(plan)}"]
 
 
 def gib(size: int) -> str:

@@ -167,7 +167,7 @@ def devices(target: Target) -> list[jax.Device]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **_tpu_options(target)).devices)
 
 
-def chip_here(device: jax.Device) -> Chip:
+def attached_chip(device: jax.Device) -> Chip:
     """The chip of a device of this job, with the memory that JAX has of it, and no figures where it is not known."""
     known = (chip for chip in _CHIPS.values() if device.device_kind in (chip.kind, f"TPU {chip.name}"))
     kind = device.device_kind

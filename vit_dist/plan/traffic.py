@@ -51,7 +51,7 @@ def traffic(text: str) -> Traffic:
 class _Fusions:
     """What fused computations read of each operand and write of each result, by name; each is looked at once."""
 
-    def __init__(self, program: hlo.Program):
+    def __init__(self, program: hlo.HloModule):
         self._computations = program.computations
         self.reads = functools.cache(self._reads)
         self.writes = functools.cache(self._writes)

@@ -18,8 +18,8 @@ from vit_dist.mesh import layout, topology
 from vit_dist.plan import targets
 from vit_dist.plan.account import account, account_of_too_large, of_run
 from vit_dist.plan.compile import TooLarge, compile_step, make_program
+from vit_dist.plan.estimate.search import search as search_layouts
 from vit_dist.plan.largest import largest_multiple
-from vit_dist.plan.search import search as search_layouts
 from vit_dist.plan.targets import Target
 from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.schema import flatten

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from vit_dist.data.stream.bad import Bad, check_bad
+from vit_dist.data.stream.bad_examples import BadExample, check_bad
 from vit_dist.job import processes
 from vit_dist.run.files import write_atomically
 
@@ -20,20 +20,20 @@ FILE = "failures/bad_images.jsonl"
 _log = logging.getLogger(__name__)
 
 
-class BadImages:
+class BadExampleList:
     """The bad examples of a run, over all processes; process 0 writes them down."""
 
     def __init__(self, workdir: Path, *, resume_step: int):
         """Keeps what earlier sessions noted up to `resume_step`; all processes read it."""
         self._file = workdir / FILE
-        self._noted: dict[str, dict[int, tuple[int, Bad]]] = {}  # split -> id -> the step, and what was wrong
+        self._noted: dict[str, dict[int, tuple[int, BadExample]]] = {}  # split -> id -> the step, and what was wrong
         lines = self._file.read_text().split("\n") if self._file.exists() else []
         for row in map(json.loads, filter(None, lines)):
             if row["step"] <= resume_step:
-                found = Bad(row["id"], row["name"], row["reason"])
+                found = BadExample(row["id"], row["name"], row["reason"])
                 self._noted.setdefault(row["split"], {})[found.id] = row["step"], found
 
-    def note(self, step: int, split: str, bad: Sequence[Bad]) -> int:
+    def note(self, step: int, split: str, bad: Sequence[BadExample]) -> int:
         """Adds what this process has skipped of a split; returns how many examples of it all have skipped so far.
 
         To be called by all processes together.
@@ -58,7 +58,7 @@ class BadImages:
         check_bad([bad for _, bad in self._noted.get(split, {}).values()], max_bad_fraction, examples)
 
 
-def everyones(bad: Sequence[Bad]) -> list[Bad]:
+def everyones(bad: Sequence[BadExample]) -> list[BadExample]:
     """What all processes have skipped, each example once, in the order of ids. To be called by all together."""
-    found = {number: Bad(number, name, reason) for told in processes.gather(list(bad)) for number, name, reason in told}
-    return [found[number] for number in sorted(found)]
+    examples = {row[0]: BadExample(*row) for rows in processes.gather(list(bad)) for row in rows}
+    return [examples[number] for number in sorted(examples)]

@@ -12,27 +12,25 @@ import jax.numpy as jnp
 from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.data.pictures import crop
+from vit_dist.mesh.feed import Batch
 from vit_dist.step import augment, losses
-from vit_dist.step.state import Network, Parameters
-
-Batch = dict[str, jax.Array]
+from vit_dist.step.state import ModelFunction, Parameters
 
 
 def make_evaluation_step(
-    settings: config.Config, network: Network, *, crop_on_device: bool
+    settings: config.Config, model: ModelFunction, *, augment_on_device: bool
 ) -> Callable[[Parameters, Batch, dict[str, jax.Array]], dict[str, jax.Array]]:
     """`step(parameters, batch, totals) -> totals` with the batch's sums added; rows of a False `mask` count nothing.
 
     Totals: `loss` float32; `count`, `top1`, `top5` int32; `class_count`, `class_top1` int32 [classes].
     """
-    data, model = settings.data, network.settings
-    classes = model.num_classes
+    data, classes = settings.data, model.settings.num_classes
     assert classes is not None
     per_example = losses.LOSSES[settings.loss]
 
     def step(parameters: Parameters, batch: Batch, totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        images = model_input(batch["image"], data, model, crop_on_device=crop_on_device)
-        logits = network(parameters, images)
+        images = model_input(batch["image"], data, model.settings, augment_on_device=augment_on_device)
+        logits = model(parameters, images)
         labels, mask = batch["label"], batch["mask"]
         targets = losses.one_hot(labels, classes)
         loss = jnp.where(mask, per_example(logits, targets), 0)
@@ -59,10 +57,10 @@ def no_totals(classes: int) -> dict[str, Any]:
     return {"loss": jnp.zeros((), jnp.float32), **whole, **each}
 
 
-def model_input(images: jax.Array, data: config.Data, model: config.Model, *, crop_on_device: bool) -> jax.Array:
-    """uint8 [B, h, w, c] -> what the network takes, without augmentation; crop_on_device as in `make_train_step`."""
+def model_input(images: jax.Array, data: config.Data, model: config.Model, *, augment_on_device: bool) -> jax.Array:
+    """uint8 [B, h, w, c] -> what the model takes, without augmentation; augment_on_device as in `make_train_step`."""
     size = pair(model.image_size)
-    if crop_on_device and data.eval_crop is not None:
+    if augment_on_device and data.eval_crop is not None:
         top, left, height, width = crop.centre_box(images.shape[1], images.shape[2], size, data.eval_crop)
         images = images[:, top : top + height, left : left + width]
     images = augment.normalise(images, data.mean, data.std)

@@ -30,7 +30,7 @@ class State:
     ema: Parameters | None  # exponential moving average of the parameters
 
 
-class Network:
+class ModelFunction:
     """The model's program without its numbers: a pure function of parameters.
 
     settings: with `num_classes` filled in.
@@ -58,9 +58,9 @@ class Network:
         return nnx.merge(self._graph, state)
 
 
-def make_state(network: Network, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> State:
+def make_state(model: ModelFunction, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> State:
     """The state before the first step."""
-    parameters = network.initialise(seed)
+    parameters = model.initialise(seed)
     return State(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,

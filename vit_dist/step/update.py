@@ -1,7 +1,8 @@
 """One training step, as a pure function to compile.
 
 Everything random in a step follows from the seed, the step's number and an example's place in the global batch, so
-the curve is the same on any mesh. With micro-batches the gradient is summed unreduced and crosses the network once.
+the curve is the same on any mesh. With micro-batches each device sums its own gradients, and they are reduced over
+devices once.
 """
 
 import dataclasses
@@ -14,31 +15,30 @@ import optax
 from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.mesh import layout
+from vit_dist.mesh.feed import Batch
 from vit_dist.step import augment, losses
 from vit_dist.step.optimizer import trainable
-from vit_dist.step.state import Network, Parameters, State
+from vit_dist.step.state import ModelFunction, Parameters, State
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
     settings: config.Config,
-    network: Network,
+    model: ModelFunction,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    crop_on_device: bool,
+    augment_on_device: bool,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, where batch has `image` uint8 [B, h, w, c] and `label` int32 [B].
 
-    crop_on_device: the images are whole, at their native size; else the host has cropped and flipped them.
+    augment_on_device: the images are whole, at their native size; else the host has cropped and flipped them.
     Metrics are scalars: loss, learning_rate, grad_norm, param_norm; with `log_examples`, `ids` int32 [B] too.
     """
-    model, data = network.settings, settings.data
-    classes = model.num_classes
+    data, classes = settings.data, model.settings.num_classes
     assert classes is not None
-    if not crop_on_device:
+    if not augment_on_device:
         data = dataclasses.replace(data, crop_area=None, flip=False)
     per_example = losses.LOSSES[settings.loss]
 
@@ -46,27 +46,27 @@ def make_train_step(
         # What is frozen needs no backward pass, and has no part in the gradient's norm.
         learns = trainable(parameters, settings.optimizer.rules)
         parameters = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), parameters, learns)
-        each = per_example(network(parameters, images, key), targets)
+        each = per_example(model(parameters, images, key), targets)
         return jnp.sum(each) / settings.batch_size, each
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-        warp_key, mix_key, network_key = jax.random.split(key, 3)
+        warp_key, mix_key, dropout_key = jax.random.split(key, 3)
         images = augment.normalise(batch["image"], data.mean, data.std)
         images = augment.warp(images, warp_key, data)
-        images = augment.resize(images, pair(model.image_size), data.interpolation)
+        images = augment.resize(images, pair(model.settings.image_size), data.interpolation)
         targets = losses.one_hot(batch["label"], classes)
         images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
         if settings.binarize_targets:
             targets = losses.binarize(targets)
         targets = losses.smooth(targets, settings.label_smoothing)
-        images = images.astype(model.dtype)
+        images = images.astype(model.settings.dtype)
 
         gradients, each = sum_gradients(
             loss_sum,
             state.parameters,
             (images, targets),
-            network_key,
+            dropout_key,
             count=settings.accumulate_steps,
             gather=settings.accumulate_gather,
         )

@@ -20,7 +20,7 @@ from vit_dist.config import ConfigError, Data
 from vit_dist.data.pictures.images import decode, resize
 from vit_dist.data.sets.examples import ArraySource, Source
 from vit_dist.data.sets.sources import open_source
-from vit_dist.data.stream.loader import Bad, Batch, Batches, evaluation_batches, train_batches
+from vit_dist.data.stream.loader import BadExample, Batches, HostBatch, evaluation_batches, train_batches
 from vit_dist.data.stream.order import example_ids
 
 SIZE = (8, 6)
@@ -60,7 +60,7 @@ def _evaluate(source: Source, data: Data = AUGMENTED, **changes: Any) -> Batches
     return evaluation_batches(source, data, **{**keys, **changes})
 
 
-def _assert_same(one: list[Batch], other: list[Batch]) -> None:
+def _assert_same(one: list[HostBatch], other: list[HostBatch]) -> None:
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
@@ -68,7 +68,7 @@ def _assert_same(one: list[Batch], other: list[Batch]) -> None:
             assert np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype, key
 
 
-def _join(hosts: list[list[Batch]]) -> list[Batch]:
+def _join(hosts: list[list[HostBatch]]) -> list[HostBatch]:
     return [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*hosts, strict=True)
     ]
@@ -231,7 +231,7 @@ def test_a_skipped_file_is_replaced_by_the_next_that_decodes(bad_set: Path, work
     assert np.array_equal(seen, np.where((wanted == 5) | (wanted == 6), 7, wanted))
     assert sorted(bad.id for bad in batches.bad()) == [5, 6]
     by_id = {bad.id: bad for bad in batches.bad()}
-    assert by_id[6] == Bad(6, f"{bad_set}/train/dog/1.png", "no known image format")
+    assert by_id[6] == BadExample(6, f"{bad_set}/train/dog/1.png", "no known image format")
     when = {one: np.flatnonzero(wanted == one)[0] // 8 + 1 for one in (5, 6)}  # the first batch that each stands in
     for count in range(6):
         assert {bad.id for bad in batches.bad(count)} == {one for one in (5, 6) if when[one] <= count}

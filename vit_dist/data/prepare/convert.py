@@ -17,7 +17,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import location
 from vit_dist.data.prepare.shards import Shard, Stored, make, measure
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets import index, manifest
 from vit_dist.data.sets.examples import FileSource, Source
 from vit_dist.data.sets.formats.array_record import check_size, fingerprint_of, open_reader, read_index

@@ -23,7 +23,7 @@ from vit_dist.config import ConfigError
 from vit_dist.data.files import entries
 from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.pictures.images import BadImage, decode, resize
-from vit_dist.data.progress import bar
+from vit_dist.data.progress_bar import bar
 from vit_dist.data.sets.examples import FileSource, Source
 from vit_dist.data.sets.formats.array_record import Writer, pack
 from vit_dist.data.sets.index import Names

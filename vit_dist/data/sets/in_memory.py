@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_dist.config import ConfigError
 from vit_dist.data.pictures.images import BadImage, decode
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import ArraySource, FileSource
 
 _RUN = 64  # images that a thread decodes at a time: a task for each would take more memory than small images

@@ -54,7 +54,7 @@ def open_mixture(data: config.Data, split: str, open_one: Callable[[config.Data,
     return _join(parts, weights, int(data.memory_limit_gb * 2**30))
 
 
-def _weights(mixture: Sequence[config.Part]) -> tuple[float, ...]:
+def _weights(mixture: Sequence[config.MixtureSource]) -> tuple[float, ...]:
     """The weights of all parts, or none. Raises `ConfigError`."""
     given = [part.weight for part in mixture if part.weight is not None]
     for number, part in enumerate(mixture):
@@ -66,7 +66,7 @@ def _weights(mixture: Sequence[config.Part]) -> tuple[float, ...]:
 
 
 def _open_part(
-    data: config.Data, number: int, part: config.Part, open_one: Callable[[config.Data, str], Source]
+    data: config.Data, number: int, part: config.MixtureSource, open_one: Callable[[config.Data, str], Source]
 ) -> Source:
     try:
         return open_one(dataclasses.replace(data, source=part.source, path=part.path), "train")

@@ -57,7 +57,7 @@ def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
     return source
 
 
-def gives_pixels(data: config.Data) -> bool:
+def is_in_memory(data: config.Data) -> bool:
     """Whether `open_source` would give pixels in memory (an `ArraySource`), told without opening anything."""
     kinds = [part.source for part in data.mixture] or [data.source]
     return data.in_memory or all(kind in _OF_PIXELS for kind in kinds)

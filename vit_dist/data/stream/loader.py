@@ -15,14 +15,14 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import ArraySource, FileSource, Source
-from vit_dist.data.stream.bad import Bad, check_bad
+from vit_dist.data.stream.bad_examples import BadExample, check_bad
 from vit_dist.data.stream.order import Order
-from vit_dist.data.stream.pixels import Pixels, comes_whole
-from vit_dist.data.stream.stages import Stages
+from vit_dist.data.stream.pixels import Pixels, augments_on_device
+from vit_dist.data.stream.timings import Timings
 from vit_dist.data.stream.workers import Workers
 
-Batch = dict[str, np.ndarray]
-Piece = tuple[Batch, list[Bad], Stages]
+HostBatch = dict[str, np.ndarray]
+Piece = tuple[HostBatch, list[BadExample], Timings]
 PADDING_ID = -1  # of the rows that fill up the last batch of an evaluation
 _PIECE_ROWS = 32  # images that one thread makes at a time
 _MOST_PIECES = 256  # ahead; of small images the bytes allow more, but who waits for them?
@@ -34,7 +34,7 @@ class Pieces(Protocol):
     def close(self) -> None: ...
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[HostBatch]):
     """The iterator that `train_batches` and `evaluation_batches` return; to be closed.
 
     `stages` sums what its `parallel` threads or processes have spent on what. It ends them when it is exhausted,
@@ -48,11 +48,11 @@ class Batches(Iterator[Batch]):
         self._starts, self._rows = starts, rows
         self._closed = False
         self._made = 0
-        self._bad: dict[int, tuple[int, Bad]] = {}
+        self._bad: dict[int, tuple[int, BadExample]] = {}
         self.parallel = parallel
-        self.stages = Stages()
+        self.stages = Timings()
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         if self._closed:
             raise StopIteration
         try:
@@ -64,7 +64,7 @@ class Batches(Iterator[Batch]):
             self.close()
             raise
 
-    def bad(self, batches: int | None = None) -> list[Bad]:
+    def bad(self, batches: int | None = None) -> list[BadExample]:
         """The examples skipped in the first so many batches, or in all that were made so far; each once."""
         found = list(self._bad.values())  # at once: another thread may be adding to them
         return [bad for number, bad in found if batches is None or number <= batches]
@@ -73,8 +73,8 @@ class Batches(Iterator[Batch]):
         self._closed = True
         self._close()
 
-    def _assemble(self) -> Batch:
-        batch: Batch = {}
+    def _assemble(self) -> HostBatch:
+        batch: HostBatch = {}
         for start in self._starts:
             piece = self._next_piece()
             with self.stages.timed("copy"):
@@ -84,7 +84,7 @@ class Batches(Iterator[Batch]):
                     batch[name][start : start + len(rows)] = rows
         return batch
 
-    def _next_piece(self) -> Batch:
+    def _next_piece(self) -> HostBatch:
         piece, found, stages = next(self._pieces)
         self.stages.add(stages)
         for bad in found:
@@ -107,8 +107,8 @@ def train_batches(
     """Rows `rows` of the global batch of every step in `[start_step, stop_step)`.
 
     A batch is `image` `uint8 [b, H, W, C]`, `label` `int32 [b]`, `id` `int32 [b]`. Images are cropped, resized to
-    `image_size` and augmented here, as the config says, save those that `comes_whole`: they come at their own size, for
-    the device to augment. An example that does not decode is, with `data.on_bad=skip`, replaced by the next that does.
+    `image_size` and augmented here, as the config says; where the device augments (`augments_on_device`) they keep
+    their own size. An example that does not decode is, with `data.on_bad=skip`, replaced by the next that does.
     Raises `ConfigError` for what cannot be skipped.
     """
     if not len(source):
@@ -150,8 +150,8 @@ class _TrainPiece:
 
     def __call__(self, step: int, rows: np.ndarray) -> Piece:
         positions = step * self.batch_size + rows
-        ids, bad, stages = self.order.ids(positions), list[Bad](), Stages()
-        if comes_whole(self.pixels.source, self.pixels.data):
+        ids, bad, stages = self.order.ids(positions), list[BadExample](), Timings()
+        if augments_on_device(self.pixels.source, self.pixels.data):
             with stages.timed("read"):
                 images = self.pixels.gather(ids)
         else:
@@ -160,13 +160,15 @@ class _TrainPiece:
                 ids[row] = self._fill(images, row, int(ids[row]), int(position), bad, stages)
         return {"image": images, "label": self.pixels.source.labels[ids], "id": ids.astype(np.int32)}, bad, stages
 
-    def _fill(self, images: np.ndarray, row: int, index: int, position: int, bad: list[Bad], stages: Stages) -> int:
+    def _fill(
+        self, images: np.ndarray, row: int, index: int, position: int, bad: list[BadExample], stages: Timings
+    ) -> int:
         """Puts the first example from `index` on that decodes into `images[row]`; returns its id.
 
         Those passed over are added to `bad`.
         """
-        examples, run = len(self.pixels.source), list[Bad]()
-        while isinstance(found := self.pixels.augmented(index, self.order.seed, position, stages), Bad):
+        examples, run = len(self.pixels.source), list[BadExample]()
+        while isinstance(found := self.pixels.augmented(index, self.order.seed, position, stages), BadExample):
             run.append(found)
             check_bad(run, self.pixels.data.max_bad_fraction, examples)  # or it would go round for ever
             index = (index + 1) % examples
@@ -181,17 +183,17 @@ class _EvaluationPiece:
     batch_size: int
 
     def __call__(self, step: int, rows: np.ndarray) -> Piece:
-        source, bad, stages = self.pixels.source, list[Bad](), Stages()
+        source, bad, stages = self.pixels.source, list[BadExample](), Timings()
         ids = step * self.batch_size + rows
         mask = ids < len(source)
         known = np.where(mask, ids, 0)
-        if comes_whole(source, self.pixels.data):
+        if augments_on_device(source, self.pixels.data):
             images = self.pixels.gather(known)
         else:
             images = self.pixels.empty(len(ids))
             for row in np.flatnonzero(mask):
                 image = self.pixels.plain(int(ids[row]), stages)
-                if isinstance(image, Bad):
+                if isinstance(image, BadExample):
                     bad.append(image)
                     mask[row] = False
                 else:
@@ -222,7 +224,7 @@ def _batches(
 ) -> Batches:
     """Makes the batches of `steps` ahead of time and in order, at most `data.read_ahead_mb` of their pixels."""
     source, data, local = pixels.source, pixels.data, np.asarray(rows)
-    if comes_whole(source, data):
+    if augments_on_device(source, data):
         assert isinstance(source, ArraySource)
         piece, row_bytes, most = len(local), source.images[:1].nbytes, _MOST_GATHERS
         threads = 1  # a gather is too short to share out

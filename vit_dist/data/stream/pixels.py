@@ -13,15 +13,15 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.pictures import augment, crop, images, jpeg
 from vit_dist.data.sets.examples import ArraySource, FileSource, Source
-from vit_dist.data.stream.bad import Bad, check_none_bad
-from vit_dist.data.stream.stages import Stages
+from vit_dist.data.stream.bad_examples import BadExample, check_none_bad
+from vit_dist.data.stream.timings import Timings
 
 _PAUSES_S = (0.1, 1.0, 5.0)  # before another try to read
 _OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OF_THE_NETWORK = (ConnectionError, TimeoutError)
 
 
-def comes_whole(source: Source, data: config.Data) -> bool:
+def augments_on_device(source: Source, data: config.Data) -> bool:
     """Whether images come at their own size and as they are, for the device to crop, resize and augment.
 
     Raises `ConfigError` as `augment.on_device`.
@@ -65,23 +65,23 @@ class Pixels:
         assert isinstance(self.source, ArraySource)
         return images.convert_channels(np.take(self.source.images, ids, axis=0), self.channels)
 
-    def augmented(self, index: int, seed: int, position: int, stages: Stages) -> np.ndarray | Bad:
+    def augmented(self, index: int, seed: int, position: int, stages: Timings) -> np.ndarray | BadExample:
         """An example as training sees it at this place of the stream, or what is wrong with it if it may be skipped."""
         data, rng = self.data, augment.generator(seed, position)
         choose: images.Choose = images.whole
         if data.crop_area is not None:
             choose = partial(crop.random_crop, area=data.crop_area, aspect=data.crop_aspect, rng=rng)
         image = self._image(index, choose, stages)
-        if isinstance(image, Bad):
+        if isinstance(image, BadExample):
             return image
         with stages.timed("augment"):
             return augment.changes(image, data, rng)
 
-    def plain(self, index: int, stages: Stages) -> np.ndarray | Bad:
+    def plain(self, index: int, stages: Timings) -> np.ndarray | BadExample:
         """An example as evaluation sees it, or what is wrong with it where that may be skipped."""
         return self._image(index, _evaluation_box(self.data, self.image_size), stages)
 
-    def _image(self, index: int, choose: images.Choose, stages: Stages) -> np.ndarray | Bad:
+    def _image(self, index: int, choose: images.Choose, stages: Timings) -> np.ndarray | BadExample:
         source, data = self.source, self.data
         if isinstance(source, ArraySource):
             with stages.timed("decode"):
@@ -98,7 +98,7 @@ class Pixels:
                     encoded, self.channels, choose, self.image_size, data.interpolation, data.crop_decode
                 )
         except (images.BadImage, OSError) as error:
-            bad = Bad(index, source.name(index), str(error))
+            bad = BadExample(index, source.name(index), str(error))
             if data.on_bad == "error":
                 check_none_bad([bad])
             return bad

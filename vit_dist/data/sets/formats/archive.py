@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import File, open_file, open_stream, stamp
-from vit_dist.data.progress import bar
+from vit_dist.data.progress_bar import bar
 
 _log = logging.getLogger(__name__)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import allow_open_files, first_line, is_remote
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets import index, manifest
 from vit_dist.data.sets.examples import FileSource, file_source, fingerprint
 from vit_dist.data.sets.formats.listing import NoSplit, find_split

@@ -6,7 +6,7 @@ from pathlib import Path
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import entries, folders_stamp, read_file
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, file_source
 from vit_dist.data.sets.formats import tar
 from vit_dist.data.sets.formats.listing import (

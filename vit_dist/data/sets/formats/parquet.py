@@ -21,7 +21,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import entries, first_line, is_remote, open_stream, stamp
 from vit_dist.data.libraries import pyarrow, pyarrow_compute, pyarrow_parquet
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, file_source
 from vit_dist.data.sets.formats.listing import KNOWN_SPLITS, MOST_CLASSES, NoSplit, split_names, split_word
 from vit_dist.data.sets.index import Index, in_order, kept

@@ -17,7 +17,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import first_line, is_remote, stamp
 from vit_dist.data.libraries import load, tfds, tfds_core, tfds_proto
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, file_source
 from vit_dist.data.sets.formats.listing import NoSplit, find_split
 from vit_dist.data.sets.index import Index, in_order, kept

@@ -19,7 +19,7 @@ import numpy as np
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import allow_open_files, entries, is_remote, stamp
-from vit_dist.data.progress import counted
+from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
 from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, Member, Memory, Tar, members, open_tar
 from vit_dist.data.sets.formats.listing import (

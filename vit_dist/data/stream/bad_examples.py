@@ -6,7 +6,7 @@ from typing import NamedTuple
 from vit_dist.config import ConfigError
 
 
-class Bad(NamedTuple):
+class BadExample(NamedTuple):
     """An example that could not be read or decoded."""
 
     id: int
@@ -14,21 +14,21 @@ class Bad(NamedTuple):
     reason: str
 
 
-class BadExamples(ConfigError):
+class TooManyBadExamples(ConfigError):
     """A set has examples that could not be read or decoded, more than it may have."""
 
 
-def check_none_bad(bad: Sequence[Bad]) -> None:
-    """Raises `BadExamples` that names the first of these examples, if there is one."""
+def check_none_bad(bad: Sequence[BadExample]) -> None:
+    """Raises `TooManyBadExamples` that names the first of these examples, if there is one."""
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise BadExamples(f"{bad[0].name}: {bad[0].reason}{more}; repair or remove it, or set data.on_bad=skip")
+        raise TooManyBadExamples(f"{bad[0].name}: {bad[0].reason}{more}; repair or remove it, or set data.on_bad=skip")
 
 
-def check_bad(bad: Sequence[Bad], max_bad_fraction: float, examples: int) -> None:
-    """Raises `BadExamples` where these different examples are more than may be skipped, or all there are."""
+def check_bad(bad: Sequence[BadExample], max_bad_fraction: float, examples: int) -> None:
+    """Raises `TooManyBadExamples` where these different examples are more than may be skipped, or all there are."""
     if bad and len(bad) > min(max_bad_fraction * examples, examples - 1):
-        raise BadExamples(
+        raise TooManyBadExamples(
             f"data.max_bad_fraction: {len(bad)} of {examples} files did not decode, more than the share of "
             f"{max_bad_fraction:g} that may be skipped; the last is {bad[-1].name}: {bad[-1].reason}"
         )

@@ -13,19 +13,18 @@ from vit_dist.config import Config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
 from vit_dist.model import context
-from vit_dist.model.attention import fits_cudnn
 from vit_dist.model.vit import Shape, shape_of
-from vit_dist.plan.activations import Part
+from vit_dist.plan.arithmetic import Sizes, attention_of, device_count
+from vit_dist.plan.estimate.activations import LocalShape
 from vit_dist.program import UNUSED
 from vit_dist.step.optimizer import make_optimizer
-from vit_dist.step.state import Network, make_state
+from vit_dist.step.state import ModelFunction, make_state
 
 Axes = tuple[str, ...]
-Sizes = Mapping[str, int]  # axis of the mesh -> its size; 1 for those that are not there
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class StateBytes:
     """Bytes of a config's state by the axes of the mesh that split them, whatever their sizes.
 
     blocks and others: the parameters inside and outside of the blocks, which are float32.
@@ -38,16 +37,16 @@ class Held:
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Workload:
     """What one device has to do in a step: `rows` examples in each of `settings.accumulate_steps` micro-batches."""
 
     settings: Config
     shape: Shape
     sizes: Sizes
-    held: Held
+    held: StateBytes
     platform: str
     attention: str  # what computes it: "xla", "cudnn" or "chunked" (`model.context`)
-    part: Part  # of an example's activations
+    part: LocalShape  # of an example's activations
     rows: float
 
     @property
@@ -68,31 +67,31 @@ class Load:
 
     def own(self, parts: Mapping[Axes, int]) -> float:
         """The bytes of a part of `held` that one device has."""
-        return sum(size / count(self.sizes, axes) for axes, size in parts.items())
+        return sum(size / device_count(self.sizes, axes) for axes, size in parts.items())
 
     def gathered(self, parts: Mapping[Axes, int]) -> float:
         """The bytes of these parameters whole over `fsdp`, still float32."""
-        return sum(size / count({**self.sizes, "fsdp": 1}, axes) for axes, size in parts.items())
+        return sum(size / device_count({**self.sizes, "fsdp": 1}, axes) for axes, size in parts.items())
 
 
-def held_of(settings: Config) -> Held:
+def state_bytes_of(settings: Config) -> StateBytes:
     """The state of a config, `model.num_classes` filled in, on any mesh: its shapes are traced once, on one of ones."""
-    network = Network(dataclasses.replace(settings.model, scan=True))
+    model = ModelFunction(dataclasses.replace(settings.model, scan=True))
     optimizer = make_optimizer(settings.optimizer, UNUSED)
     anywhere = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    # A mesh in use cannot be exchanged for one of another size, but left.
+    # A mesh in use cannot be step_collectives for one of another size, but left.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(anywhere):
-        state = jax.eval_shape(lambda: make_state(network, optimizer, settings.seed, settings.ema_decay > 0))
+        state = jax.eval_shape(lambda: make_state(model, optimizer, settings.seed, settings.ema_decay > 0))
     blocks = state.parameters["blocks"]
     others = {name: tree for name, tree in state.parameters.items() if name != "blocks"}
-    return Held(*(_by_axes(tree) for tree in (blocks, others, (state.optimizer, state.step), state.ema)))
+    return StateBytes(*(_by_axes(tree) for tree in (blocks, others, (state.optimizer, state.step), state.ema)))
 
 
-def load_of(settings: Config, platform: str, sizes: Sizes, held: Held) -> Load:
+def workload_of(settings: Config, platform: str, sizes: Sizes, held: StateBytes) -> Workload:
     """A device's share; the config's numbers divide over the mesh."""
     shape = shape_of(settings.model)
-    tensor, parts = count(sizes, layout.TABLE["heads"]), count(sizes, layout.TABLE["tokens"])
-    part = Part(
+    tensor, parts = device_count(sizes, layout.TABLE["heads"]), device_count(sizes, layout.TABLE["tokens"])
+    part = LocalShape(
         tokens=context.padded_length(shape.tokens, parts) // parts if parts > 1 else shape.tokens,
         width=shape.width,
         heads=shape.heads // tensor,
@@ -101,28 +100,8 @@ def load_of(settings: Config, platform: str, sizes: Sizes, held: Held) -> Load:
         tiled=platform == "tpu",
     )
     attention = attention_of(settings, platform, sizes)
-    rows = settings.batch_size / count(sizes, layout.TABLE["batch"]) / settings.accumulate_steps
-    return Load(settings, shape, sizes, held, platform, attention, part, rows)
-
-
-def attention_of(settings: Config, platform: str, sizes: Sizes) -> str:
-    """What computes the attention, as `model.attention` chooses: "xla", "cudnn" or "chunked"."""
-    model, shape = settings.model, shape_of(settings.model)
-    fused = model.attention != "xla" and fits_cudnn(
-        on_gpu=platform == "gpu",
-        dtype=model.dtype,
-        head_size=shape.width // shape.heads,
-        drops=bool(model.attention_dropout),
-    )
-    split = count(sizes, layout.TABLE["tokens"]) > 1
-    if split and (not fused or model.context_attention == "ring"):
-        return "chunked"
-    return "cudnn" if fused else "xla"
-
-
-def count(sizes: Sizes, axes: Axes) -> int:
-    """How many devices these axes take together."""
-    return math.prod(sizes.get(axis, 1) for axis in axes)
+    rows = settings.batch_size / device_count(sizes, layout.TABLE["batch"]) / settings.accumulate_steps
+    return Workload(settings, shape, sizes, held, platform, attention, part, rows)
 
 
 def _by_axes(tree: Any) -> dict[Axes, int]:

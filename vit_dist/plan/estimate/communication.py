@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from vit_dist.config import pair
 from vit_dist.mesh import layout
 from vit_dist.plan.collectives import Collective
-from vit_dist.plan.load import Axes, Load
+from vit_dist.plan.estimate.workload import Axes, Workload
 
 FLOAT32 = 4
 
 
-def exchanged(load: Load) -> list[Collective]:
+def step_collectives(load: Workload) -> list[Collective]:
     """The collectives of one step, on a mesh whose axes of one device are left out."""
     said = [*_of_parameters(load), *_of_gradients(load), *_of_heads(load), *_of_tokens(load), *_of_images(load)]
     return [one for one in said if one.axes and one.bytes]
 
 
-def _of_parameters(load: Load) -> Iterator[Collective]:
+def _of_parameters(load: Workload) -> Iterator[Collective]:
     """Parameters gathered before use and gradients scattered, block by block; what is outside once a micro-batch.
 
     Blocks' travel in the dtype of the arithmetic. With `remat` the backward pass gathers them again; without, it keeps
@@ -39,7 +39,7 @@ def _of_parameters(load: Load) -> Iterator[Collective]:
     yield Collective("reduce-scatter", axes, round(others), times, around)
 
 
-def _of_gradients(load: Load) -> Iterator[Collective]:
+def _of_gradients(load: Workload) -> Iterator[Collective]:
     """The sum over replicas once a step, in float32, as parameters lie; over parts of an image in every block."""
     own = load.own(load.held.blocks) + load.own(load.held.others)
     yield Collective("all-reduce", _there(load, ("dcn_data", "data")), round(own), 1, 0)
@@ -48,7 +48,7 @@ def _of_gradients(load: Load) -> Iterator[Collective]:
     yield Collective("all-reduce", _there(load, ("context",)), round(block), load.shape.depth * load.times, loops)
 
 
-def _of_heads(load: Load) -> Iterator[Collective]:
+def _of_heads(load: Workload) -> Iterator[Collective]:
     """Sums of what the devices of a tensor group have each of a token [B, N, D].
 
     Of attention's and of the MLP's output, and, on the way back, of the gradients of their inputs. Side by side, both
@@ -64,7 +64,7 @@ def _of_heads(load: Load) -> Iterator[Collective]:
     yield Collective("all-reduce", _there(load, ("tensor",)), round(tokens), sums * shape.depth * load.times, loops)
 
 
-def _of_tokens(load: Load) -> Iterator[Collective]:
+def _of_tokens(load: Workload) -> Iterator[Collective]:
     """Attention over tokens that are split: keys and values go round, or tokens are traded for heads and back."""
     axes, model, part = _there(load, ("context",)), load.settings.model, load.part
     parts = load.sizes.get("context", 1)
@@ -80,7 +80,7 @@ def _of_tokens(load: Load) -> Iterator[Collective]:
     yield Collective("collective-permute", axes, round(one * FLOAT32), 2 * parts * blocks, loops + 1)  # gradients
 
 
-def _of_images(load: Load) -> Iterator[Collective]:
+def _of_images(load: Workload) -> Iterator[Collective]:
     """Images change places with their partners to be mixed, in float32."""
     if load.settings.mixup or load.settings.cutmix:
         pixels = math.prod(pair(load.settings.model.image_size)) * load.shape.channels
@@ -88,5 +88,5 @@ def _of_images(load: Load) -> Iterator[Collective]:
         yield Collective("collective-permute", _there(load, layout.TABLE["batch"]), round(size), 1, 0)
 
 
-def _there(load: Load, axes: Axes) -> Axes:
+def _there(load: Workload, axes: Axes) -> Axes:
     return tuple(axis for axis in axes if load.sizes.get(axis, 1) > 1)

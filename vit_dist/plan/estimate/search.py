@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError
-from vit_dist.plan.layouts import Layout, layouts
+from vit_dist.plan.estimate.layouts import Layout, layouts
 from vit_dist.plan.targets import Target
 
 Account = dict[str, Any]

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from vit_dist.config import Config, pair
 from vit_dist.mesh import layout
-from vit_dist.model import flops
 from vit_dist.model.context import CHUNK
 from vit_dist.plan import links
-from vit_dist.plan.activations import Kept, kept, kept_bytes
-from vit_dist.plan.exchange import FLOAT32, exchanged
-from vit_dist.plan.load import Axes, Held, Load, Sizes, count, load_of
-from vit_dist.plan.roofline import Work, talk
+from vit_dist.plan.arithmetic import Sizes, device_count, device_flops
+from vit_dist.plan.estimate.activations import Kept, kept, kept_bytes
+from vit_dist.plan.estimate.communication import FLOAT32, step_collectives
+from vit_dist.plan.estimate.workload import Axes, StateBytes, Workload, workload_of
+from vit_dist.plan.roofline import Cost, transfer
 from vit_dist.plan.targets import Chip
 
 # What one block's backward pass has at once besides what was kept, in the dtype of the arithmetic: queries, keys,
@@ -51,7 +51,7 @@ class Estimate:
     """memory: bytes on one device by what they are for. work: of one device in a step."""
 
     memory: dict[str, int]
-    work: Work
+    work: Cost
 
     @property
     def peak_bytes(self) -> int:
@@ -68,27 +68,29 @@ def wires_of(mesh: Mesh, chip: Chip) -> Wires:
     return Wires(dict(mesh.shape), {axes: links.link(chip, links.group(mesh, axes)) for axes in groups})
 
 
-def estimate(settings: Config, chip: Chip, wires: Wires, held: Held) -> Estimate:
+def estimate(settings: Config, chip: Chip, wires: Wires, held: StateBytes) -> Estimate:
     """Memory and work of a config's training step on a mesh that its numbers divide over.
 
-    settings: with `model.num_classes` filled in. held: `held_of(settings)`, whatever its mesh, batch, remat and scan.
+    settings: with `model.num_classes` filled in. held: `state_bytes_of(settings)`, whatever its mesh, batch, remat and
+    scan.
     """
-    load = load_of(settings, chip.platform, wires.sizes, held)
+    load = workload_of(settings, chip.platform, wires.sizes, held)
     other = _update_bytes(load) + _between_products(load)
     model = load.settings.model
-    talks = (
-        talk(one, count(load.sizes, one.axes), wires.links[one.axes], model, load.times) for one in exchanged(load)
+    transfers = (
+        transfer(one, device_count(load.sizes, one.axes), wires.links[one.axes], model, load.times)
+        for one in step_collectives(load)
     )
-    work = Work(
+    work = Cost(
         flops=device_flops(settings, load.attention, load.sizes),
         bytes=other + _product_bytes(load),
         other_bytes=other,
-        talks=tuple(one for one in talks if one is not None),
+        transfers=tuple(one for one in transfers if one is not None),
     )
     return Estimate({name: round(size) for name, size in _memory(load).items()}, work)
 
 
-def _memory(load: Load) -> dict[str, float]:
+def _memory(load: Workload) -> dict[str, float]:
     """Bytes by what they are for at the worst moment, which is early in the backward pass.
 
     parameters, optimizer, ema, batch are exact. activations: what all blocks keep; a GPU's compiler begins a
@@ -122,24 +124,24 @@ def _memory(load: Load) -> dict[str, float]:
     }
 
 
-def _kept(load: Load) -> float:
+def _kept(load: Workload) -> float:
     """Bytes that all blocks keep of one micro-batch."""
     model = load.settings.model
     return load.shape.depth * load.rows * kept_bytes(kept(model, load.attention), load.part)
 
 
-def _kept_parameters(load: Load) -> float:
+def _kept_parameters(load: Workload) -> float:
     """Bytes of all blocks' parameters as they meet the activations, where the backward pass finds them as they were."""
     whole = load.gathered(load.held.blocks) * load.itemsize / FLOAT32
     made = load.itemsize < FLOAT32 or load.sizes.get("fsdp", 1) > 1  # otherwise they are the parameters themselves
     return whole if made else 0.0
 
 
-def _cast_parameters(load: Load) -> float:
+def _cast_parameters(load: Workload) -> float:
     return load.own(load.held.blocks) * load.itemsize / FLOAT32 if load.itemsize < FLOAT32 else 0.0
 
 
-def _workspace(load: Load) -> float:
+def _workspace(load: Workload) -> float:
     """Bytes that one block has at once for one example."""
     part = load.part
     arrays = [Kept(kind, load.itemsize, number) for kind, number in WORKSPACE.items()]
@@ -151,22 +153,14 @@ def _workspace(load: Load) -> float:
     return size
 
 
-def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
-    """Of the products of one device in a step. Outside of the blocks, the devices of a tensor group all do the same."""
-    outside = flops.training_flops(dataclasses.replace(settings.model, depth=0))
-    within = flops.hardware_flops(settings.model, attention) - outside
-    examples = settings.batch_size / count(sizes, layout.TABLE["batch"])
-    return examples * (within / count(sizes, ("context", "tensor")) + outside)
-
-
-def _update_bytes(load: Load) -> float:
+def _update_bytes(load: Workload) -> float:
     """Moved by the optimizer: the state is read and written; gradients are written, and read for a norm and for use."""
     held = load.held
     own = load.own(held.blocks) + load.own(held.others)
     return 2 * (own + load.own(held.optimizer) + load.own(held.ema)) + 3 * own
 
 
-def _between_products(load: Load) -> float:
+def _between_products(load: Workload) -> float:
     """Moved between products: see `PASSES`. What is kept of blocks that no loop runs is written and read in place."""
     tensor, platform = load.sizes.get("tensor", 1), load.platform
     tokens = load.shape.depth * load.rows * load.part.tokens * load.shape.width * load.itemsize
@@ -175,7 +169,7 @@ def _between_products(load: Load) -> float:
     return load.times * (passes + (STACKED[platform] if load.settings.model.scan else 1.0) * stacked)
 
 
-def _product_bytes(load: Load) -> float:
+def _product_bytes(load: Workload) -> float:
     """Moved by the blocks' products: operands read and results written, once forward, twice backward."""
     part, again = load.part, int(load.settings.model.remat == "block")
     hidden = part.hidden * (3 if load.shape.activation == "swiglu" else 2)
@@ -185,6 +179,6 @@ def _product_bytes(load: Load) -> float:
     return load.times * (3 + again) * load.itemsize * (load.shape.depth * acts + whole)
 
 
-def _pixels(load: Load) -> int:
+def _pixels(load: Workload) -> int:
     """Numbers of an image."""
     return math.prod(pair(load.settings.model.image_size)) * load.shape.channels

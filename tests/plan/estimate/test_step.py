@@ -10,9 +10,9 @@ from system import NOTHING_RANDOM, settings
 from vit_dist.describe import bytes_per_device
 from vit_dist.model.flops import hardware_flops, training_flops
 from vit_dist.plan.collectives import Collective, collectives, sent
-from vit_dist.plan.estimate import Wires, estimate, wires_of
-from vit_dist.plan.exchange import exchanged
-from vit_dist.plan.load import held_of, load_of
+from vit_dist.plan.estimate.communication import step_collectives
+from vit_dist.plan.estimate.step import Wires, estimate, wires_of
+from vit_dist.plan.estimate.workload import state_bytes_of, workload_of
 from vit_dist.plan.targets import Chip
 
 # 1 GB/s over the wires within, 0.1 GB/s over the network.
@@ -23,13 +23,13 @@ ONCE, IN_MICRO_BATCHES = ("model.remat=none",), ("model.remat=block", "accumulat
 
 def load_on(sizes, *overrides, platform="gpu"):
     asked = settings(*overrides)
-    return load_of(asked, platform, sizes, held_of(asked))
+    return workload_of(asked, platform, sizes, state_bytes_of(asked))
 
 
 def estimate_on(sizes, *overrides):
     asked = settings(*overrides)
     links = dict.fromkeys((("fsdp",), ("data",), ("tensor",), ("data", "fsdp")), ("NVLink", 1e9))
-    return estimate(asked, GPU, Wires(sizes, links), held_of(asked))
+    return estimate(asked, GPU, Wires(sizes, links), state_bytes_of(asked))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
@@ -49,7 +49,7 @@ def test_the_state_of_a_device_is_exact(name):
 
 def test_gradients_and_gathered_parameters_by_hand():
     bfloat16 = ("model.dtype=bfloat16", "model.remat=none")
-    held = held_of(settings())
+    held = state_bytes_of(settings())
     blocks, others = sum(held.blocks.values()), sum(held.others.values())
     alone = estimate_on({}, *bfloat16).memory
     assert alone["gradients"] == blocks + others == alone["parameters"]
@@ -89,7 +89,7 @@ def test_products_are_split_but_for_the_head_and_the_embedding():
 def test_the_update_reads_and_writes_the_state():
     asked, one = settings(*NOTHING_RANDOM), estimate_on({}, *NOTHING_RANDOM, "batch_size=8").work.other_bytes
     two = estimate_on({}, *NOTHING_RANDOM, "batch_size=16").work.other_bytes
-    held = held_of(asked)
+    held = state_bytes_of(asked)
     parameters = sum(held.blocks.values()) + sum(held.others.values())
     state = parameters + sum(held.optimizer.values())
     assert 2 * one - two == pytest.approx(2 * state + 3 * parameters)  # what does not grow with the batch
@@ -98,16 +98,16 @@ def test_the_update_reads_and_writes_the_state():
 def test_a_tensor_group_sums_activations_four_times_a_block():
     load = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=none")
     one = 64 * 4 * 32 * 4  # examples, tokens, width, bytes
-    assert exchanged(load) == [Collective("all-reduce", ("tensor",), one, 4 * 2, 1)]
+    assert step_collectives(load) == [Collective("all-reduce", ("tensor",), one, 4 * 2, 1)]
     again = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "accumulate_steps=2")
-    assert exchanged(again) == [Collective("all-reduce", ("tensor",), one // 2, 5 * 2 * 2, 2)]
+    assert step_collectives(again) == [Collective("all-reduce", ("tensor",), one // 2, 5 * 2 * 2, 2)]
     parallel = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "model.parallel=true")
-    assert exchanged(parallel) == [Collective("all-reduce", ("tensor",), one, 3 * 2, 1)]
+    assert step_collectives(parallel) == [Collective("all-reduce", ("tensor",), one, 3 * 2, 1)]
 
 
 def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
     load = load_on({"dcn_data": 2, "data": 2, "fsdp": 2}, *NOTHING_RANDOM, "accumulate_steps=4")
-    sums = [one for one in exchanged(load) if one.axes == ("dcn_data", "data")]
+    sums = [one for one in step_collectives(load) if one.axes == ("dcn_data", "data")]
     own = load.own(load.held.blocks) + load.own(load.held.others)
     assert sums == [Collective("all-reduce", ("dcn_data", "data"), round(own), 1, 0)]
 
@@ -139,17 +139,23 @@ def test_devices_send_what_the_compiled_step_sends(sizes, extra):
                 total[one.axes] += share * one.count * sent(one, math.prod(sizes[axis] for axis in one.axes))
         return total
 
-    assert by_axes(exchanged(load)) == pytest.approx(by_axes(found), rel=0.03)
+    assert by_axes(step_collectives(load)) == pytest.approx(by_axes(found), rel=0.03)
 
 
 def test_what_is_said_between_blocks_hides_and_what_a_product_waits_for_does_not():
-    talks = estimate_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none").work.talks
-    assert [talk.hides for talk in talks] == [True, True, False, False, False]  # blocks, then embedding and head; sums
+    transfers = estimate_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none").work.transfers
+    assert [talk.hides for talk in transfers] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # blocks, then embedding and head; sums
     load = load_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none")
-    gathered, summed = exchanged(load)[0], exchanged(load)[-1]
-    assert talks[0].seconds == pytest.approx(gathered.count * gathered.bytes / 2 / 1e9)
-    assert talks[-1].seconds == pytest.approx(summed.count * summed.bytes / 1e9)
-    unrolled = estimate_on({"fsdp": 2}, *NOTHING_RANDOM, "model.scan=false").work.talks
+    gathered, summed = step_collectives(load)[0], step_collectives(load)[-1]
+    assert transfers[0].seconds == pytest.approx(gathered.count * gathered.bytes / 2 / 1e9)
+    assert transfers[-1].seconds == pytest.approx(summed.count * summed.bytes / 1e9)
+    unrolled = estimate_on({"fsdp": 2}, *NOTHING_RANDOM, "model.scan=false").work.transfers
     assert all(talk.hides for talk in unrolled)
 
 

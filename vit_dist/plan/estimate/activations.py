@@ -13,7 +13,7 @@ from vit_dist.model.vit import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LocalShape:
     """What one device has of an example's activations in a block."""
 
     tokens: int  # those it holds; padded, where the mesh splits them
@@ -44,7 +44,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Arrays of one kind (see `Part.elements`) that a block keeps."""
+    """Arrays of one kind (see `LocalShape.elements`) that a block keeps."""
 
     kind: str
     itemsize: int
@@ -62,7 +62,7 @@ def kept(model: config.Model, attention: str) -> list[Kept]:
     return arrays if model.scan else _seen_through(arrays)
 
 
-def kept_bytes(arrays: list[Kept], part: Part) -> int:
+def kept_bytes(arrays: list[Kept], part: LocalShape) -> int:
     """Bytes of these arrays for one example on a device."""
     return sum(one.count * one.itemsize * part.elements(one.kind) for one in arrays)
 

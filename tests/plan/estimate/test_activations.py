@@ -8,13 +8,13 @@ from flax import nnx
 from products import equations
 
 from vit_dist import ViT, config
-from vit_dist.plan.activations import Kept, Part, kept, kept_bytes
+from vit_dist.plan.estimate.activations import Kept, LocalShape, kept, kept_bytes
 
 ROWS, TOKENS, WIDTH, HEADS, HIDDEN, DEPTH = 4, 5, 32, 2, 128, 3
 TINY = {
     "width": WIDTH, "depth": DEPTH, "mlp": HIDDEN, "heads": HEADS, "num_classes": 7, "image_size": 8, "patch_size": 4
 }  # fmt: skip
-WHOLE = Part(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
+WHOLE = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
 MODELS = {
     "plain": {},
     "layer scale": {"layer_scale": 0.1},
@@ -62,14 +62,14 @@ def test_what_a_block_keeps_of_split_tokens_is_what_the_traced_gradient_stacks(r
     with program.in_use():
         state = program.abstract_state()
         images = jax.ShapeDtypeStruct((ROWS, 8, 8, 1), jnp.float32)
-        found = stacked_bytes(lambda p, x: jnp.sum(program.network(p, x)), state.parameters, images, rows=ROWS)
-    half = Part(2, model.width, model.heads, model.width // model.heads, model.mlp)  # of four tokens
+        found = stacked_bytes(lambda p, x: jnp.sum(program.model(p, x)), state.parameters, images, rows=ROWS)
+    half = LocalShape(2, model.width, model.heads, model.width // model.heads, model.mlp)  # of four tokens
     assert found == 2 * DEPTH * ROWS * kept_bytes(kept(model, "chunked"), half)
 
 
 def test_cudnn_keeps_no_weights():
     model = config.Model(**TINY, dtype="bfloat16")
-    without = Part(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
+    without = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
     extra = kept_bytes(kept(model, "xla"), without) - kept_bytes(kept(model, "cudnn"), without)
     weights = HEADS * TOKENS * TOKENS * (4 + 2)
     rows = HEADS * TOKENS * 4  # two numbers a row of weights with XLA, one with cuDNN
@@ -77,7 +77,7 @@ def test_cudnn_keeps_no_weights():
 
 
 def test_a_tpu_pads_the_last_two_dimensions_to_tiles_the_way_that_costs_less():
-    part = Part(tokens=197, width=1024, heads=16, head_size=64, hidden=4096, tiled=True)
+    part = LocalShape(tokens=197, width=1024, heads=16, head_size=64, hidden=4096, tiled=True)
     assert part.elements("width") == 200 * 1024
     assert part.elements("heads") == 16 * 256 * 64  # tokens last: 200 x 128 would be more
     assert part.elements("weights") == 16 * 200 * 256
@@ -86,7 +86,7 @@ def test_a_tpu_pads_the_last_two_dimensions_to_tiles_the_way_that_costs_less():
 
 def test_a_tensor_group_splits_heads_and_hidden_units_alone():
     model = config.Model(**TINY, remat="names")
-    half = Part(TOKENS, WIDTH, HEADS // 2, WIDTH // HEADS, HIDDEN // 2)
+    half = LocalShape(TOKENS, WIDTH, HEADS // 2, WIDTH // HEADS, HIDDEN // 2)
     # By token in float32: queries, keys, values, output, hidden units; the block's input and the sum between.
     assert kept_bytes(kept(model, "xla"), WHOLE) == TOKENS * 4 * (4 * WIDTH + HIDDEN + 2 * WIDTH)
     assert kept_bytes(kept(model, "xla"), half) == TOKENS * 4 * (4 * WIDTH // 2 + HIDDEN // 2 + 2 * WIDTH)

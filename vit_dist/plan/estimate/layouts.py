@@ -17,8 +17,8 @@ from vit_dist.describe import CLASSES
 from vit_dist.mesh import layout, topology
 from vit_dist.model.vit import shape_of
 from vit_dist.plan import roofline
-from vit_dist.plan.estimate import Estimate, estimate, wires_of
-from vit_dist.plan.load import held_of
+from vit_dist.plan.estimate.step import Estimate, estimate, wires_of
+from vit_dist.plan.estimate.workload import state_bytes_of
 from vit_dist.plan.targets import Target
 from vit_dist.program import check_model
 from vit_dist.schema import flatten
@@ -56,7 +56,7 @@ class Layout:
 def layouts(settings: Config, target: Target, devices: Sequence[jax.Device]) -> tuple[list[Layout], list[str]]:
     """The layouts that divide, the best first, and why the other meshes do not go, as `ConfigError` says it."""
     classes = settings.model.num_classes or CLASSES
-    held = held_of(_with_classes(settings, classes))
+    held = state_bytes_of(_with_classes(settings, classes))
     own = _own_sizes(settings, len(devices))
     found, refused = [], []
     for sizes in meshes(target):

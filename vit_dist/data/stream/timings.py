@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 @dataclasses.dataclass
-class Stages:
+class Timings:
     """Seconds spent, over all threads: reading bytes, decoding with crop and resize, augmenting, and copying.
 
     Copying is done by one thread, the other three by `parallel` of them.
@@ -22,12 +22,12 @@ class Stages:
     augment: float = 0.0
     copy: float = 0.0
 
-    def add(self, other: "Stages") -> None:
+    def add(self, other: "Timings") -> None:
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def since(self, before: "Stages") -> "Stages":
-        return Stages(*(getattr(self, name) - getattr(before, name) for name in NAMES))
+    def since(self, before: "Timings") -> "Timings":
+        return Timings(*(getattr(self, name) - getattr(before, name) for name in NAMES))
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -45,4 +45,4 @@ class Stages:
         return "copy" if self.copy > made else shared
 
 
-NAMES = tuple(field.name for field in dataclasses.fields(Stages))
+NAMES = tuple(field.name for field in dataclasses.fields(Timings))

@@ -9,8 +9,8 @@ from system import settings
 from vit_dist import config, recipes
 from vit_dist.config import ConfigError
 from vit_dist.mesh import topology
-from vit_dist.plan.layouts import layouts, meshes
-from vit_dist.plan.search import search
+from vit_dist.plan.estimate.layouts import layouts, meshes
+from vit_dist.plan.estimate.search import search
 from vit_dist.plan.targets import Chip, Target
 
 CHIP = Chip("one", "NVIDIA H200", "gpu", 10**12, 1e12, "NVLink", 1e11, 0, 1e10, "none")

@@ -1,0 +1,44 @@
+"""The arithmetic of one device's share of a training step, from the config and the sizes of the mesh's axes."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+from vit_dist.config import Config
+from vit_dist.mesh import layout
+from vit_dist.model import flops
+from vit_dist.model.attention import fits_cudnn
+from vit_dist.model.vit import shape_of
+
+Sizes = Mapping[str, int]  # axis of the mesh -> its size; an axis that is not there has size 1
+
+
+def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
+    """Returns the floating-point operations of one device's matrix products in a training step.
+
+    Outside of the blocks, all devices of a tensor group compute the same.
+    """
+    outside = flops.training_flops(dataclasses.replace(settings.model, depth=0))
+    within = flops.hardware_flops(settings.model, attention) - outside
+    examples = settings.batch_size / device_count(sizes, layout.TABLE["batch"])
+    return examples * (within / device_count(sizes, ("context", "tensor")) + outside)
+
+
+def attention_of(settings: Config, platform: str, sizes: Sizes) -> str:
+    """Returns what computes the attention of a config on such a mesh: "xla", "cudnn" or "chunked" (`model.context`)."""
+    model, shape = settings.model, shape_of(settings.model)
+    fused = model.attention != "xla" and fits_cudnn(
+        on_gpu=platform == "gpu",
+        dtype=model.dtype,
+        head_size=shape.width // shape.heads,
+        drops=bool(model.attention_dropout),
+    )
+    split = device_count(sizes, layout.TABLE["tokens"]) > 1
+    if split and (not fused or model.context_attention == "ring"):
+        return "chunked"
+    return "cudnn" if fused else "xla"
+
+
+def device_count(sizes: Sizes, axes: Iterable[str]) -> int:
+    """Returns the number of devices that these axes of a mesh span."""
+    return math.prod(sizes.get(axis, 1) for axis in axes)
