@@ -162,7 +162,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        processes.rest()
+        processes.stop_clock()
         self._open.__exit__(kind, error, trace)
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
