@@ -19,7 +19,7 @@ from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program, restored
 from vit_dist.recipes import Overrides
-from vit_dist.run.failures import everyones
+from vit_dist.run.failures import gather_bad_examples
 from vit_dist.run.workdir import read_config
 from vit_dist.step.evaluation import no_totals
 from vit_dist.step.state import Parameters
@@ -71,7 +71,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])
-    bad = everyones(batches.bad())
+    bad = gather_bad_examples(batches.bad())
     if settings.data.on_bad == "error":
         check_none_bad(bad)
     if count + len(bad) != len(source):

@@ -291,7 +291,7 @@ def _record_signals(received: list[int]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Returns a port of this host at which nobody listens, below those that the kernel uses for outgoing connections."""
+    """Returns a port of this host that nobody listens at, below those that the kernel uses for outgoing connections."""
     for port in random.sample(range(20000, 32768), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
