@@ -35,7 +35,7 @@ class Checkpoints:
     def __init__(
         self, directory: Path, *, keep_last: int, keep_best: int, best_metric: str = "top1", read_only: bool = False
     ):
-        """Opens `directory`, making it if it is missing; `read_only` changes nothing and raises `ConfigError` instead."""
+        """Opens `directory`, and makes it if it is missing; with `read_only` raises `ConfigError` and never writes."""
         if read_only and not directory.is_dir():
             raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
         self._directory = directory

@@ -1,8 +1,8 @@
 """CLU's metric writers and periodic actions without TensorFlow.
 
-CLU imports TensorFlow in one module, `clu.metric_writers.summary_writer`. Before it imports CLU, this module registers a
-replacement under that name, with a writer built on tensorboardX; import CLU from this module only. If other code has
-already imported CLU's own writer, that one stays registered, but is not used here.
+CLU imports TensorFlow in one module, `clu.metric_writers.summary_writer`. This module registers a replacement for it,
+with a writer built on tensorboardX, and then imports CLU; import CLU from this module only. If other code has already
+imported CLU's own writer, that one stays registered, but is not used here.
 """
 
 import sys

@@ -52,8 +52,8 @@ def check_shared(workdir: Path) -> None:
             return
         time.sleep(1)
     raise ConfigError(
-        f"{workdir}: process {different[0]} does not see what process 0 sees in it; give a --workdir on a disk that all "
-        "hosts share"
+        f"{workdir}: process {different[0]} does not see what process 0 sees in it; give a --workdir on a disk that "
+        "all hosts share"
     )
 
 
