@@ -18,7 +18,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_json(file: Path, kind: type) -> Any:
-    """Returns the content of a JSON file. Raises `ConfigError` if it is missing or damaged, or no `kind` (dict, list)."""
+    """Returns the content of a JSON file. Raises `ConfigError` if it is missing, damaged or no `kind` (dict, list)."""
     advice = "restore it or choose another --workdir"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
