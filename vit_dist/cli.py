@@ -18,12 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vit_dist import arguments, config, recipes
+from vit_dist import arguments, config, keys, recipes
 from vit_dist.config import ConfigError
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
+from vit_dist.paths import expanded
 from vit_dist.schema import one_of
 
 LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
@@ -143,7 +144,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from vit_dist.predict import predict
 
-    found = predict(
+    predictions = predict(
         options.workdir,
         options.paths,
         top=options.top,
@@ -152,43 +153,39 @@ def _predict(options: argparse.Namespace) -> None:
         overrides=options.overrides,
     )
     if options.json:
-        for one in found:
-            _print_json(one)
+        for prediction in predictions:
+            _print_json(prediction)
         return
     rows = [
-        ("" if place else one["file"], choice["name"], f"{choice['probability']:.1%}")
-        for one in found
-        for place, choice in enumerate(one["classes"])
+        (prediction["file"] if rank == 0 else "", choice["name"], f"{choice['probability']:.1%}")
+        for prediction in predictions
+        for rank, choice in enumerate(prediction["classes"])
     ]
     _print_table(("image", "class", "probability"), rows)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
-    from vit_dist.describe import inspect
+    from vit_dist.describe import inspect, spec_text
 
-    found = inspect(settings)
+    account = inspect(settings)
     if options.json:
-        _print_json(found)
+        _print_json(account)
         return
     rows = [
         (
-            one["name"],
-            " x ".join(map(str, one["shape"])),
-            one["dtype"],
-            _say_spec(one["sharding"]),
-            f"{one['bytes_per_device']:,}",
+            tensor["name"],
+            " x ".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            spec_text(tensor["sharding"]),
+            f"{tensor['bytes_per_device']:,}",
         )
-        for one in found["tensors"]
+        for tensor in account["tensors"]
     ]
     _print_table(("parameter", "shape", "dtype", "sharding", "bytes a device"), rows)
-    sums = {"parameters": found["parameters"], "FLOPs of training on an image": found["flops_per_image"]}
-    sums |= {f"bytes a device, {part}": size for part, size in found["bytes_per_device"].items()}
+    sums = {"parameters": account["parameters"], "FLOPs of training on an image": account["flops_per_image"]}
+    sums |= {f"bytes a device, {tree}": size for tree, size in account["bytes_per_device"].items()}
     _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
-
-
-def _say_spec(axes: list[Any]) -> str:
-    return ", ".join("x".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -204,12 +201,12 @@ def _plan(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
     page = Path(options.html) if options.html else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        why = "is a folder" if page.is_dir() else "lies in no folder that there is"
-        raise ConfigError(f"--html: {page} {why}; name the file to write")
+        reason = "is a folder" if page.is_dir() else f"cannot be written: there is no folder {page.parent}"
+        raise ConfigError(f"--html: {page} {reason}; name the file to write")
     from vit_dist.plan import html, report
     from vit_dist.plan.verb import plan
 
-    found = plan(
+    planned = plan(
         settings,
         options.target,
         slices=options.slices,
@@ -218,13 +215,13 @@ def _plan(options: argparse.Namespace) -> None:
         examples=options.examples,
     )
     if options.json:
-        _print_json(found)
+        _print_json(planned)
     else:
-        for header, rows in report.tables(found):
+        for header, rows in report.tables(planned):
             _print_table(header, rows)
             _print_table((), [])
     if page is not None:
-        page.write_text(html.page(found), encoding="utf-8")
+        page.write_text(html.page(planned), encoding="utf-8")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -253,7 +250,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for key in options.overrides:
         one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
     settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
-    found = convert.prepare(
+    summary = convert.prepare(
         source[0] if source else None,
         dest,
         kind=options.source,
@@ -266,7 +263,7 @@ def _prepare(options: argparse.Namespace) -> None:
         keep_bad=options.on_bad == "skip",
         data=settings.data,
     )
-    _print_json(found)
+    _print_json(summary)
 
 
 # Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
@@ -295,26 +292,31 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _configs(options: argparse.Namespace) -> None:
     if options.overrides:
-        raise ConfigError(f"--config.{options.overrides[0]}: configs only lists the recipes and takes no keys")
-    folder = Path(options.folder).expanduser() if options.folder else None
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give one that holds recipes")
-    files = [file for one in ([folder] if folder else recipes.folders()) for file in sorted(one.glob("*.py"))]
-    rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
+        raise ConfigError(f"--config.{options.overrides[0]}: configs only lists, and takes no keys")
+    if options.keys is not None:
+        rows = keys.rows(options.keys)
+        if not rows:
+            raise ConfigError(f"--keys: no key or meaning holds {options.keys!r}; leave it out to list all")
+    else:
+        folder = expanded(options.folder, "folder") if options.folder else None
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give one that holds recipes")
+        files = [file for path in ([folder] if folder else recipes.folders()) for file in sorted(path.glob("*.py"))]
+        rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
     if options.json:
         _print_json(rows)
-    else:
-        _print_table(("name", "config", "summary"), [tuple(row.values()) for row in rows])
+    elif rows:
+        _print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def _version(options: argparse.Namespace) -> None:
     from vit_dist.run.environment import describe
 
-    found = describe(None, {})
-    versions = [f"{name} {version or 'not installed'}" for name, version in found["versions"].items()]
-    git, devices = found["git"], found["devices"]
+    environment = describe(None, {})
+    versions = [f"{name} {version or 'not installed'}" for name, version in environment["versions"].items()]
+    git, devices = environment["git"], environment["devices"]
     commit = f"commit {git['commit']}{', changed' if git['dirty'] else ''}" if git else "no checkout"
-    for line in (*versions, f"python {found['python']}", f"{devices['count']} x {devices['kind']}", commit):
+    for line in (*versions, f"python {environment['python']}", f"{devices['count']} x {devices['kind']}", commit):
         print(line)
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from vit_dist import configs
 from vit_dist.config import Config, ConfigError, resolve, to_dict, typed
+from vit_dist.paths import expanded
 from vit_dist.schema import check_known, flatten, near_miss
 
 Recipe: TypeAlias = str | Path | Config | ml_collections.ConfigDict
@@ -70,7 +71,7 @@ def find(recipe: str | Path) -> Path:
 
     Raises `ConfigError` where there is none.
     """
-    path = Path(recipe).expanduser()
+    path = expanded(recipe, "config")
     if path.is_file():
         if path.suffix != ".py":
             raise ConfigError(f"{recipe}: a config file is a Python file, .py, such as configs/digits.py")

@@ -12,7 +12,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps"}
+_SHORT = {
+    "lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps",
+    "batch": "batch_size",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -41,7 +44,11 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
     """`value` as the type `hint` of the field at `key`. Raises `ConfigError`."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__})")
+            first = dataclasses.fields(hint)[0].name
+            raise ConfigError(
+                f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__}); "
+                f"set a key of it, such as {key + '.' if key else ''}{first}"
+            )
         for name in value:
             check_known(hint, name, key)
         hints = typing.get_type_hints(hint, include_extras=True)
@@ -67,7 +74,8 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
             return one_of(key, value, arguments)
     elif _fits(hint, value):
         return hint(value) if hint in (int, float) else value
-    raise ConfigError(f"{key}: expected {_name(hint)}, found {value!r} ({type(value).__name__})")
+    written = f"; write [{value}]" if origin is tuple and isinstance(value, str) else ""
+    raise ConfigError(f"{key}: expected {describe_type(hint)}, found {value!r} ({type(value).__name__}){written}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -90,17 +98,17 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _name(hint: Any) -> str:
-    """A type as a person would say it."""
+def describe_type(hint: Any) -> str:
+    """Returns a type in words, with its bounds, such as `a whole number above 0 or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _name(arguments[0])
+        return f"{describe_type(arguments[0])} {arguments[1].wanted}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_name(a) for a in arguments)
+        return " or ".join(map(describe_type, arguments))
     if origin is tuple:
-        return (
-            f"a list of {_name(arguments[0])}" if arguments[-1] is Ellipsis else f"({', '.join(map(_name, arguments))})"
-        )
+        if arguments[-1] is Ellipsis:
+            return f"a list of {describe_type(arguments[0])}"
+        return f"({', '.join(map(describe_type, arguments))})"
     if origin is Literal:
         return " | ".join(map(str, arguments))
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
@@ -114,16 +122,16 @@ def check_known(hint: Any, name: str, parent: str, whole: Any = None) -> None:
     """
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
-        meant = near_miss(name, fields, parent) or (_elsewhere(name, whole) if whole else "")
+        meant = near_miss(name, fields, parent) or (elsewhere(name, whole) if whole else "")
         raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
 
 
-def _elsewhere(name: str, whole: Any) -> str:
-    """The keys anywhere in a schema that end as `name`, one of its usual short forms, or nearly so."""
+def elsewhere(name: str, whole: Any, prefix: str = "") -> str:
+    """Returns ` (did you mean ...?)` with the keys that end in `name`, its long form or a close word; else nothing."""
     keys = flatten(dataclasses.asdict(whole()))
     ends = {key.rpartition(".")[2] for key in keys}
     wanted = _SHORT.get(name) or next(iter(difflib.get_close_matches(name, ends, n=1, cutoff=0.75)), None)
-    meant = [key for key in keys if key.rpartition(".")[2] == wanted]
+    meant = [prefix + key for key in keys if key.rpartition(".")[2] == wanted]
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
