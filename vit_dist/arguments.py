@@ -18,10 +18,10 @@ _KEYS_OF_A_RUN = "--config.KEY=VALUE changes how this runs, such as mesh.data; `
 
 
 def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
-    """The options of the verb that the words name, and `run`, what the table of verbs has for it.
+    """Returns the options of the verb in `words`, and as `run` its function in the table `verbs`.
 
-    Beside those of its own every verb has `overrides`, the `--config.a.b=value` as `a.b=value`, and `launched`, what
-    comes after `--`. A mistake ends the process with a line on stderr.
+    Every verb also has `overrides`, its `--config.a.b=value` as `a.b=value`, and `launched`, the words after `--`. A
+    mistake ends the process with a line on stderr.
     """
     words, launched = _split_launched(list(words))
     arguments, overrides = _split_overrides(words)
@@ -33,7 +33,7 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
 
 
 def _parse(arguments: Sequence[str], verbs: Verbs) -> argparse.Namespace:
-    """The options of a verb. Its paths may have options between them, which argparse takes for the end of the paths."""
+    """Returns the options of a verb. They may stand between its paths, where argparse would end the list of paths."""
     parser = _parser(verbs)
     options, left = parser.parse_known_args(arguments)
     if options.run is None:
@@ -138,7 +138,7 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line that begins as every other error does."""
+    """Reports a mistake in one line that begins like every other error."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -179,7 +179,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
-    """What `launch` is told, and the verb with its own arguments, which are not looked at here.
+    """Returns the words of `launch` itself, and the launched verb with its own words, which the child reads.
 
     The verb comes after `--`, or is the first word that names one.
     """
@@ -194,7 +194,7 @@ def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Takes the `--config.a.b=value` and `--config.a.b value` out of the arguments, as `a.b=value`."""
+    """Returns the words without `--config.a.b=value` and `--config.a.b value`, and these as `a.b=value`."""
     rest, overrides = [], []
     words = list(arguments)
     while words:

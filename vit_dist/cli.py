@@ -1,7 +1,7 @@
-"""The command line: runs verbs, prints results on stdout, sets exit codes. What can be typed is in `arguments`.
+"""The command line: runs a verb, prints its result on stdout and returns an exit code. `arguments` reads the options.
 
-The codes are those of `job.exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
-they run: they bring jax, which `--help` and a mistyped key need not wait for.
+The codes are those of `job.exit_codes`. A usage, config or input error is one line on stderr. A verb is imported when
+it runs: it imports jax, and `--help` or a mistyped key need not wait for that.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from vit_dist.job.watchdog import end_now
 from vit_dist.paths import expanded
 from vit_dist.schema import one_of
 
-LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
-# Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
+LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
+# Errors of the disk or its permissions, for which the program is not at fault.
 REFUSALS = {
     errno.EACCES,
     errno.EDQUOT,
@@ -43,14 +43,14 @@ REFUSALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code. Without `argv` this is the command itself, and the process its own."""
+    """Runs one verb and returns the exit code. Without `argv` it reads the command line and owns the process."""
     if argv is None:
         _answer_ctrl_c()
         _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("absl", "jax"):  # orbax and grain speak as absl
+    for library in ("absl", "jax"):  # orbax and grain log as absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    code, said, together = FAILED, "an error of the program; see what it has said itself", False
+    code, message, together = FAILED, "an error of the program; see its own messages", False
     options = argparse.Namespace()
     try:
         options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
@@ -58,33 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = options.run(options) or DONE
         together = code != FAILED
     except ConfigError as error:
-        code, said = MISTAKE, str(error)
-        print(f"error: {said}", file=sys.stderr)
+        code, message = MISTAKE, str(error)
+        print(f"error: {message}", file=sys.stderr)
     except JobError as error:
-        said = str(error)
-        print(f"error: {said}", file=sys.stderr)
+        message = str(error)
+        print(f"error: {message}", file=sys.stderr)
         if error.blamed is not None:
-            Blame(error.blamed, said).report()
+            Blame(error.blamed, message).report()
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        code, said = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
-        print(f"error: {said}", file=sys.stderr)
+        code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        code, said = INTERRUPTED, "interrupted"
-        print(said, file=sys.stderr)
+        code, message = INTERRUPTED, "interrupted"
+        print(message, file=sys.stderr)
     finally:
-        _leave(code, said, together)
+        _leave(code, message, together)
     if code == INTERRUPTED and not together and argv is None:
-        end_now(code)  # without waiting for what threads are doing, such as a save
+        end_now(code)  # without waiting for threads, such as a save
     return code
 
 
 def _answer_ctrl_c() -> None:
-    """The first Ctrl-C ends the verb by `KeyboardInterrupt`, the second the process, whatever it is doing.
+    """Makes the first Ctrl-C end the verb by `KeyboardInterrupt`, and the second end the process.
 
-    Python loses an exception that is raised while it collects garbage, and what is closed on the way out may wait for
-    a disk. So the process ends soon after the first in any case.
+    Python loses an exception that is raised while it collects garbage, and closing a file may wait for a disk. So the
+    process ends `LAST_SECONDS` after the first Ctrl-C in any case.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -94,7 +94,7 @@ def _answer_ctrl_c() -> None:
         last.start()
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a process in the background ignores it
         signal.signal(signal.SIGINT, interrupt)
 
 
@@ -105,12 +105,12 @@ def _keep_stdout_for_results() -> None:
     os.dup2(2, 1)
 
 
-def _leave(code: int, said: str, together: bool) -> None:
-    """Leaves the other processes of a job, if the verb joined any; see `processes.leave`."""
+def _leave(code: int, message: str, together: bool) -> None:
+    """Leaves the other processes of a job, if the verb joined one; see `processes.leave`."""
     if "jax" in sys.modules:
         from vit_dist.job import processes
 
-        processes.leave(code, said, together=together)
+        processes.leave(code, message, together=together)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -266,7 +266,7 @@ def _prepare(options: argparse.Namespace) -> None:
     _print_json(summary)
 
 
-# Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
+# Options of `prepare` that --merge and --verify do not take, and config keys that say how a source is read.
 _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "on_bad")
 _OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limit_gb")
 
@@ -321,7 +321,7 @@ def _version(options: argparse.Namespace) -> None:
 
 
 def _summary(recipe: Path) -> str:
-    """The first paragraph of its docstring, in one line."""
+    """Returns the first paragraph of a recipe's docstring in one line."""
     try:
         text = ast.get_docstring(ast.parse(recipe.read_bytes())) or ""
     except (SyntaxError, ValueError) as error:  # a ValueError for bytes that are no text
@@ -335,7 +335,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns wide enough for their contents, so that the lines can be cut and searched by other tools."""
+    """Prints columns as wide as their contents, so that other tools can cut and search the lines."""
     if not _first_process():
         return
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

@@ -256,40 +256,40 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The schema's defaults, for a recipe to change; `recipes.load` checks what comes back."""
+    """Returns the schema's defaults, for a recipe to change; `recipes.load` checks the result."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
-    """Nested values -> a checked `Config`. Raises `ConfigError` naming the key."""
+    """Returns nested values as a checked `Config`. Raises `ConfigError` naming the key."""
     config = typed(values)
     _check(config)
     return config
 
 
 def typed(values: Mapping[str, Any]) -> Config:
-    """As `resolve`, names and types alone: what a recipe says before the command line has had its say."""
+    """Returns nested values as a `Config` of which only names, types and bounds are checked."""
     return build(Config, values)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values that JSON can hold and `resolve` takes back."""
+    """Returns nested plain values that JSON can hold and `resolve` takes back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The keys, such as `model.depth`, that two configs give different values."""
+    """Returns the keys, such as `model.depth`, whose values differ between two configs."""
     flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     return [key for key in flat_new if flat_old.get(key) != flat_new[key]]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
+    """Returns (height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def nearest_multiples(value: int, of: int) -> str:
-    """'24 or 32' for 30 and 8: the sizes to suggest where one does not divide."""
+    """Returns the multiples of `of` on either side of `value` as text for an error message: '24 or 32' for 30 and 8."""
     below = value // of * of
     return f"{below} or {below + of}" if below else str(of)
 
@@ -319,7 +319,7 @@ def in_steps(config: Config, train_examples: int) -> Config:
 
 
 def total_steps(config: Config, train_examples: int) -> int:
-    """Optimizer steps of the whole run: `total_steps`, or the epochs' worth of batches, rounded up."""
+    """Returns the optimizer steps of the whole run: `total_steps`, or those of `total_epochs`, rounded up."""
     if config.total_steps is not None:
         return config.total_steps
     assert config.total_epochs is not None
@@ -327,7 +327,7 @@ def total_steps(config: Config, train_examples: int) -> int:
 
 
 def _check(config: Config) -> None:
-    """What can be said of the values without data, devices or a model."""
+    """Raises `ConfigError` for values that contradict each other, without data, devices or a model."""
     if config.total_steps is None and config.total_epochs is None:
         raise ConfigError("total_steps: neither it nor total_epochs is set; set one")
     flat = flatten(dataclasses.asdict(config))

@@ -1,7 +1,7 @@
-"""Nested values made into typed dataclasses, with errors that name the key.
+"""Makes typed dataclasses of nested values, with errors that name the key.
 
-A field's type says what a value may be. `Annotated[int, Bound(...)]` also says which numbers it may be, so that a key's
-bounds stand beside it.
+The type of a field is the type of its key; `Annotated[int, Bound(...)]` adds the bounds of a number, so that they stand
+beside the key.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ _SHORT = {
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be done; the message is one line that says which key or file, and what to do."""
+    """The user asked for something that cannot be done. The message is one line: key or file, problem, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Which numbers a key may be, in words and as a test."""
+    """The numbers that a key allows, in words and as a test."""
 
     wanted: str
     holds: Callable[[float], bool]
@@ -41,7 +41,7 @@ Portion = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < valu
 
 
 def build(hint: Any, value: Any, key: str = "") -> Any:
-    """`value` as the type `hint` of the field at `key`. Raises `ConfigError`."""
+    """Returns `value` as the type `hint` of the field at `key`. Raises `ConfigError` where it is not of that type."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             first = dataclasses.fields(hint)[0].name
@@ -68,7 +68,8 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
     elif origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(items) == len(value):
-            return tuple(build(item, one, f"{key}[{i}]") for i, (item, one) in enumerate(zip(items, value)))
+            pairs = enumerate(zip(items, value))
+            return tuple(build(item_hint, item, f"{key}[{index}]") for index, (item_hint, item) in pairs)
     elif origin is Literal:
         if isinstance(value, str):
             return one_of(key, value, arguments)
@@ -115,20 +116,20 @@ def describe_type(hint: Any) -> str:
     return plain.get(hint) or "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
 
 
-def check_known(hint: Any, name: str, parent: str, whole: Any = None) -> None:
-    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, declares no key `name`.
+def check_known(hint: Any, name: str, parent: str, schema: Any = None) -> None:
+    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, has no key `name`.
 
-    whole: the dataclass of the whole schema, whose other keys may be what was meant.
+    The message suggests a near miss there, or a key anywhere in the dataclass `schema`.
     """
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
-        meant = near_miss(name, fields, parent) or (elsewhere(name, whole) if whole else "")
+        meant = near_miss(name, fields, parent) or (elsewhere(name, schema) if schema else "")
         raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
 
 
-def elsewhere(name: str, whole: Any, prefix: str = "") -> str:
+def elsewhere(name: str, schema: Any, prefix: str = "") -> str:
     """Returns ` (did you mean ...?)` with the keys that end in `name`, its long form or a close word; else nothing."""
-    keys = flatten(dataclasses.asdict(whole()))
+    keys = flatten(dataclasses.asdict(schema()))
     ends = {key.rpartition(".")[2] for key in keys}
     wanted = _SHORT.get(name) or next(iter(difflib.get_close_matches(name, ends, n=1, cutoff=0.75)), None)
     meant = [prefix + key for key in keys if key.rpartition(".")[2] == wanted]
@@ -136,7 +137,7 @@ def elsewhere(name: str, whole: Any, prefix: str = "") -> str:
 
 
 def one_of(key: str, value: str, options: Iterable[str]) -> str:
-    """`value`, if it is among the options; otherwise a `ConfigError` that lists them and the near miss."""
+    """Returns `value`. Raises `ConfigError` where it is none of the options, with these and the near miss."""
     options = list(options)
     if value not in options:
         raise ConfigError(f"{key}: {value!r} is none of {', '.join(options)}{near_miss(value, options)}")
