@@ -106,7 +106,7 @@ class Nothing:
         raise OSError
 
 
-def test_waiting_for_an_index_is_logged_and_delays_no_other_index(
+def test_an_index_in_the_making_holds_up_only_those_that_need_it(
     large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -142,7 +142,6 @@ def test_a_sample_covers_both_ends_of_a_split_and_the_shape() -> None:
     images = np.zeros((50, 4, 6, 1), np.uint8)
     first, last = images.copy(), images.copy()
     first[0, 0, 0], last[-1, -1, -1] = 1, 1
-    assert (
-        len({digest(images), digest(first), digest(last), digest(images.reshape(50, 6, 4, 1)), digest(images[:1])}) == 5
-    )
+    variants = (images, first, last, images.reshape(50, 6, 4, 1), images[:1])
+    assert len({digest(variant) for variant in variants}) == 5
     assert digest(images) == digest(images.copy())

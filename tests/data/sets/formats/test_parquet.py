@@ -341,7 +341,7 @@ def test_columns_that_do_not_fit_are_named(tmp_path: Path) -> None:
     _write(file, [({"path": "a"}, 0)], kind=pyarrow.struct({"path": pyarrow.string()}))
     _fails("column 'image' is struct<path: string>, expected struct<bytes, path> or binary", file)
     _write(file, [(b"a", "cat")], kind=pyarrow.binary(), label=pyarrow.string())
-    _fails("column 'label' is string, expected original numbers", file)
+    _fails("column 'label' is string, expected whole numbers", file)
     _write(file, [], kind=pyarrow.binary())
     _fails("holds no rows", file)
 
