@@ -5,6 +5,7 @@ been interrupted: rows past the step that the run resumes from are removed befor
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from vit_dist.run.clu_writers import SummaryWriter, metric_writers, periodic_act
 from vit_dist.run.files import write_atomically
 
 ROWS = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -154,6 +156,7 @@ class StepProfile(periodic_actions.PeriodicAction):
         """Ends the trace, if one is under way; it lacks steps that have not finished on the devices."""
         if self._tracing:
             jax.profiler.stop_trace()
+            _log.info("the profile is in %s", self._directory)
             self._tracing = False
 
 
