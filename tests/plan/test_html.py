@@ -106,7 +106,7 @@ class Reader(html.parser.HTMLParser):
     def rows(self, section):
         """The cells of the table in the section of this id."""
         text = re.search(rf'<section id="{section}".*?</section>', self.rawdata_of, re.DOTALL)[0]
-        return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+        return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)]
 
 
 def read(plan):

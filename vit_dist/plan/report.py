@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+UNKNOWN = "unknown"
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
 
@@ -38,7 +39,7 @@ def gib(size: int) -> str:
 
 
 def say_ms(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,.3g} ms"
+    return UNKNOWN if value is None else f"{value:,.3g} ms"
 
 
 def _say_flops(count: float) -> str:
