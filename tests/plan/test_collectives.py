@@ -1,4 +1,4 @@
-"""What a compiled step says to whom: sums that can be done by hand, and the disguises of each platform's compiler."""
+"""The collectives of a compiled step: sizes computed by hand, and how each platform's compiler rewrites them."""
 
 import functools
 
@@ -6,18 +6,18 @@ import pytest
 from compiled import program_on, step_collectives
 from system import NO_AUGMENTATION, NO_DROPOUT
 
-from vit_dist.plan.collectives import KINDS, Collective, axes_of, collectives, sent
+from vit_dist.plan.collectives import KINDS, Collective, bytes_sent, collective_axes, collectives
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 # Parameters of tiny.py, whose width is 32: those that `fsdp` splits, and biases over heads or the MLP, which it leaves.
 DEPTH = 2
 BLOCK_SPLIT = 4 * 32 + 32 * 96 + (32 * 32 + 32) + 32 * 64 + (64 * 32 + 32)  # norms, qkv, projection, up, down
-BLOCK_WHOLE = 96 + 64
+BLOCK_UNSPLIT = 96 + 64
 OTHER_SPLIT = (16 * 32 + 32) + 4 * 32 + 2 * 32 + 32 * 10  # patches, positions, last norm, head
-OTHER_WHOLE = 10
+OTHER_UNSPLIT = 10
 SPLIT = DEPTH * BLOCK_SPLIT + OTHER_SPLIT
-WHOLE = DEPTH * BLOCK_WHOLE + OTHER_WHOLE
+UNSPLIT = DEPTH * BLOCK_UNSPLIT + OTHER_UNSPLIT
 SPLIT_ARRAYS = 10 + 6  # the blocks are stacked
 IDS = 64 * 4  # the examples' int32 ids, gathered for the log
 
@@ -39,7 +39,7 @@ def total(found, kind, **where):
 def test_replicas_sum_every_gradient_once_and_the_loss():
     found = step(data=8)
     assert {(one.axes, one.count, one.loops) for one in found} == {(("data",), 1, 0)}
-    assert total(found, "all-reduce") == 4 * (SPLIT + WHOLE) + 4
+    assert total(found, "all-reduce") == 4 * (SPLIT + UNSPLIT) + 4
     assert total(found, "all-gather") == IDS
 
 
@@ -61,11 +61,11 @@ def test_blocks_that_are_computed_again_gather_their_parameters_again():
 def test_gradients_of_split_parameters_are_summed_over_what_splits_them():
     found = step(fsdp=8)
     # A CPU's compiler makes no reduce-scatters: every device gets the whole sum and cuts its part from it.
-    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_SPLIT + BLOCK_WHOLE)
+    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_SPLIT + BLOCK_UNSPLIT)
     # Beside the gradients of what is no block: the loss, and of each split array a share of three norms, which are
     # that of the gradient to clip it and to log it, and that of the parameters.
     scalars = 1 + 3 * SPLIT_ARRAYS
-    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + OTHER_WHOLE + scalars)
+    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + OTHER_UNSPLIT + scalars)
 
 
 def test_tensor_sums_activations_twice_a_block_in_each_pass():
@@ -79,7 +79,7 @@ def test_tensor_sums_activations_twice_a_block_in_each_pass():
 def test_micro_batches_are_gathered_for_each_and_summed_over_data_once():
     one, four = step(data=4, fsdp=2), step("accumulate_steps=4", data=4, fsdp=2)
     for found in (one, four):
-        assert total(found, "all-reduce", axes=("data",)) == 4 * (SPLIT // 2 + WHOLE)
+        assert total(found, "all-reduce", axes=("data",)) == 4 * (SPLIT // 2 + UNSPLIT)
         assert total(found, "all-reduce", axes=("data", "fsdp")) == 4  # the loss
         assert {(one.loops, one.count) for one in found if "data" in one.axes} == {(0, 1)}
     assert total(four, "all-gather", loops=2) == 4 * total(one, "all-gather", loops=1) == 4 * 4 * DEPTH * BLOCK_SPLIT
@@ -107,12 +107,12 @@ def test_micro_batches_are_gathered_for_each_and_summed_over_data_once():
     ],
 )
 def test_the_axes_of_a_collective_are_read_from_its_groups(groups, axes):
-    assert axes_of(f"  %one = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add", CUBE) == axes
+    assert collective_axes(f"  %one = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add", CUBE) == axes
 
 
 def test_groups_that_are_no_product_of_axes_are_refused():
     with pytest.raises(ValueError, match="no product of the axes"):
-        axes_of("replica_groups={{0,3},{1,2},{4,7},{5,6}}", CUBE)
+        collective_axes("replica_groups={{0,3},{1,2},{4,7},{5,6}}", CUBE)
 
 
 def test_a_program_for_another_mesh_is_refused():
@@ -288,8 +288,8 @@ def test_what_crosses_tpu_slices_is_sent_to_the_host_and_groups_are_numbered_wit
 
 
 def test_a_ring_sends_every_part_but_the_last_and_twice_for_a_sum():
-    bytes_sent = {kind: sent(Collective(kind, ("fsdp",), 800, 1, 0), 8) for kind in KINDS}
-    assert bytes_sent == {
+    per_device = {kind: bytes_sent(Collective(kind, ("fsdp",), 800, 1, 0), 8) for kind in KINDS}
+    assert per_device == {
         "all-reduce": 1400,
         "all-gather": 700,
         "reduce-scatter": 700,

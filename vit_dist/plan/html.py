@@ -1,13 +1,13 @@
 """A plan as an HTML page: one file that needs no other, for a browser, a ticket or a mail.
 
-The page is the template `plan.html.jinja`; here are the filters that write its numbers.
+The page is the template `plan.html.jinja`; this module loads it and holds the filters that format its numbers.
 """
 
 from typing import Any
 
 import jinja2
 
-from vit_dist.plan.report import UNKNOWN, gib, say_ms
+from vit_dist.plan.report import UNKNOWN, bytes_text, ms_text
 
 
 def page(plan: dict[str, Any]) -> str:
@@ -18,16 +18,12 @@ def page(plan: dict[str, Any]) -> str:
     return _TEMPLATES.get_template("plan.html.jinja").render(plan=plan, collectives=by_time)
 
 
-def _bytes(size: int | None) -> str:
-    return UNKNOWN if size is None else gib(size)
-
-
 def _number(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
 
 
 def _percent_of(value: float, total: float) -> str:
-    """Returns `value` as a share of `total` for CSS; 0 where it is negative or there is no total."""
+    """Returns the share of `value` in `total` for CSS; 0 if the value is negative or the total is 0."""
     return f"{max(value, 0) / total * 100 if total else 0:.3f}%"
 
 
@@ -39,4 +35,4 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_TEMPLATES.filters |= {"bytes": _bytes, "ms": say_ms, "number": _number, "percent_of": _percent_of}
+_TEMPLATES.filters |= {"bytes": bytes_text, "ms": ms_text, "number": _number, "percent_of": _percent_of}
