@@ -70,7 +70,7 @@ def test_equal_collectives_share_a_row_with_their_sum(step, linked):
     sizes = [row["bytes"] * row["count"] for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     found = collectives(step.executable.as_text(), {"data": 2, "fsdp": 2, "tensor": 2})
-    assert sum(sizes) == sum(one.bytes * one.count for one in found)
+    assert sum(sizes) == sum(collective.bytes * collective.count for collective in found)
 
 
 def test_a_tpu_never_holds_more_than_its_compiler_lets_through(step):

@@ -50,20 +50,23 @@ def test_meshes_are_all_factorisations_of_the_devices():
 def test_a_layout_is_the_config_with_its_overrides():
     own = settings()
     found, _ = layouts(own, EIGHT, jax.devices()[:8])
-    for one in found[:: len(found) // 50]:
-        changed = config.resolve(recipes.override(config.to_dict(own), one.overrides))
-        assert topology.axis_sizes(changed.mesh, 8) == topology.axis_sizes(one.settings.mesh, 8)
-        assert dataclasses.replace(changed, mesh=one.settings.mesh) == one.settings
-    assert () in {one.overrides for one in found}  # data=-1 is the mesh of eight replicas
-    assert len({one.overrides for one in found}) == len(found)
+    for layout in found[:: len(found) // 50]:
+        changed = config.resolve(recipes.override(config.to_dict(own), layout.overrides))
+        assert topology.axis_sizes(changed.mesh, 8) == topology.axis_sizes(layout.settings.mesh, 8)
+        assert dataclasses.replace(changed, mesh=layout.settings.mesh) == layout.settings
+    assert () in {layout.overrides for layout in found}  # data=-1 is the mesh of eight replicas
+    assert len({layout.overrides for layout in found}) == len(found)
 
 
 def test_the_fastest_compiled_layout_that_fits_is_the_choice():
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    assert () not in {one.overrides for one in ranked[:3]}
+    assert () not in {layout.overrides for layout in ranked[:3]}
     compiler = Compiler(quick=[ranked[1].settings])
     found = search_of(compiler)
-    assert compiler.asked == [settings(), *(one.settings for one in ranked[:3])]  # its own, and others until three fit
+    assert compiler.asked == [
+        settings(),
+        *(layout.settings for layout in ranked[:3]),
+    ]  # its own, and others until three fit
     assert found["choice"] == {"overrides": list(ranked[1].overrides), "step_ms": 0.5, "peak_bytes": 1003}
     assert [row["note"] for row in found["ranking"]][:4] == [
         "fits", "the choice", "fits", "slower by estimate, not compiled"
@@ -82,11 +85,11 @@ def test_a_config_that_is_faster_than_every_other_compiled_layout_stays_as_it_is
 
 def test_if_the_compiler_refuses_two_layouts_the_third_is_the_choice():
     first, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    kinds = list(dict.fromkeys(one.kind for one in first))
-    refused = [next(one for one in first if one.kind == kind).settings for kind in kinds[:2]] + [settings()]
+    kinds = list(dict.fromkeys(layout.kind for layout in first))
+    refused = [next(layout for layout in first if layout.kind == kind).settings for kind in kinds[:2]] + [settings()]
     compiler = Compiler(lambda asked: asked not in refused)
     found = search_of(compiler, wanted=1)
-    choice = next(one for one in first if one.overrides == tuple(found["choice"]["overrides"]))
+    choice = next(layout for layout in first if layout.overrides == tuple(found["choice"]["overrides"]))
     assert compiler.asked[-1] == choice.settings
     assert set(map(str, compiler.asked[:-1])) <= set(map(str, refused))
     notes = {tuple(row["overrides"]): row["note"] for row in found["ranking"]}
@@ -104,7 +107,7 @@ def test_a_layout_larger_than_a_refused_one_of_its_kind_is_not_compiled():
     compiler = Compiler(lambda asked: asked.model.remat == "block")
     search_of(compiler, wanted=1)
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    sizes = {one.settings: (one.kind, one.estimate.peak_bytes) for one in ranked}
+    sizes = {layout.settings: (layout.kind, layout.estimate.peak_bytes) for layout in ranked}
     smallest = {}
     for kind, size in map(sizes.get, compiler.asked):
         assert size < smallest.get(kind, size + 1)
@@ -115,7 +118,7 @@ def test_where_nothing_fits_the_smallest_layout_is_returned():
     compiler = Compiler(lambda asked: False)
     found = search_of(compiler, target=target_with(100))
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    least = min(ranked, key=lambda one: one.estimate.peak_bytes)
+    least = min(ranked, key=lambda layout: layout.estimate.peak_bytes)
     assert compiler.asked == [least.settings]  # all seem too large; the compiler has the last word on one
     assert found["choice"] is None
     assert found["smallest"] == {"overrides": list(least.overrides), "peak_bytes": 1001}
@@ -128,14 +131,14 @@ def test_where_nothing_fits_the_smallest_layout_is_returned():
 def test_a_config_too_large_as_it_stands_gets_a_layout_that_fits():
     big = ("model.width=256", "model.mlp=1024", "batch_size=512")
     ranked, _ = layouts(settings(*big), EIGHT, jax.devices()[:8])
-    own = next(one for one in ranked if one.overrides == ()).estimate.peak_bytes
-    truth = {one.settings: one.estimate.peak_bytes for one in ranked}
+    own = next(layout for layout in ranked if layout.overrides == ()).estimate.peak_bytes
+    truth = {layout.settings: layout.estimate.peak_bytes for layout in ranked}
     compiler = Compiler(lambda asked: truth[asked] <= own / 3)
     found = search_of(compiler, *big, target=target_with(own // 3))
-    chosen = next(one for one in ranked if list(one.overrides) == found["choice"]["overrides"])
+    chosen = next(layout for layout in ranked if list(layout.overrides) == found["choice"]["overrides"])
     assert chosen.estimate.peak_bytes <= own / 3
-    quicker = ranked[: ranked.index(chosen)]
-    assert quicker and all(one.estimate.peak_bytes > own / 3 for one in quicker)
+    faster = ranked[: ranked.index(chosen)]
+    assert faster and all(layout.estimate.peak_bytes > own / 3 for layout in faster)
 
 
 def test_meshes_that_do_not_divide_are_counted_with_the_error():
@@ -175,7 +178,7 @@ def test_a_config_that_is_valid_on_no_mesh_has_no_choice():
 
 def test_the_fastest_comes_first_and_of_equals_the_configs_own_layout():
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    assert [one.seconds for one in ranked] == sorted(one.seconds for one in ranked)
+    assert [layout.seconds for layout in ranked] == sorted(layout.seconds for layout in ranked)
     # Without micro-batches it makes no difference when parameters are gathered.
     again, _ = layouts(ranked[0].settings, EIGHT, jax.devices()[:8])
     assert again[0].overrides == ()

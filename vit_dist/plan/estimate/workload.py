@@ -67,7 +67,7 @@ class Workload:
         return sum(size / device_count(self.sizes, axes) for axes, size in sizes_by_axes.items())
 
     def gathered_bytes(self, sizes_by_axes: Mapping[Axes, int]) -> float:
-        """Returns the bytes that one device holds of a field of `state` once it is gathered over `fsdp`."""
+        """Returns the bytes that one device holds of a field of `state` after gathering it over `fsdp`."""
         return sum(size / device_count({**self.sizes, "fsdp": 1}, axes) for axes, size in sizes_by_axes.items())
 
 
