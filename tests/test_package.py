@@ -109,7 +109,7 @@ def test_training_needs_no_estimate_of_the_plan():
         name = waiting.pop()
         reached.add(name)
         waiting |= of_project(modules()[name]) - reached
-    assert "plan.account" in reached
+    assert "plan.analysis" in reached
     assert not [name for name in reached if name.startswith("plan.estimate")]
 
 

@@ -200,6 +200,7 @@ def test_a_wheel_has_the_recipes_by_name(tmp_path):
     (wheel,) = (tmp_path / "wheels").glob("vit_dist-*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
     assert (tmp_path / "site/vit_dist/py.typed").exists() and not (tmp_path / "site/configs").exists()
+    assert (tmp_path / "site/vit_dist/plan/plan.html.jinja").exists()
     (tmp_path / "empty").mkdir()
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from vit_dist import recipes, configs; "
     code += "from vit_dist.configs import digits; print(recipes.load('digits').batch_size, configs.FOLDER)"

@@ -1,4 +1,4 @@
-"""What a compiled step says to whom: sums that can be done by hand, and the disguises of each platform's compiler."""
+"""The collectives of a compiled step: sizes computed by hand, and how each platform's compiler rewrites them."""
 
 import functools
 
@@ -6,18 +6,18 @@ import pytest
 from compiled import program_on, step_collectives
 from system import NO_AUGMENTATION, NO_DROPOUT
 
-from vit_dist.plan.collectives import KINDS, Collective, axes_of, collectives, sent
+from vit_dist.plan.collectives import KINDS, Collective, bytes_sent, collective_axes, collectives
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 # Parameters of tiny.py, whose width is 32: those that `fsdp` splits, and biases over heads or the MLP, which it leaves.
 DEPTH = 2
 BLOCK_SPLIT = 4 * 32 + 32 * 96 + (32 * 32 + 32) + 32 * 64 + (64 * 32 + 32)  # norms, qkv, projection, up, down
-BLOCK_WHOLE = 96 + 64
+BLOCK_UNSPLIT = 96 + 64
 OTHER_SPLIT = (16 * 32 + 32) + 4 * 32 + 2 * 32 + 32 * 10  # patches, positions, last norm, head
-OTHER_WHOLE = 10
+OTHER_UNSPLIT = 10
 SPLIT = DEPTH * BLOCK_SPLIT + OTHER_SPLIT
-WHOLE = DEPTH * BLOCK_WHOLE + OTHER_WHOLE
+UNSPLIT = DEPTH * BLOCK_UNSPLIT + OTHER_UNSPLIT
 SPLIT_ARRAYS = 10 + 6  # the blocks are stacked
 IDS = 64 * 4  # the examples' int32 ids, gathered for the log
 
@@ -32,23 +32,27 @@ def step(*overrides, **sizes):
 
 def total(found, kind, **where):
     """Bytes a step of the collectives of this kind whose fields are as given."""
-    chosen = [one for one in found if one.kind == kind and all(getattr(one, key) == is_ for key, is_ in where.items())]
-    return sum(one.bytes * one.count for one in chosen)
+    chosen = [
+        collective
+        for collective in found
+        if collective.kind == kind and all(getattr(collective, key) == is_ for key, is_ in where.items())
+    ]
+    return sum(collective.bytes * collective.count for collective in chosen)
 
 
 def test_replicas_sum_every_gradient_once_and_the_loss():
     found = step(data=8)
-    assert {(one.axes, one.count, one.loops) for one in found} == {(("data",), 1, 0)}
-    assert total(found, "all-reduce") == 4 * (SPLIT + WHOLE) + 4
+    assert {(collective.axes, collective.count, collective.loops) for collective in found} == {(("data",), 1, 0)}
+    assert total(found, "all-reduce") == 4 * (SPLIT + UNSPLIT) + 4
     assert total(found, "all-gather") == IDS
 
 
 def test_split_parameters_are_gathered_once_and_kept_for_the_backward_pass():
     found = step(fsdp=8)
-    assert {one.axes for one in found} == {("fsdp",)}
+    assert {collective.axes for collective in found} == {("fsdp",)}
     assert total(found, "all-gather", loops=0) == 4 * OTHER_SPLIT + IDS
     assert total(found, "all-gather", loops=1) == 4 * DEPTH * BLOCK_SPLIT
-    assert {one.count for one in found if one.loops == 1} == {DEPTH}
+    assert {collective.count for collective in found if collective.loops == 1} == {DEPTH}
 
 
 def test_blocks_that_are_computed_again_gather_their_parameters_again():
@@ -61,29 +65,29 @@ def test_blocks_that_are_computed_again_gather_their_parameters_again():
 def test_gradients_of_split_parameters_are_summed_over_what_splits_them():
     found = step(fsdp=8)
     # A CPU's compiler makes no reduce-scatters: every device gets the whole sum and cuts its part from it.
-    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_SPLIT + BLOCK_WHOLE)
+    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_SPLIT + BLOCK_UNSPLIT)
     # Beside the gradients of what is no block: the loss, and of each split array a share of three norms, which are
     # that of the gradient to clip it and to log it, and that of the parameters.
     scalars = 1 + 3 * SPLIT_ARRAYS
-    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + OTHER_WHOLE + scalars)
+    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + OTHER_UNSPLIT + scalars)
 
 
 def test_tensor_sums_activations_twice_a_block_in_each_pass():
     found = step(tensor=8)
-    inside = [one for one in found if one.loops]
+    inside = [collective for collective in found if collective.loops]
     assert inside == [Collective("all-reduce", ("tensor",), 64 * 4 * 32 * 4, DEPTH, 1)] * 4  # [B, N, D] in float32
     split_arrays = 6  # kernel and bias of qkv and of up, kernel of projection and of down
     assert total(found, "all-reduce", loops=0) == 4 * 3 * split_arrays
 
 
 def test_micro_batches_are_gathered_for_each_and_summed_over_data_once():
-    one, four = step(data=4, fsdp=2), step("accumulate_steps=4", data=4, fsdp=2)
-    for found in (one, four):
-        assert total(found, "all-reduce", axes=("data",)) == 4 * (SPLIT // 2 + WHOLE)
+    single, four = step(data=4, fsdp=2), step("accumulate_steps=4", data=4, fsdp=2)
+    for found in (single, four):
+        assert total(found, "all-reduce", axes=("data",)) == 4 * (SPLIT // 2 + UNSPLIT)
         assert total(found, "all-reduce", axes=("data", "fsdp")) == 4  # the loss
-        assert {(one.loops, one.count) for one in found if "data" in one.axes} == {(0, 1)}
-    assert total(four, "all-gather", loops=2) == 4 * total(one, "all-gather", loops=1) == 4 * 4 * DEPTH * BLOCK_SPLIT
-    assert {one.count for one in four if one.loops == 2} == {4 * DEPTH}
+        assert {(collective.loops, collective.count) for collective in found if "data" in collective.axes} == {(0, 1)}
+    assert total(four, "all-gather", loops=2) == 4 * total(single, "all-gather", loops=1) == 4 * 4 * DEPTH * BLOCK_SPLIT
+    assert {collective.count for collective in four if collective.loops == 2} == {4 * DEPTH}
 
 
 @pytest.mark.parametrize(
@@ -107,12 +111,12 @@ def test_micro_batches_are_gathered_for_each_and_summed_over_data_once():
     ],
 )
 def test_the_axes_of_a_collective_are_read_from_its_groups(groups, axes):
-    assert axes_of(f"  %one = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add", CUBE) == axes
+    assert collective_axes(f"  %one = f32[4]{{0}} all-reduce(%x), channel_id=1, {groups}, to_apply=%add", CUBE) == axes
 
 
 def test_groups_that_are_no_product_of_axes_are_refused():
     with pytest.raises(ValueError, match="no product of the axes"):
-        axes_of("replica_groups={{0,3},{1,2},{4,7},{5,6}}", CUBE)
+        collective_axes("replica_groups={{0,3},{1,2},{4,7},{5,6}}", CUBE)
 
 
 def test_a_program_for_another_mesh_is_refused():
@@ -155,7 +159,7 @@ ENTRY %main (p: f32[4], q: bf16[2,3]) -> f32[4] {
   ROOT %both = (f32[4]{0}, /*index=1*/bf16[2,3]{1,0}) all-reduce(%p, %q), replica_groups={}, to_apply=%add
 }
 """
-    assert sorted(collectives(text, CUBE), key=lambda one: one.kind + str(one.loops)) == [
+    assert sorted(collectives(text, CUBE), key=lambda collective: collective.kind + str(collective.loops)) == [
         Collective("all-reduce", ("data", "fsdp", "tensor"), 16 + 12, 1, 0),
         Collective("all-reduce", ("tensor",), 16, 5 * 24, 2),
         Collective("all-to-all", ("data",), 16, 1, 1),
@@ -210,8 +214,10 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 }}
 """  # noqa: E501
     found = collectives(text, CUBE)
-    assert sum(one.count for one in found) == 24
-    assert {(one.kind, one.axes, one.bytes) for one in found} == {("all-reduce", ("fsdp",), 16)}
+    assert sum(collective.count for collective in found) == 24
+    assert {(collective.kind, collective.axes, collective.bytes) for collective in found} == {
+        ("all-reduce", ("fsdp",), 16)
+    }
 
 
 def test_the_pieces_of_a_collective_among_a_tpus_fusions_are_one():
@@ -253,13 +259,13 @@ ENTRY %main (p: bf16[16,4], q: bf16[16,4]) -> (bf16[8,4], f32[16,4], f32[2]) {
   ROOT %all-reduce.2 = (f32[16,4]{1,0:T(8,128)}, f32[2]{0:T(128)S(1)}) all-reduce(%p, %q), channel_id=7, replica_groups=[4,2]<=[8], to_apply=%add
 }
 """  # noqa: E501
-    assert sorted(collectives(text, CUBE), key=lambda one: one.kind) == [
+    assert sorted(collectives(text, CUBE), key=lambda collective: collective.kind) == [
         Collective("all-reduce", ("tensor",), 4 * 64 + 8, 1, 0),  # it widens to float32 on the way
         Collective("reduce-scatter", ("fsdp",), 2 * 64, 1, 0),
     ]
 
 
-def test_what_crosses_tpu_slices_is_sent_to_the_host_and_groups_are_numbered_within_one():
+def test_between_tpu_slices_arrays_are_sent_to_the_host_and_groups_are_numbered_within_a_slice():
     def transfer(kind, rendezvous, target):
         return (
             "is_host_transfer=true, frontend_attributes={"
@@ -287,9 +293,9 @@ def test_what_crosses_tpu_slices_is_sent_to_the_host_and_groups_are_numbered_wit
     ]
 
 
-def test_a_ring_sends_every_part_but_the_last_and_twice_for_a_sum():
-    bytes_sent = {kind: sent(Collective(kind, ("fsdp",), 800, 1, 0), 8) for kind in KINDS}
-    assert bytes_sent == {
+def test_a_ring_sends_every_shard_but_the_last_and_twice_for_an_all_reduce():
+    per_device = {kind: bytes_sent(Collective(kind, ("fsdp",), 800, 1, 0), 8) for kind in KINDS}
+    assert per_device == {
         "all-reduce": 1400,
         "all-gather": 700,
         "reduce-scatter": 700,

@@ -24,7 +24,7 @@ def sums(plan, kind, axes):
 
 
 def assert_sound(plan):
-    """What holds for whatever fits on hardware whose rates are known."""
+    """Asserts what holds for every plan that fits, on hardware whose rates are known."""
     assert plan["fits"] is True and 0 < plan["peak_bytes"] <= plan["device_bytes"]
     assert sum(plan["memory"].values()) == plan["peak_bytes"]
     assert all(bound > 0 for bound in plan["bounds_ms"].values())
@@ -72,7 +72,7 @@ def test_22b_is_planned():
     assert sum(one["count"] for one in in_blocks) == 3 * 48 + 1
 
 
-def test_what_crosses_slices_is_told_apart():
+def test_collectives_between_slices_are_marked():
     options = [*mesh(dcn_data=2, data=1, fsdp=8, tensor=2), "--slices=2", "--config.batch_size=512"]
     plan = planned(L16, "v5e:4x4", *options)
     assert_sound(plan)
@@ -84,7 +84,7 @@ def test_what_crosses_slices_is_told_apart():
     assert plan["network_ms"].keys() == {"ICI", "network"}
 
 
-def test_what_is_too_large_is_said_with_how_much_and_a_search_finds_what_fits():
+def test_a_plan_that_is_too_large_has_its_excess_and_a_search_finds_what_fits():
     options = [*mesh(data=1, fsdp=16), "--config.batch_size=4096"]
     plan = planned(L16, "v5e:4x4", *options)
     assert plan["fits"] is False and plan["collectives"] == []
@@ -129,22 +129,22 @@ from vit_dist import config, recipes
 from vit_dist.job import processes
 from vit_dist.mesh import topology
 from vit_dist.plan import roofline, targets
-from vit_dist.plan.estimate.step import estimate, wires_of
-from vit_dist.plan.estimate.workload import state_bytes_of
+from vit_dist.plan.estimate.step import estimate, mesh_links
+from vit_dist.plan.estimate.workload import state_bytes
 from vit_dist.program import check_model
 
 processes.make_fake_devices(1)
 target = targets.parse(sys.argv[1])
 devices = targets.devices(target)
 settings = recipes.load("configs/vit_g14_64gpu.py")
-held = state_bytes_of(settings)
-for dcn_data, data, fsdp, tensor, remat, times in json.loads(sys.argv[2]):
+state = state_bytes(settings)
+for dcn_data, data, fsdp, tensor, remat, micro_batches in json.loads(sys.argv[2]):
     sizes = {"dcn_data": dcn_data, "data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
     model = dataclasses.replace(settings.model, remat=remat)
     check_model(model, sizes)
-    one = dataclasses.replace(settings, mesh=config.Mesh(**sizes), model=model, accumulate_steps=times)
-    found = estimate(one, target.chip, wires_of(topology.make_mesh(sizes, devices), target.chip), held)
-    step_ms = roofline.step_seconds(found.work, target.chip, one.model.dtype) * 1000
+    changed = dataclasses.replace(settings, mesh=config.Mesh(**sizes), model=model, accumulate_steps=micro_batches)
+    found = estimate(changed, target.chip, mesh_links(topology.make_mesh(sizes, devices), target.chip), state)
+    step_ms = roofline.step_seconds(found.cost, target.chip, changed.model.dtype) * 1000
     print(json.dumps([step_ms, found.peak_bytes]))
 """
 

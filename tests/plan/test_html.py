@@ -1,4 +1,4 @@
-"""The page: what is on it, that its bars follow the numbers, and that nothing on it can pass for markup."""
+"""The page: its content, the widths of its bars, and that no text on it is read as markup."""
 
 import copy
 import html.parser
@@ -106,7 +106,7 @@ class Reader(html.parser.HTMLParser):
     def rows(self, section):
         """The cells of the table in the section of this id."""
         text = re.search(rf'<section id="{section}".*?</section>', self.rawdata_of, re.DOTALL)[0]
-        return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+        return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)]
 
 
 def read(plan):
@@ -140,7 +140,7 @@ def test_all_that_was_planned_is_there():
         assert part in text, part
 
 
-def test_the_parts_of_the_memory_are_as_wide_as_their_share_of_the_device():
+def test_the_boxes_of_memory_are_as_wide_as_their_share_of_the_device():
     found = read(PLAN)
     parts = {one["title"].split(":")[0]: width(one) for one in found.classed("part")}
     assert parts == {
@@ -195,11 +195,11 @@ def test_collectives_are_a_table_with_the_longest_first():
     ]
 
 
-def test_a_program_that_talks_to_nobody_has_no_such_table():
+def test_a_program_without_collectives_has_no_such_table():
     assert 'id="collectives"' not in page(PLAN | {"collectives": []})
 
 
-def test_a_search_shows_its_ranking_and_what_fell():
+def test_a_search_shows_its_ranking_and_the_rejected_layouts():
     found = read(SEARCHED)
     assert found.rows("ranking")[1:] == [
         ["1", "mesh.fsdp=8", "160 ms", "8.00 GiB", "170 ms", "the choice"],
@@ -258,7 +258,7 @@ EVIL = """<script>alert("1")</script>&'"""
         {"fallen": [{"reason": EVIL, "count": 1, "example": EVIL}]},
     ],
 )
-def test_no_text_passes_for_markup(change):
+def test_no_text_is_read_as_markup(change):
     found = read(SEARCHED | change)
     assert not found.having("script") and EVIL in found.all_text
     tags = {one["tag"] for one in read(SEARCHED).elements}

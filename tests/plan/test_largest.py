@@ -1,4 +1,4 @@
-"""The largest batch that fits: the right one, in few compilations."""
+"""The largest batch that fits is found in few compilations."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_on_a_straight_line_it_is_found_in_a_few_tries(largest):
 
 
 @pytest.mark.parametrize("largest", [5, 60, 700])
-def test_where_memory_jumps_the_compiler_has_the_last_word(largest):
+def test_a_jump_in_memory_does_not_mislead_the_search(largest):
     # A tenth more from some size on, as when the compiler changes its mind about what to keep.
     peak = lambda n: (1000 + 70 * n) * (11 if n > largest else 10)  # noqa: E731
     found, asked = search(peak, 10 * (1000 + 70 * largest))
@@ -38,13 +38,13 @@ def test_nothing_fits():
     assert search(lambda n: 100 + n, 100) == (0, [1])
 
 
-def test_what_is_found_after_too_many_tries_fits():
+def test_the_result_after_too_many_tries_fits():
     peak = lambda n: n if n < 1000 else 10**9  # noqa: E731 - flat, then a wall
     found, asked = search(peak, 10**6)
     assert len(asked) == TRIES
     assert 1 <= found < 1000
 
 
-def test_memory_that_does_not_grow_at_first_is_no_end():
+def test_memory_that_does_not_grow_at_first_does_not_end_the_search():
     found, _ = search(lambda n: max(500, 10 * n), 1000)
     assert found == 100

@@ -1,4 +1,4 @@
-"""Who transfers over which wire, with devices that are no more than their places; every rate by hand."""
+"""The links of groups of fake devices, which only have coordinates; every rate by hand."""
 
 import dataclasses
 import itertools
@@ -35,13 +35,13 @@ class Client:
 def tpu_slices(*sides, slices=1):
     """coords -> device, for each slice of a TPU."""
     client = Client()
-    places = list(itertools.product(*map(range, (sides + (1,))[:3])))
-    found = [
-        {place: Device("tpu", client, place, slice_index=index if slices > 1 else None) for place in places}
+    coords = list(itertools.product(*map(range, (sides + (1,))[:3])))
+    devices = [
+        {at: Device("tpu", client, at, slice_index=index if slices > 1 else None) for at in coords}
         for index in range(slices)
     ]
-    client.every = [device for one in found for device in one.values()]
-    return found
+    client.every = [device for slice_ in devices for device in slice_.values()]
+    return devices
 
 
 def nodes(count, each, runtime="compile_only_runtime"):
@@ -58,7 +58,7 @@ def nodes(count, each, runtime="compile_only_runtime"):
 
 
 def line(slice_, *coords):
-    return [slice_[place] for place in coords]
+    return [slice_[at] for at in coords]
 
 
 def test_a_group_is_what_the_first_device_sees_along_the_axes():
@@ -72,15 +72,15 @@ def test_a_group_is_what_the_first_device_sees_along_the_axes():
     assert ids("data", "fsdp", "tensor") == list(range(8)) and ids() == [0]
 
 
-def test_one_device_talks_with_nobody():
+def test_a_single_device_has_no_link():
     [slice_] = tpu_slices(2, 2)
-    assert links.link(CHIPS["v5e"], line(slice_, (0, 0, 0))) == ("", None)
+    assert links.slowest_link(CHIPS["v5e"], line(slice_, (0, 0, 0))) == ("", None)
     assert links.crosses(line(slice_, (0, 0, 0))) is None
 
 
-def test_of_a_cpu_nothing_is_known():
+def test_a_cpu_has_no_link():
     devices = jax.devices()
-    assert links.link(CHIPS["cpu"], devices) == ("", None) and links.crosses(devices) is None
+    assert links.slowest_link(CHIPS["cpu"], devices) == ("", None) and links.crosses(devices) is None
 
 
 @pytest.mark.parametrize(
@@ -115,28 +115,28 @@ def test_of_a_cpu_nothing_is_known():
 )
 def test_the_rate_in_a_slice_is_that_of_the_ports_along_the_sides_spanned(chip, sides, group, rate):
     [slice_] = tpu_slices(*sides)
-    devices = [slice_[(place + (0,))[:3]] for place in group]
-    name, found = links.link(CHIPS[chip], devices)
+    devices = [slice_[(at + (0,))[:3]] for at in group]
+    name, found = links.slowest_link(CHIPS[chip], devices)
     assert (name, found) == ("ICI", pytest.approx(rate * 1e9)) and links.crosses(devices) is None
 
 
 @pytest.mark.parametrize(("members", "rate"), [(1, 3.125), (4, 12.5), (8, 25)])  # a v5e brings 25 Gbit/s
 def test_between_slices_each_member_of_a_slice_brings_its_share_of_the_network(members, rate):
-    places = list(itertools.product(range(2), range(4), (0,)))[:members]
-    devices = [device for slice_ in tpu_slices(4, 4, slices=2) for device in line(slice_, *places)]
-    assert links.link(CHIPS["v5e"], devices) == ("network", pytest.approx(rate * 1e9))
+    coords = list(itertools.product(range(2), range(4), (0,)))[:members]
+    devices = [device for slice_ in tpu_slices(4, 4, slices=2) for device in line(slice_, *coords)]
+    assert links.slowest_link(CHIPS["v5e"], devices) == ("network", pytest.approx(rate * 1e9))
     assert links.crosses(devices) == "slices"
 
 
-def test_where_the_network_of_a_whole_pod_is_quicker_than_its_wires_the_wires_bind():
+def test_if_the_network_of_a_full_pod_is_faster_than_its_ici_the_ici_binds():
     devices = [device for slice_ in tpu_slices(16, 16, slices=2) for device in slice_.values()]
-    assert links.link(CHIPS["v5e"], devices) == ("ICI", 4 * 50e9)  # and not 256 x 3.125
+    assert links.slowest_link(CHIPS["v5e"], devices) == ("ICI", 4 * 50e9)  # and not 256 x 3.125
     assert links.crosses(devices) == "slices"
 
 
-def test_gpus_of_a_node_talk_over_nvlink():
+def test_gpus_of_a_node_use_nvlink():
     [node] = nodes(1, 8)
-    assert links.link(CHIPS["h200"], node) == links.link(CHIPS["h200"], node[:2]) == ("NVLink", 450e9)
+    assert links.slowest_link(CHIPS["h200"], node) == links.slowest_link(CHIPS["h200"], node[:2]) == ("NVLink", 450e9)
     assert links.crosses(node) is None
 
 
@@ -147,24 +147,24 @@ def test_gpus_of_a_node_talk_over_nvlink():
 @pytest.mark.parametrize("runtime", ["compile_only_runtime", "pjrt_ifrt"])
 def test_between_nodes_each_gpu_has_a_network_card(chip, members, rate, runtime):
     devices = [device for node in nodes(4, 8, runtime) for device in node[:members]]
-    assert links.link(CHIPS[chip], devices) == ("network", rate * 1e9)
+    assert links.slowest_link(CHIPS[chip], devices) == ("network", rate * 1e9)
     assert links.crosses(devices) == "nodes"
 
 
 def test_gpus_of_one_node_that_each_have_a_process_are_no_nodes():
     [node] = nodes(1, 8, "pjrt_ifrt")
-    assert links.crosses(node) is None and links.link(CHIPS["h200"], node)[0] == "NVLink"
+    assert links.crosses(node) is None and links.slowest_link(CHIPS["h200"], node)[0] == "NVLink"
 
 
 def test_more_cards_than_nvlink_can_feed_are_of_no_use():
     chip = dataclasses.replace(CHIPS["h200"], network_bandwidth=100e9)
     devices = [device for node in nodes(2, 8) for device in node]
-    assert links.link(chip, devices) == ("NVLink", 450e9)
+    assert links.slowest_link(chip, devices) == ("NVLink", 450e9)
 
 
 def test_a_mesh_whose_groups_are_laid_along_a_torus_is_read_through_its_axes():
     [slice_] = tpu_slices(4, 16)
     grid = np.array(list(slice_.values()), dtype=object).reshape(4, 16)
     mesh = types.SimpleNamespace(devices=grid, axis_names=("data", "fsdp"))
-    assert links.link(CHIPS["v5e"], links.group(mesh, ("fsdp",))) == ("ICI", 100e9)
-    assert links.link(CHIPS["v5e"], links.group(mesh, ("data",))) == ("ICI", 50e9)
+    assert links.slowest_link(CHIPS["v5e"], links.group(mesh, ("fsdp",))) == ("ICI", 100e9)
+    assert links.slowest_link(CHIPS["v5e"], links.group(mesh, ("data",))) == ("ICI", 50e9)

@@ -1,4 +1,4 @@
-"""What `--target` may say, what it may not, and what the compilers' devices are like."""
+"""Which values `--target` takes, and the devices that the compilers return for them."""
 
 import jax
 import pytest
@@ -12,7 +12,7 @@ TPUS, GPUS = ("v4", "v5e", "v5p", "v6e"), ("a100", "h100", "h200", "b200")
 
 
 @pytest.fixture(autouse=True)
-def no_share_of_memory_asked_for(monkeypatch):
+def no_memory_variables(monkeypatch):
     for name in targets.MEMORY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
@@ -44,7 +44,7 @@ def test_a_target_is_a_chip_and_how_many(text, slices, shape, count):
     assert (target.chip.name, target.shape, target.slices, target.count) == (text.split(":")[0], shape, slices, count)
 
 
-def test_a_target_says_its_name():
+def test_a_target_has_a_name_for_messages():
     assert targets.parse("v5e:4x4").name == "v5e:4x4"
     assert targets.parse("v5e:4x4", 2).name == "2 slices of v5e:4x4"
 
@@ -90,12 +90,12 @@ def test_slices_are_for_tpus_and_at_least_one(text, slices, wanted):
     assert found.startswith("--slices: ") and wanted in found and f"found {slices}" in found
 
 
-def test_who_asks_for_slices_of_gpus_is_told_how_nodes_are_written():
+def test_slices_of_gpus_are_refused_with_the_way_to_write_nodes():
     assert "h200:8x4" in refusal("h200:8", 2)
 
 
 @pytest.mark.parametrize(("text", "slices"), [("h200:8x99999", 1), ("v5e:16x16", 129), ("cpu:999999999", 1)])
-def test_more_devices_than_a_slip_of_the_finger_should_make_are_refused(text, slices):
+def test_too_many_devices_are_refused(text, slices):
     assert "at most 32768" in refusal(text, slices)
 
 
@@ -110,7 +110,7 @@ def test_a_program_has_three_quarters_of_a_gpu():
 
 
 @pytest.mark.parametrize("name", targets.MEMORY_VARIABLES)
-def test_a_variable_of_jax_changes_that_share_and_no_tpus(name, monkeypatch):
+def test_a_variable_of_jax_changes_the_share_of_a_gpu_and_not_of_a_tpu(name, monkeypatch):
     monkeypatch.setenv(name, ".5")
     assert targets.parse("h100:8").chip.memory_bytes == 84942979072 // 2
     assert targets.parse("v5e:4x4").chip.memory_bytes == int(15.75 * 1024**3)
@@ -127,7 +127,7 @@ def test_a_share_that_makes_no_sense_is_refused(name, value, monkeypatch):
     ("name", "port", "ports", "network"),  # by the tables of Google's pages, in GB/s one way
     [("v4", 45, 6, 6.25), ("v5e", 50, 4, 3.125), ("v5p", 100, 6, 6.25), ("v6e", 100, 4, 12.5)],
 )
-def test_a_port_has_its_part_of_what_is_published_for_all_both_ways(name, port, ports, network):
+def test_a_port_has_its_share_of_the_rate_of_all_ports_in_both_directions(name, port, ports, network):
     chip = targets.parse(f"{name}:2x2" if ports == 4 else f"{name}:2x2x1").chip
     assert (chip.link, chip.ports) == ("ICI", ports)
     assert (chip.link_bandwidth, chip.network_bandwidth) == (pytest.approx(port * 1e9), pytest.approx(network * 1e9))
@@ -136,7 +136,7 @@ def test_a_port_has_its_part_of_what_is_published_for_all_both_ways(name, port, 
 @pytest.mark.parametrize(
     ("name", "nvlink", "network"), [("a100", 300, 25), ("h100", 450, 50), ("h200", 450, 50), ("b200", 900, 50)]
 )
-def test_nvlink_is_half_of_what_is_published_for_both_ways(name, nvlink, network):
+def test_nvlink_is_half_of_the_rate_published_for_both_directions(name, nvlink, network):
     chip = targets.parse(f"{name}:8").chip
     assert (chip.link, chip.ports) == ("NVLink", 0)
     assert (chip.link_bandwidth, chip.network_bandwidth) == (nvlink * 1e9, network * 1e9)
@@ -157,20 +157,20 @@ def test_every_chip_but_a_cpu_has_all_figures_and_a_peak():
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_the_text_of_a_gpu_says_its_own_figures(name):
-    lines = [line.strip() for line in gpu.text(name).splitlines()]
+def test_the_description_of_a_gpu_has_its_own_figures(name):
+    lines = [line.strip() for line in gpu.target_config(name).splitlines()]
     row = gpu.GPUS[name]
     assert f'device_description_str: "{row.kind}"' in lines and f"device_memory_size: {row.memory_bytes}" in lines
     assert f"core_count: {row.cores}" in lines and f"major: {row.capability}" in lines
     assert f"feature_extension: {'NONE' if name == 'a100' else 'ACCELERATED_FEATURES'}" in lines
-    assert gpu.text(name).count("{") == gpu.text(name).count("}")
+    assert gpu.target_config(name).count("{") == gpu.target_config(name).count("}")
 
 
 def test_a_cpus_devices_are_those_that_jax_has():
     assert targets.devices(targets.parse("cpu:4")) == jax.devices("cpu")[:4]
 
 
-def test_too_few_of_them_are_an_error_that_says_what_to_do():
+def test_too_few_cpu_devices_are_an_error_that_says_what_to_do():
     with pytest.raises(ConfigError, match="--target=cpu:9: jax runs with 8 CPU devices already; .*fake_devices=9"):
         targets.devices(targets.parse("cpu:9"))
 
@@ -187,7 +187,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_way_to_get_it(text, 
     assert str(error.value).endswith(f"elsewhere pip install 'jax[{extra}]=={jax.__version__}'")
 
 
-def test_the_chip_of_a_device_that_is_here_is_known_by_its_kind(monkeypatch):
+def test_the_chip_of_an_attached_device_is_known_by_its_kind(monkeypatch):
     class Local:
         def memory_stats(self):
             return {"bytes_limit": 123}
@@ -239,20 +239,20 @@ for name in ("v4", "v5p"):
             devices(text)
 chip, two = devices("v5e:4x4", 2)
 assert {one.slice_index for one in two} == {0, 1} and links.crosses(two) == "slices"
-assert links.link(chip, two) == ("network", 16 * 3.125e9), links.link(chip, two)
+assert links.slowest_link(chip, two) == ("network", 16 * 3.125e9), links.slowest_link(chip, two)
 chip, pod = devices("v5e:16x16")
-assert links.link(chip, pod) == ("ICI", 200e9) and links.crosses(pod) is None
+assert links.slowest_link(chip, pod) == ("ICI", 200e9) and links.crosses(pod) is None
 for name in ("a100", "h100", "h200", "b200"):
     chip, nodes = devices(f"{name}:4x2")
     assert [one.process_index for one in nodes] == [0] * 4 + [1] * 4
     assert links.crosses(nodes) == "nodes" and links.crosses(nodes[:4]) is None
-    assert links.link(chip, nodes[:4])[0] == "NVLink"
+    assert links.slowest_link(chip, nodes[:4])[0] == "NVLink"
 print("all there")
 """
 
 
 @pytest.mark.slow
-def test_the_compilers_take_every_shape_and_say_nothing():
+def test_the_compilers_take_every_shape_and_print_nothing():
     ended = run_python("-c", DEVICES)
     assert ended.stdout == "all there\n"
     assert ended.stderr == ""

@@ -17,7 +17,7 @@ def test_a_sum_reads_both_operands_and_writes_its_result():
     assert of(jnp.add, (1000,), (1000,)) == Traffic(product_bytes=0, other_bytes=3 * 4000)
 
 
-def test_what_passes_within_a_fusion_moves_nothing():
+def test_intermediate_arrays_of_a_fusion_move_nothing():
     assert of(lambda x, y: jnp.exp(x * y) + x, (1000,), (1000,)).other_bytes == 3 * 4000
 
 

@@ -1,4 +1,4 @@
-"""`plan` for the fake mesh, which is here: what it says against what the compiled program and the run say."""
+"""`plan` for the fake mesh: its figures against those of the compiled program and of the run."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_memory_is_what_the_program_that_trains_needs(layout):
     assert planned["peak_bytes"] == pytest.approx(needed, rel=0.05)
 
 
-def test_what_is_held_is_what_devices_really_hold(layout):
+def test_the_planned_state_is_what_devices_really_hold(layout):
     overrides, planned = layout
     asked = settings(*overrides)
     program = Program(asked, classes=10, steps=20, augment_on_device=True)
@@ -69,7 +69,7 @@ def test_what_is_held_is_what_devices_really_hold(layout):
     assert memory["batch"] == rows * (8 * 8 + 4 + 4)  # an image of 8x8x1 bytes, a label, a number
 
 
-def test_the_parts_of_memory_make_the_peak(layout):
+def test_the_uses_of_memory_add_up_to_the_peak(layout):
     planned = layout[1]
     assert sum(planned["memory"].values()) == planned["peak_bytes"]
     assert min(planned["memory"].values()) >= 0
@@ -77,7 +77,7 @@ def test_the_parts_of_memory_make_the_peak(layout):
     assert planned["fits"] is True
 
 
-def test_it_says_all_that_scripts_rely_on_in_json(layout):
+def test_the_json_has_the_keys_that_scripts_rely_on(layout):
     planned = layout[1]
     assert set(KEYS) <= set(planned)
     assert json.loads(json.dumps(planned)) == planned
@@ -85,7 +85,7 @@ def test_it_says_all_that_scripts_rely_on_in_json(layout):
     assert planned["mesh"] and planned["devices"] == 8
 
 
-def test_what_is_too_large_is_an_answer(monkeypatch):
+def test_a_step_that_is_too_large_is_a_result_not_an_error(monkeypatch):
     whole = plan(settings(*CPU, "mesh.data=8"), "cpu:8")
     limit = whole["peak_bytes"] - 1000
     with_memory(monkeypatch, limit)
@@ -97,12 +97,12 @@ def test_the_largest_batch_is_a_multiple_of_what_divides(monkeypatch):
     asked = settings(*CPU, "mesh.data=8", "accumulate_steps=2")
     compiled_sizes = []
 
-    def account_of(settings, where, devices):  # 1,000 bytes an image
+    def analyse(settings, target, devices):  # 1,000 bytes an image
         compiled_sizes.append(settings.batch_size)
-        found = {"mesh": {"data": 8}, "peak_bytes": 1000 * settings.batch_size, "compile_seconds": 1.0}
-        return found | {"step_ms": None, "images_per_second": None}
+        analysis = {"mesh": {"data": 8}, "peak_bytes": 1000 * settings.batch_size, "compile_seconds": 1.0}
+        return analysis | {"step_ms": None, "images_per_second": None}
 
-    monkeypatch.setattr(verb, "_compiled_account", account_of)
+    monkeypatch.setattr(verb, "_compiled_analysis", analyse)
     with_memory(monkeypatch, 500_000)
     found = plan(asked, "cpu:8", largest_batch=True)
     assert (found["batch_size"], found["overrides"]) == (496, ["batch_size=496"])  # 31 times 16
@@ -112,13 +112,13 @@ def test_the_largest_batch_is_a_multiple_of_what_divides(monkeypatch):
         plan(asked, "cpu:8", largest_batch=True)
 
 
-def test_a_search_says_what_to_use_and_all_of_it_can_be_shown(monkeypatch, capfd, tmp_path):
+def test_a_search_returns_overrides_and_all_of_it_can_be_shown(monkeypatch, capfd, tmp_path):
     words = ["plan", f"--config={RECIPE}", "--target=cpu:8", *(f"--config.{one}" for one in CPU)]
     assert cli.main([*words, "--json"]) == 0
     own = json.loads(capfd.readouterr().out)
     made = {name: own[name] for name in (*KEYS, "mesh", "flops", "binds", "network_ms", "efficiencies")}
     made |= {"headroom_bytes": own["headroom_bytes"], "compile_seconds": 1.0}
-    monkeypatch.setattr(verb, "_compiled_account", lambda settings, where, devices: dict(made))
+    monkeypatch.setattr(verb, "_compiled_analysis", lambda settings, target, devices: dict(made))
     page = tmp_path / "plan.html"
     assert cli.main([*words, "--search", f"--html={page}", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -141,7 +141,7 @@ def test_a_search_says_what_to_use_and_all_of_it_can_be_shown(monkeypatch, capfd
         (ValueError("groups of no axes"), "--target=cpu:8: the compiled program cannot be read: groups of no axes"),
     ],
 )
-def test_what_cannot_be_compiled_or_read_is_said_as_it_is(error, said, monkeypatch):
+def test_a_step_that_cannot_be_compiled_or_read_is_an_error_with_the_reason(error, said, monkeypatch):
     def fails(program):
         raise error
 
@@ -155,7 +155,7 @@ def test_no_data_are_opened():
     assert plan(asked, "cpu:8")["fits"] is True
 
 
-def test_classes_that_are_left_to_the_data_are_assumed_and_said(caplog):
+def test_an_unknown_number_of_classes_is_assumed_and_logged(caplog):
     plan(settings(*CPU, "mesh.data=8", "model.num_classes=null"), "cpu:8")
     assert "1000 assumed" in caplog.text
 
@@ -210,7 +210,7 @@ def test_the_command_lists_the_targets(capfd):
         (["--target=cpu:3"], "mesh"),
     ],
 )
-def test_mistakes_are_said_in_one_line(words, said, capfd):
+def test_usage_errors_are_one_line(words, said, capfd):
     extra = ["--config.mesh.data=4"] if "cpu:3" in words[0] else []
     assert cli.main(["plan", f"--config={RECIPE}", *words, *extra]) == 2
     printed = capfd.readouterr()
@@ -219,14 +219,14 @@ def test_mistakes_are_said_in_one_line(words, said, capfd):
     assert said in line
 
 
-def test_config_and_target_are_both_asked_for(capfd):
+def test_config_and_target_are_both_required(capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", "--target=cpu:8"])
     assert ended.value.code == 2
     assert capfd.readouterr().err.startswith("error: --config and --target")
 
 
-def test_three_lines_say_what_it_needs_how_long_it_takes_and_what_follows():
+def test_a_run_begins_with_lines_for_memory_bounds_and_time():
     planned = {
         "memory": {"parameters": 2**30, "ema": 0, "temporaries": 3 * 2**29},
         "peak_bytes": 5 * 2**29,

@@ -10,13 +10,18 @@ from vit_dist.model import flops
 from vit_dist.model.attention import fits_cudnn
 from vit_dist.model.vit import shape_of
 
-Sizes = Mapping[str, int]  # axis of the mesh -> its size; an axis that is not there has size 1
+Sizes = Mapping[str, int]  # axis of the mesh -> its size; a missing axis has size 1
 
 
 def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
     """Returns the floating-point operations of one device's matrix products in a training step.
 
-    Outside of the blocks, all devices of a tensor group compute the same.
+    Outside the blocks, all devices of a tensor group compute the same.
+
+    Args:
+      settings: the config, with `model.num_classes` filled in.
+      attention: the implementation, as `attention_implementation` names it.
+      sizes: the mesh.
     """
     outside = flops.training_flops(dataclasses.replace(settings.model, depth=0))
     within = flops.hardware_flops(settings.model, attention) - outside
@@ -24,8 +29,8 @@ def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
     return examples * (within / device_count(sizes, ("context", "tensor")) + outside)
 
 
-def attention_of(settings: Config, platform: str, sizes: Sizes) -> str:
-    """Returns what computes the attention of a config on such a mesh: "xla", "cudnn" or "chunked" (`model.context`)."""
+def attention_implementation(settings: Config, platform: str, sizes: Sizes) -> str:
+    """Returns what computes the attention of a config on a mesh: "xla", "cudnn" or "chunked" (`model.context`)."""
     model, shape = settings.model, shape_of(settings.model)
     fused = model.attention != "xla" and fits_cudnn(
         on_gpu=platform == "gpu",

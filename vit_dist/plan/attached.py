@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
 from vit_dist.plan import targets
-from vit_dist.plan.account import account, account_without_time, of_run
-from vit_dist.plan.compile import Step, held_bytes
+from vit_dist.plan.analysis import Analysis, analysis_without_time, run_fields, step_analysis
+from vit_dist.plan.compile import CompiledStep, held_bytes
 from vit_dist.program import Program
 from vit_dist.step.state import State
 
@@ -18,26 +17,26 @@ _log = logging.getLogger(__name__)
 
 def plan_attached(
     program: Program, executable: jax.stages.Compiled, state: State, batch: Mapping[str, jax.Array]
-) -> dict[str, Any]:
+) -> Analysis:
     """Returns memory and time of a training step that was compiled for the attached devices.
 
     Args:
-      program: what the step belongs to.
+      program: the program that the step belongs to.
       executable: its compiled training step.
       state: the state that the run starts from.
-      batch: a training batch; its shapes and shardings count.
+      batch: a training batch; only its shapes and shardings are used.
 
     Returns:
-      What `report.lines` prints; its `step_ms` is None where nothing is published of the devices, and where the
-      program cannot be read.
+      What `report.lines` prints. `step_ms` is None if no rates of the devices are published or the compiled program
+      cannot be read.
     """
     chip = targets.attached_chip(program.mesh.devices.flat[0])
-    step = Step(program, executable, held_bytes(state, batch))
+    step = CompiledStep(program, executable, held_bytes(state, batch))
     known = chip.memory_bandwidth is not None and chip.peak_flops(program.settings.model.dtype) is not None
     try:
-        made = account(step, chip) if known else account_without_time(step, chip)
+        analysis = step_analysis(step, chip) if known else analysis_without_time(step, chip)
     except ValueError as error:
         _log.warning("the time of a step cannot be planned: %s", error)
-        made = account_without_time(step, chip)
-    run = dataclasses.replace(program.settings, total_steps=program.steps)
-    return {**made, **of_run(run, made, program.mesh.size, jax.process_count(), None)}
+        analysis = analysis_without_time(step, chip)
+    settings = dataclasses.replace(program.settings, total_steps=program.steps)
+    return {**analysis, **run_fields(settings, analysis, program.mesh.size, jax.process_count(), None)}

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be here, from shapes alone; nothing runs."""
+"""Compiles the real training step from shapes alone, for devices that need not be attached. Nothing runs."""
 
 import dataclasses
 import re
@@ -14,8 +14,8 @@ from vit_dist.describe import CLASSES, bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State
 
-# Where there is a GPU its compiler tries its own products and cuBLAS's, and takes the quicker. Without one it would
-# take its own untried, in tiles that do not fit every shape.
+# With a GPU attached, its compiler measures its own matrix products against cuBLAS's and takes the faster. Without one
+# it would take its own unmeasured, with tile sizes that do not fit every shape.
 _OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDS = re.compile(rf"memory required for HLO temporaries \({_SIZE}\)|Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE)
@@ -23,8 +23,8 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A compiled training step and what it was compiled from."""
+class CompiledStep:
+    """A compiled training step and the program that it belongs to."""
 
     program: Program
     executable: jax.stages.Compiled
@@ -32,9 +32,9 @@ class Step:
 
 
 class TooLarge(Exception):
-    """The compiler found no way to fit a step into a device's memory.
+    """Raised if the compiler finds no way to fit a step into a device's memory.
 
-    needed: how many bytes it would take; held: what of them a device holds before the step begins.
+    needed: the bytes that the step would take. held: those that a device holds before the step, by `held_bytes`.
     """
 
     def __init__(self, needed: int, held: dict[str, int]):
@@ -43,14 +43,17 @@ class TooLarge(Exception):
 
 
 def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
-    """The program of a config on these devices, its batch checked against them. Raises `ConfigError`.
+    """Returns the program of a config on these devices.
 
-    The data stay closed: where the config leaves them open, there are `CLASSES` classes; a run in epochs has a length
-    that changes nothing but a constant of the schedule.
+    No data are opened: a config without `model.num_classes` gets `CLASSES` classes, and a run counted in epochs gets
+    an arbitrary number of steps, which is only a constant in the schedule.
+
+    Raises:
+      ConfigError: the batch or the model does not divide over the mesh, or the mesh leaves devices idle.
     """
-    whole = augment.on_device(settings.data, in_memory=is_in_memory(settings.data))
+    on_device = augment.on_device(settings.data, in_memory=is_in_memory(settings.data))
     steps = settings.total_steps or UNUSED
-    program = Program(settings, classes=CLASSES, steps=steps, augment_on_device=whole, devices=devices)
+    program = Program(settings, classes=CLASSES, steps=steps, augment_on_device=on_device, devices=devices)
     program.check_training_batch()
     if program.mesh.size < len(devices):
         raise ConfigError(
@@ -60,8 +63,8 @@ def make_program(settings: Config, devices: Sequence[jax.Device]) -> Program:
     return program
 
 
-def compile_step(program: Program) -> Step:
-    """Compiles the training step of a program. Raises `TooLarge`; `ConfigError` where the compiler fails otherwise."""
+def compile_step(program: Program) -> CompiledStep:
+    """Compiles the training step of a program. Raises `TooLarge`, or `ConfigError` if the compiler fails otherwise."""
     with program.in_use():
         state, batch = program.abstract_state(), program.abstract_batch()
         held = held_bytes(state, batch)
@@ -69,31 +72,31 @@ def compile_step(program: Program) -> Step:
         try:
             executable = lowered.compile(_OPTIONS.get(program.mesh.devices.flat[0].platform))
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed(str(error), sum(held.values()))
+            needed = _needed_bytes(str(error), sum(held.values()))
             if needed is not None:
                 raise TooLarge(needed, held) from error
             raise ConfigError(
                 f"XLA's compiler cannot make this program: {str(error).splitlines()[0]}; change the layout or the batch"
             ) from error
-    return Step(program, executable, held)
+    return CompiledStep(program, executable, held)
 
 
 def held_bytes(state: State, batch: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes that a device holds before a step begins: parameters, optimizer, ema, batch. Shapes will do for arrays."""
-    parts = {"parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema}
-    parts["batch"] = dict(batch)
-    return {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in parts.items()}
+    """Returns the bytes that a device holds before a step: parameters, optimizer, ema, batch; of arrays or shapes."""
+    trees = {"parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema}
+    trees["batch"] = dict(batch)
+    return {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()}
 
 
-def _needed(message: str, held: int) -> int | None:
-    """The bytes that an error of the TPUs' compiler says the program takes; None where it says something else.
+def _needed_bytes(message: str, held: int) -> int | None:
+    """Returns the bytes that a program needs by an error message of the TPU compiler; None for any other message.
 
-    held: what a device holds before the step, which the message leaves out when it speaks of temporaries.
+    held: bytes that a device holds before the step, which a message about temporaries leaves out.
     """
-    found = _NEEDS.search(message) if "RESOURCE_EXHAUSTED" in message else None
-    if found is None:
+    match = _NEEDS.search(message) if "RESOURCE_EXHAUSTED" in message else None
+    if match is None:
         return None
-    temporaries, unit, used, used_unit = found.groups()[:4]
+    temporaries, unit, used, used_unit = match.groups()[:4]
     if temporaries:
         return held + int(float(temporaries) * _UNITS[unit.upper()])
     return int(float(used) * _UNITS[used_unit.upper()])

@@ -1,25 +1,25 @@
-"""What a GPU is to XLA's compiler: the text that stands for one where there is none.
+"""Descriptions of GPUs for XLA's compiler, so that it can compile without one.
 
-It is a `stream_executor.GpuTargetConfigProto` in protobuf's text form. The figures are those of openxla/xla,
-`xla/backends/gpu/target_config/specs/{a100_sxm_80,h100_sxm,h200,b200}.txtpb`, but for the rates of single arithmetic
-units, which the compiler does without. The text form refuses fields that are newer than the compiler that reads it, so
-none is there that jax 0.10.2 does not know.
+A description is a `stream_executor.GpuTargetConfigProto` in protobuf's text format. The figures are those of
+openxla/xla, `xla/backends/gpu/target_config/specs/{a100_sxm_80,h100_sxm,h200,b200}.txtpb`, without the rates of single
+arithmetic units, which the compiler does not need. The text format refuses unknown fields, so only fields that jax
+0.10.2 knows are used.
 """
 
 import dataclasses
 
-# The cuDNN that programs are compiled for. XLA's files say 8.9, 9.7 or 9.10, each as it was made; here it is one for
-# all, so that no plan differs by it, and a recent one, with which the compiler was seen to take jax's fused attention.
+# The version of cuDNN that programs are compiled for. XLA's files have 8.9, 9.7 or 9.10. Here all GPUs have the same,
+# so that plans do not differ by it, and a recent one, with which the compiler uses jax's fused attention.
 CUDNN = (9, 10, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What differs from one kind to another."""
+    """The figures that differ between kinds of GPU."""
 
-    kind: str  # the driver's name of it, which JAX calls `device_kind`
+    kind: str  # the driver's name, which is JAX's `device_kind`
     capability: int  # CUDA compute capability, major
-    own_instructions: bool  # whether it has some of its generation alone, such as Hopper's wgmma ("sm_90a")
+    own_instructions: bool  # whether it has instructions of its generation alone, such as Hopper's wgmma ("sm_90a")
     cores: int  # streaming multiprocessors
     units_a_core: int  # float32 units of one
     clock_ghz: float
@@ -27,7 +27,7 @@ class Gpu:
     memory_bandwidth: int  # bytes/s
     l2_bytes: int
     shared_bytes_a_core: int
-    shared_bytes_a_block: int  # the most that a block may ask for
+    shared_bytes_a_block: int  # the maximum that a block may request
     nvlinks: int
 
 
@@ -61,7 +61,7 @@ GPUS = {
         nvlinks=18,
     ),
     "h200": Gpu(
-        kind="NVIDIA H200",  # as the driver says it; XLA's file has "NVIDIA H200 141GB HBM3e"
+        kind="NVIDIA H200",  # the driver's name; XLA's file has "NVIDIA H200 141GB HBM3e"
         capability=9,
         own_instructions=True,
         cores=132,
@@ -91,8 +91,8 @@ GPUS = {
 }
 
 
-def text(name: str) -> str:
-    """The description of a GPU of `GPUS`, for `get_topology_desc(platform="cuda", target_config=...)`."""
+def target_config(name: str) -> str:
+    """Returns the description of a GPU of `GPUS` for `get_topology_desc(platform="cuda", target_config=...)`."""
     gpu = GPUS[name]
     major, minor, patch = CUDNN
     return f"""

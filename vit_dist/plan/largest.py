@@ -1,7 +1,8 @@
-"""The largest batch that fits, found by as few compilations as may be.
+"""Searches for the largest batch that fits, with few compilations.
 
-Memory grows with the batch very nearly in a straight line, so two compilations say where it meets the device's memory;
-what the compiler says there moves the line, until the largest that fits and the smallest that does not are neighbours.
+Memory grows almost linearly with the batch, so two compilations predict where it reaches the device's memory. Each
+compilation at the predicted batch corrects the line, until the largest batch that fits and the smallest that does not
+are neighbours.
 """
 
 import logging
@@ -13,9 +14,12 @@ TRIES = 12  # compilations
 
 
 def largest_multiple(peak_bytes: Callable[[int], int], limit: int) -> int:
-    """The largest n whose `peak_bytes(n)` is at most `limit`, 0 where not even 1 is; peak_bytes: nearly linear in n.
+    """Returns the largest n with `peak_bytes(n) <= limit`, 0 if there is none.
 
-    After `TRIES` calls the largest that was found to fit.
+    Args:
+      peak_bytes: grows almost linearly with n; called at most `TRIES` times, after which the largest n that was seen to
+        fit is returned.
+      limit: bytes of a device's memory.
     """
     known = {1: peak_bytes(1)}
     if known[1] > limit:
@@ -34,8 +38,8 @@ def largest_multiple(peak_bytes: Callable[[int], int], limit: int) -> int:
 
 
 def _guess(known: dict[int, int], fits: int, fails: int | None, limit: int) -> int:
-    """What to try next, between what fits and what does not."""
-    if fails is not None and len(known) % 2:  # in turn with the line, which a jump can deceive again and again
+    """Returns the n to try next, between the largest that fits and the smallest that fails."""
+    if fails is not None and len(known) % 2:  # every second time, because a jump in memory can mislead the line
         return max((fits + fails) // 2, fits + 1)
     low, high = (fits, fails) if fails is not None else sorted(known)[-2:]
     slope = (known[high] - known[low]) / (high - low)

@@ -1,90 +1,98 @@
-"""How long a step must take at the least, and how long it is likely to: the roofline of one device.
+"""The roofline of one device: lower bounds on the time of a step, and its likely time.
 
-A device multiplies, moves bytes to and from its memory, and transfers to others. At the full rate of each, the time for
-it is a lower bound on the step (Williams et al. 2009, "Roofline"). The likely time takes the shares of those rates
-that programs reach (`EFFICIENCY`), and counts what one after the other takes: products, bound by arithmetic or, small
-ones, by memory; then all that lies between them, bound by memory. Beside both runs what talk can hide there, and after
-them the rest of it.
+A device computes, moves bytes to and from its memory, and sends bytes to other devices. The time of each at its full
+rate is a lower bound on the time of the step (Williams et al. 2009, "Roofline"). The likely time assumes that programs
+reach certain shares of these rates (`EFFICIENCY`), and adds up what cannot overlap: matrix products, bound by
+arithmetic or by memory; all other instructions, bound by memory; and the collectives that nothing can overlap. The
+other collectives overlap with the first two, and lengthen the step only if they take longer.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
 from vit_dist import config
-from vit_dist.plan.collectives import Collective, sent
+from vit_dist.plan.collectives import Collective, bytes_sent
+from vit_dist.plan.links import Link
 from vit_dist.plan.targets import Chip
 
 # Shares of the published rates. Arithmetic: a large bfloat16 product was measured at 788 of an H200's 989 TFLOP/s
-# (0.80), and a ViT's products are smaller. Memory and network: assumed. None was measured on a whole step.
+# (0.80), and a ViT's products are smaller. Memory and network: assumed. None was measured on a complete step.
 EFFICIENCY = {"arithmetic": 0.7, "memory": 0.8, "network": 0.8}
-_CRITICAL = {
-    "tensor",
-    "context",
-}  # axes whose talk the next product waits for; a parameter is gathered ahead of its use
+# The next product needs the result of a collective over these axes. Over other axes, parameters are gathered ahead.
+_BLOCKING_AXES = {"tensor", "context"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What a device sends over one kind of wire for one collective, all its executions in a step together."""
+    """All executions of one collective in a step, as time on a link."""
 
-    link: str  # as `links.link` names it
-    seconds: float  # at the wire's full rate
-    hides: bool  # whether products can run meanwhile
+    link: str  # name of the link (`links.Link`)
+    seconds: float  # at the link's full rate
+    overlaps: bool  # whether it can run while the device computes
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does in a step."""
+    """What one device computes and moves in a step."""
 
-    flops: float  # of products, those that are done again among them
+    flops: float  # of matrix products, including those that are computed again
     bytes: float  # moved to and from its memory
-    other_bytes: float  # of these, by what is no product
+    other_bytes: float  # the part of `bytes` that is not moved by matrix products
     transfers: tuple[Transfer, ...] = ()
 
 
 def transfer(
-    one: Collective, members: int, wire: tuple[str, float | None], model: config.Model, times: int
+    collective: Collective, members: int, link: Link, model: config.Model, micro_batches: int
 ) -> Transfer | None:
-    """A collective among so many devices as time on a wire, by name and bytes/s; None where its rate is not known.
+    """Returns a collective as time on a link.
 
-    What is said in the loop over blocks can be said a block ahead. What comes before or after it is waited for. times:
-    micro-batches, whose loop is around that over blocks.
+    A collective in the loop over blocks can run one block ahead of its use. Outside this loop nothing overlaps with it.
+
+    Args:
+      collective: what is sent.
+      members: number of devices that take part.
+      link: the link between them.
+      model: `scan` says whether the blocks are a loop.
+      micro_batches: with more than one, their loop is around the loop over blocks.
+
+    Returns:
+      The transfer; None if the bandwidth of the link is unknown.
     """
-    name, rate = wire
-    if rate is None:
+    if link.bandwidth is None:
         return None
-    in_blocks = one.loops > int(times > 1) or not model.scan
-    return Transfer(name, one.count * sent(one, members) / rate, hides=in_blocks and not _CRITICAL & set(one.axes))
+    in_blocks = collective.loops > int(micro_batches > 1) or not model.scan
+    seconds = collective.count * bytes_sent(collective, members) / link.bandwidth
+    return Transfer(link.name, seconds, overlaps=in_blocks and not _BLOCKING_AXES & set(collective.axes))
 
 
 def network_ms(transfers: Iterable[Transfer]) -> dict[str, float]:
-    """Milliseconds that each kind of wire is busy at its full rate."""
+    """Returns the milliseconds that each link is busy at its full rate, by name."""
     busy: dict[str, float] = {}
-    for talk in transfers:
-        busy[talk.link] = busy.get(talk.link, 0.0) + talk.seconds * 1000
+    for transfer in transfers:
+        busy[transfer.link] = busy.get(transfer.link, 0.0) + transfer.seconds * 1000
     return busy
 
 
-def bounds_ms(work: Cost, chip: Chip, dtype: str) -> dict[str, float | None]:
-    """Lower bounds on a step in milliseconds: arithmetic, memory, network; None where the chip's rate is not known."""
+def bounds_ms(cost: Cost, chip: Chip, dtype: str) -> dict[str, float | None]:
+    """Returns the lower bounds on a step in ms: arithmetic, memory, network; None where the chip's rate is unknown."""
     peak, bandwidth = chip.peak_flops(dtype), chip.memory_bandwidth
     return {
-        "arithmetic": work.flops / peak * 1000 if peak else None,
-        "memory": work.bytes / bandwidth * 1000 if bandwidth else None,
-        "network": max(network_ms(work.transfers).values(), default=0.0) if chip.link_bandwidth else None,
+        "arithmetic": cost.flops / peak * 1000 if peak else None,
+        "memory": cost.bytes / bandwidth * 1000 if bandwidth else None,
+        "network": max(network_ms(cost.transfers).values(), default=0.0) if chip.link_bandwidth else None,
     }
 
 
-def step_seconds(work: Cost, chip: Chip, dtype: str) -> float | None:
-    """How long the step is likely to take; None where the chip's rates are not known, as of a CPU."""
+def step_seconds(cost: Cost, chip: Chip, dtype: str) -> float | None:
+    """Returns the likely time of a step; None if the chip's rates are unknown, as those of a CPU."""
     peak, bandwidth = chip.peak_flops(dtype), chip.memory_bandwidth
     if not peak or not bandwidth:
         return None
-    moved = bandwidth * EFFICIENCY["memory"]
-    products = max(work.flops / (peak * EFFICIENCY["arithmetic"]), (work.bytes - work.other_bytes) / moved)
-    alone = products + work.other_bytes / moved
-    hidden, exposed = (
-        sum(talk.seconds for talk in work.transfers if talk.hides is hides) / EFFICIENCY["network"]
-        for hides in (True, False)
+    memory_rate = bandwidth * EFFICIENCY["memory"]
+    products = max(cost.flops / (peak * EFFICIENCY["arithmetic"]), (cost.bytes - cost.other_bytes) / memory_rate)
+    computation = products + cost.other_bytes / memory_rate
+    overlapped, exposed = (
+        sum(transfer.seconds for transfer in cost.transfers if transfer.overlaps is overlaps) / EFFICIENCY["network"]
+        for overlaps in (True, False)
     )
-    return max(alone, hidden) + exposed
+    return max(computation, overlapped) + exposed

@@ -1,4 +1,4 @@
-"""`plan`: what a config would need, and how fast it would be, on hardware that is not here."""
+"""`plan`: the memory and time of a config's training step on hardware that need not be attached."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 
@@ -16,7 +15,7 @@ from vit_dist.describe import CLASSES
 from vit_dist.job import processes
 from vit_dist.mesh import layout, topology
 from vit_dist.plan import targets
-from vit_dist.plan.account import account, account_of_too_large, of_run
+from vit_dist.plan.analysis import Analysis, run_fields, step_analysis, too_large_analysis
 from vit_dist.plan.compile import TooLarge, compile_step, make_program
 from vit_dist.plan.estimate.search import search as search_layouts
 from vit_dist.plan.largest import largest_multiple
@@ -25,7 +24,6 @@ from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.schema import flatten
 
 _log = logging.getLogger(__name__)
-Account = dict[str, Any]
 
 
 def plan(
@@ -37,114 +35,125 @@ def plan(
     search: bool = False,
     largest_batch: bool = False,
     examples: int | None = None,
-) -> Account:
-    """Compiles the training step of a config for a target, such as `v5e:16x16`, and says what it would be like there.
+) -> Analysis:
+    """Compiles the training step of a config for a target and returns its memory, time and collectives.
 
-    slices: of a TPU, joined by the data-centre network. search: plans the quickest layout that fits, not the config's
-    own. largest_batch: plans the largest batch that fits. examples: how many the data have, for the length of a run in
-    epochs; no data are opened.
+    The process can then only plan: jax keeps CPU devices alone and, unless the target is a CPU, no cache of compiled
+    programs.
 
-    Returns what `account` does, and target, device_kind, devices, mesh, batch_size, dtype, overrides (what differs from
-    the config), images_per_second_per_host, steps, hours, device_hours (None where the length of the run or the chip's
-    rates are not known); with `search` also its ranking, fallen and smallest, which is what is planned where nothing
-    fits. What is too large is an answer: `fits` is False. Raises `ConfigError`. The process is then one for planning:
-    jax is left with CPU devices alone and, unless the target is one, without its cache of compiled programs.
+    Args:
+      config: a recipe's name or path, or a config.
+      target: the hardware, such as `v5e:16x16` (`plan.targets`).
+      overrides: changes of the config.
+      slices: number of TPU slices, connected by the data-centre network.
+      search: plan the fastest layout that fits instead of the config's own.
+      largest_batch: plan the largest batch that fits.
+      examples: number of training examples, for the length of a run counted in epochs; no data are opened.
+
+    Returns:
+      What `step_analysis` returns, and target, device_kind, devices, mesh, batch_size, dtype, overrides (differences
+      from the config), images_per_second_per_host, steps, hours, device_hours (None if the length of the run or the
+      chip's rates are unknown). With `search` also its ranking, fallen and smallest; the last is planned if no layout
+      fits. A step that is too large is a result, not an error: `fits` is False.
+
+    Raises:
+      ConfigError: the config, the target or both together are not valid, or a compiler is not installed.
     """
     settings = load_config(config, overrides)
     if search and largest_batch:
         raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
-    where = targets.parse(target, slices)
-    devices = _devices(where)
+    hardware = targets.parse(target, slices)
+    devices = _devices(hardware)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which plan does not open: %d assumed", CLASSES)
-    made: dict[Config, Account] = {}
+    analyses: dict[Config, Analysis] = {}
 
-    def account_of(asked: Config) -> Account:
-        if asked not in made:
-            made[asked] = _compiled_account(asked, where, devices)
-            what = ", ".join(changed_keys(settings, asked)) or "the config"
-            _log.info("%s: %.0f s to compile", what, made[asked]["compile_seconds"])
-        return made[asked]
+    def analyse(candidate: Config) -> Analysis:
+        if candidate not in analyses:
+            analyses[candidate] = _compiled_analysis(candidate, hardware, devices)
+            changes = ", ".join(changed_keys(settings, candidate)) or "the config"
+            _log.info("%s: %.0f s to compile", changes, analyses[candidate]["compile_seconds"])
+        return analyses[candidate]
 
-    chosen, found = settings, {}
+    chosen, search_results = settings, {}
     if largest_batch:
-        chosen = _with_largest_batch(settings, where, devices, account_of)
+        chosen = _with_largest_batch(settings, hardware, devices, analyse)
     if search:
-        found = search_layouts(settings, where, devices, account_of)
-        best = found.pop("choice") or found["smallest"]
+        search_results = search_layouts(settings, hardware, devices, analyse)
+        best = search_results.pop("choice") or search_results["smallest"]
         if best is None:
-            raise ConfigError(
-                f"--search: no mesh of {where.name} goes with this config; {found['fallen'][0]['example']}"
-            )
+            example = search_results["fallen"][0]["example"]
+            raise ConfigError(f"--search: this config is valid on no mesh of {hardware.name}; {example}")
         chosen = overridden(settings, best["overrides"])
     hosts = len({device.process_index for device in devices})
-    made_of = account_of(chosen)
+    analysis = analyse(chosen)
     return {
-        "target": where.name,
-        "device_kind": where.chip.kind,
-        "devices": where.count,
+        "target": hardware.name,
+        "device_kind": hardware.chip.kind,
+        "devices": hardware.count,
         "batch_size": chosen.batch_size,
         "dtype": chosen.model.dtype,
         "overrides": changed_keys(settings, chosen),
-        **made_of,
-        **of_run(chosen, made_of, where.count, hosts, examples),
-        **found,
+        **analysis,
+        **run_fields(chosen, analysis, hardware.count, hosts, examples),
+        **search_results,
     }
 
 
 def changed_keys(settings: Config, changed: Config) -> list[str]:
-    """What turns one config into the other, as `key=value`."""
+    """Returns the `key=value` assignments that turn one config into the other."""
     flat = flatten(config.to_dict(changed))
     return [recipes.assignment(key, flat[key]) for key in config.differences(settings, changed)]
 
 
 def overridden(settings: Config, assignments: Sequence[str]) -> Config:
-    """The config with `key=value` assignments."""
+    """Returns the config with these `key=value` assignments applied."""
     return config.resolve(recipes.override(config.to_dict(settings), assignments))
 
 
-def _devices(where: Target) -> list[jax.Device]:
-    """The target's devices. What is here is a CPU alone: accelerators, if there are any, are left to who uses them."""
-    count = where.count if where.chip.platform == "cpu" else 1
-    if where.chip.platform != "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)  # jax can keep what it cannot run, but not read it
-    with contextlib.suppress(ConfigError):  # jax runs already, perhaps with as many as are needed
+def _devices(target: Target) -> list[jax.Device]:
+    """Returns the target's devices. Attached accelerators stay free for other processes: jax gets CPU devices alone."""
+    count = target.count if target.chip.platform == "cpu" else 1
+    if target.chip.platform != "cpu":
+        # jax writes programs for devices that are not attached to its cache, but cannot read them back.
+        jax.config.update("jax_enable_compilation_cache", False)
+    with contextlib.suppress(ConfigError):  # jax runs already, perhaps with enough devices
         processes.make_fake_devices(count)
-    return targets.devices(where)
+    return targets.devices(target)
 
 
-def _compiled_account(settings: Config, where: Target, devices: Sequence[jax.Device]) -> Account:
+def _compiled_analysis(settings: Config, target: Target, devices: Sequence[jax.Device]) -> Analysis:
     program = make_program(settings, devices)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
-        found = account(compile_step(program), where.chip)
+        analysis = step_analysis(compile_step(program), target.chip)
     except TooLarge as error:
-        found = account_of_too_large(program, error, where.chip)
-    except ConfigError:  # a ValueError too, and says what is wrong already
+        analysis = too_large_analysis(program, error, target.chip)
+    except ConfigError:  # a subclass of ValueError, whose message is complete
         raise
     except ValueError as error:
-        raise ConfigError(f"--target={where.name}: the compiled program cannot be read: {error}") from error
-    return {"mesh": dict(program.mesh.shape), **found, "compile_seconds": round(time.perf_counter() - begun, 1)}
+        raise ConfigError(f"--target={target.name}: the compiled program cannot be read: {error}") from error
+    return {"mesh": dict(program.mesh.shape), **analysis, "compile_seconds": round(time.perf_counter() - start, 1)}
 
 
 def _with_largest_batch(
-    settings: Config, where: Target, devices: Sequence[jax.Device], account_of: Callable[[Config], Account]
+    settings: Config, target: Target, devices: Sequence[jax.Device], analyse: Callable[[Config], Analysis]
 ) -> Config:
-    """The config with the largest batch that fits. Raises `ConfigError` where none does."""
-    limit = where.chip.memory_bytes
+    """Returns the config with the largest batch that fits. Raises `ConfigError` if none does."""
+    limit = target.chip.memory_bytes
     if limit is None:
-        raise ConfigError(f"--batch-size=max: the memory of {where.chip.name} is not known")
+        raise ConfigError(f"--batch-size=max: the memory of {target.chip.name} is not known")
     sizes = topology.axis_sizes(settings.mesh, len(devices))
     unit = settings.accumulate_steps * math.prod(sizes[axis] for axis in layout.TABLE["batch"])
 
-    def of_size(multiple: int) -> Config:
+    def with_batch(multiple: int) -> Config:
         return dataclasses.replace(settings, batch_size=unit * multiple)
 
-    multiple = largest_multiple(lambda multiple: account_of(of_size(multiple))["peak_bytes"], limit)
+    multiple = largest_multiple(lambda multiple: analyse(with_batch(multiple))["peak_bytes"], limit)
     if multiple == 0:
-        short = account_of(of_size(1))["peak_bytes"] - limit
+        missing = analyse(with_batch(1))["peak_bytes"] - limit
         raise ConfigError(
-            f"--batch-size=max: even a batch of {unit}, the smallest of this mesh, needs {short:,} bytes more than a "
+            f"--batch-size=max: even a batch of {unit}, the smallest of this mesh, needs {missing:,} bytes more than a "
             f"device has; try --search"
         )
-    return of_size(multiple)
+    return with_batch(multiple)

@@ -1,4 +1,4 @@
-"""What a block keeps, by arithmetic, against what the loop over blocks of the traced gradient stacks."""
+"""The arrays that a block saves, against those that the loop over blocks of the traced gradient stacks."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from flax import nnx
 from products import equations
 
 from vit_dist import ViT, config
-from vit_dist.plan.estimate.activations import Kept, LocalShape, kept, kept_bytes
+from vit_dist.plan.estimate.activations import LocalShape, Saved, saved_arrays, saved_bytes
 
 ROWS, TOKENS, WIDTH, HEADS, HIDDEN, DEPTH = 4, 5, 32, 2, 128, 3
 TINY = {
     "width": WIDTH, "depth": DEPTH, "mlp": HIDDEN, "heads": HEADS, "num_classes": 7, "image_size": 8, "patch_size": 4
 }  # fmt: skip
-WHOLE = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
+LOCAL = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
 MODELS = {
     "plain": {},
     "layer scale": {"layer_scale": 0.1},
@@ -42,7 +42,7 @@ def stacked_bytes(function, *arguments, rows):
         ("plain", "block", "float32"),
     ],
 )
-def test_what_a_block_keeps_is_what_the_traced_gradient_stacks(name, remat, dtype):
+def test_a_block_saves_what_the_traced_gradient_stacks(name, remat, dtype):
     settings = {**TINY, **MODELS[name], "remat": remat, "dtype": dtype}
     graph, parameters = nnx.split(nnx.eval_shape(lambda: ViT(**settings, rngs=nnx.Rngs(0))))
 
@@ -51,11 +51,11 @@ def test_what_a_block_keeps_is_what_the_traced_gradient_stacks(name, remat, dtyp
 
     images = jax.ShapeDtypeStruct((ROWS, 8, 8, 3), jnp.float32)
     found = stacked_bytes(logits, parameters, images, rows=ROWS)
-    assert found == DEPTH * ROWS * kept_bytes(kept(config.Model(**settings), "xla"), WHOLE)
+    assert found == DEPTH * ROWS * saved_bytes(saved_arrays(config.Model(**settings), "xla"), LOCAL)
 
 
 @pytest.mark.parametrize("remat", ["none", "names", "block"])
-def test_what_a_block_keeps_of_split_tokens_is_what_the_traced_gradient_stacks(remat):
+def test_a_block_of_split_tokens_saves_what_the_traced_gradient_stacks(remat):
     off = ("model.dropout=0", "model.attention_dropout=0", "model.drop_path=0", f"model.depth={DEPTH}")
     program = program_on({"context": 2}, f"model.remat={remat}", *off)
     model = program.settings.model
@@ -64,29 +64,29 @@ def test_what_a_block_keeps_of_split_tokens_is_what_the_traced_gradient_stacks(r
         images = jax.ShapeDtypeStruct((ROWS, 8, 8, 1), jnp.float32)
         found = stacked_bytes(lambda p, x: jnp.sum(program.model(p, x)), state.parameters, images, rows=ROWS)
     half = LocalShape(2, model.width, model.heads, model.width // model.heads, model.mlp)  # of four tokens
-    assert found == 2 * DEPTH * ROWS * kept_bytes(kept(model, "chunked"), half)
+    assert found == 2 * DEPTH * ROWS * saved_bytes(saved_arrays(model, "chunked"), half)
 
 
-def test_cudnn_keeps_no_weights():
+def test_cudnn_saves_no_weights():
     model = config.Model(**TINY, dtype="bfloat16")
     without = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
-    extra = kept_bytes(kept(model, "xla"), without) - kept_bytes(kept(model, "cudnn"), without)
+    extra = saved_bytes(saved_arrays(model, "xla"), without) - saved_bytes(saved_arrays(model, "cudnn"), without)
     weights = HEADS * TOKENS * TOKENS * (4 + 2)
     rows = HEADS * TOKENS * 4  # two numbers a row of weights with XLA, one with cuDNN
     assert extra == weights + rows - TOKENS * WIDTH * 2  # and of 5 tokens the output padded to 6 beside the output
 
 
 def test_a_tpu_pads_the_last_two_dimensions_to_tiles_the_way_that_costs_less():
-    part = LocalShape(tokens=197, width=1024, heads=16, head_size=64, hidden=4096, tiled=True)
-    assert part.elements("width") == 200 * 1024
-    assert part.elements("heads") == 16 * 256 * 64  # tokens last: 200 x 128 would be more
-    assert part.elements("weights") == 16 * 200 * 256
-    assert kept_bytes([Kept("width", 4, 2), Kept("hidden", 2, 1)], part) == 200 * (2 * 4 * 1024 + 2 * 4096)
+    local = LocalShape(tokens=197, width=1024, heads=16, head_size=64, hidden=4096, tiled=True)
+    assert local.elements("width") == 200 * 1024
+    assert local.elements("heads") == 16 * 256 * 64  # tokens last: 200 x 128 would be more
+    assert local.elements("weights") == 16 * 200 * 256
+    assert saved_bytes([Saved("width", 4, 2), Saved("hidden", 2, 1)], local) == 200 * (2 * 4 * 1024 + 2 * 4096)
 
 
 def test_a_tensor_group_splits_heads_and_hidden_units_alone():
     model = config.Model(**TINY, remat="names")
     half = LocalShape(TOKENS, WIDTH, HEADS // 2, WIDTH // HEADS, HIDDEN // 2)
     # By token in float32: queries, keys, values, output, hidden units; the block's input and the sum between.
-    assert kept_bytes(kept(model, "xla"), WHOLE) == TOKENS * 4 * (4 * WIDTH + HIDDEN + 2 * WIDTH)
-    assert kept_bytes(kept(model, "xla"), half) == TOKENS * 4 * (4 * WIDTH // 2 + HIDDEN // 2 + 2 * WIDTH)
+    assert saved_bytes(saved_arrays(model, "xla"), LOCAL) == TOKENS * 4 * (4 * WIDTH + HIDDEN + 2 * WIDTH)
+    assert saved_bytes(saved_arrays(model, "xla"), half) == TOKENS * 4 * (4 * WIDTH // 2 + HIDDEN // 2 + 2 * WIDTH)

@@ -1,4 +1,4 @@
-"""The search over layouts, with what a compiler would say made up."""
+"""The search over layouts, with a fake compiler."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def target_with(memory_bytes):
 
 
 class Compiler:
-    """Says of a config that it fits, or not where `fits` says so, and remembers what it was asked."""
+    """Returns that a config fits, unless `fits` says no, and records the configs that it was called with."""
 
     def __init__(self, fits=lambda asked: True, quick=()):
         self.fits, self.quick, self.asked = fits, quick, []
@@ -50,43 +50,46 @@ def test_meshes_are_all_factorisations_of_the_devices():
 def test_a_layout_is_the_config_with_its_overrides():
     own = settings()
     found, _ = layouts(own, EIGHT, jax.devices()[:8])
-    for one in found[:: len(found) // 50]:
-        changed = config.resolve(recipes.override(config.to_dict(own), one.overrides))
-        assert topology.axis_sizes(changed.mesh, 8) == topology.axis_sizes(one.settings.mesh, 8)
-        assert dataclasses.replace(changed, mesh=one.settings.mesh) == one.settings
-    assert () in {one.overrides for one in found}  # data=-1 is the mesh of eight replicas
-    assert len({one.overrides for one in found}) == len(found)
+    for layout in found[:: len(found) // 50]:
+        changed = config.resolve(recipes.override(config.to_dict(own), layout.overrides))
+        assert topology.axis_sizes(changed.mesh, 8) == topology.axis_sizes(layout.settings.mesh, 8)
+        assert dataclasses.replace(changed, mesh=layout.settings.mesh) == layout.settings
+    assert () in {layout.overrides for layout in found}  # data=-1 is the mesh of eight replicas
+    assert len({layout.overrides for layout in found}) == len(found)
 
 
-def test_of_what_was_compiled_and_fits_the_quickest_is_the_choice():
+def test_the_fastest_compiled_layout_that_fits_is_the_choice():
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    assert () not in {one.overrides for one in ranked[:3]}
+    assert () not in {layout.overrides for layout in ranked[:3]}
     compiler = Compiler(quick=[ranked[1].settings])
     found = search_of(compiler)
-    assert compiler.asked == [settings(), *(one.settings for one in ranked[:3])]  # its own, and others until three fit
+    assert compiler.asked == [
+        settings(),
+        *(layout.settings for layout in ranked[:3]),
+    ]  # its own, and others until three fit
     assert found["choice"] == {"overrides": list(ranked[1].overrides), "step_ms": 0.5, "peak_bytes": 1003}
     assert [row["note"] for row in found["ranking"]][:4] == [
         "fits", "the choice", "fits", "slower by estimate, not compiled"
     ]  # fmt: skip
     assert found["ranking"][0]["step_ms"] == pytest.approx(ranked[0].seconds * 1000)
-    assert found["ranking"][0]["estimated_bytes"] == ranked[0].found.peak_bytes
+    assert found["ranking"][0]["estimated_bytes"] == ranked[0].estimate.peak_bytes
     assert [row["compiled_step_ms"] for row in found["ranking"]][:4] == [2.0, 0.5, 4.0, None]
 
 
-def test_a_config_that_is_quicker_than_what_was_estimated_to_be_is_left_as_it_is():
+def test_a_config_that_is_faster_than_every_other_compiled_layout_stays_as_it_is():
     found = search_of(Compiler(quick=[settings()]))
     assert found["choice"]["overrides"] == []
     # Far down by estimate, it is shown all the same.
     assert [row["note"] for row in found["ranking"] if row["overrides"] == []] == ["the choice"]
 
 
-def test_where_the_compiler_refuses_two_the_third_is_the_choice():
+def test_if_the_compiler_refuses_two_layouts_the_third_is_the_choice():
     first, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    kinds = list(dict.fromkeys(one.kind for one in first))
-    refused = [next(one for one in first if one.kind == kind).settings for kind in kinds[:2]] + [settings()]
+    kinds = list(dict.fromkeys(layout.kind for layout in first))
+    refused = [next(layout for layout in first if layout.kind == kind).settings for kind in kinds[:2]] + [settings()]
     compiler = Compiler(lambda asked: asked not in refused)
-    found = search_of(compiler, front=1)
-    choice = next(one for one in first if one.overrides == tuple(found["choice"]["overrides"]))
+    found = search_of(compiler, wanted=1)
+    choice = next(layout for layout in first if layout.overrides == tuple(found["choice"]["overrides"]))
     assert compiler.asked[-1] == choice.settings
     assert set(map(str, compiler.asked[:-1])) <= set(map(str, refused))
     notes = {tuple(row["overrides"]): row["note"] for row in found["ranking"]}
@@ -100,22 +103,22 @@ def example(layout):
     return " ".join(layout.overrides) or "as it is"
 
 
-def test_what_is_larger_than_a_refused_one_like_it_is_not_compiled():
+def test_a_layout_larger_than_a_refused_one_of_its_kind_is_not_compiled():
     compiler = Compiler(lambda asked: asked.model.remat == "block")
-    search_of(compiler, front=1)
+    search_of(compiler, wanted=1)
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    sizes = {one.settings: (one.kind, one.found.peak_bytes) for one in ranked}
+    sizes = {layout.settings: (layout.kind, layout.estimate.peak_bytes) for layout in ranked}
     smallest = {}
     for kind, size in map(sizes.get, compiler.asked):
         assert size < smallest.get(kind, size + 1)
         smallest[kind] = size
 
 
-def test_where_nothing_fits_the_smallest_need_is_said():
+def test_where_nothing_fits_the_smallest_layout_is_returned():
     compiler = Compiler(lambda asked: False)
     found = search_of(compiler, target=target_with(100))
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    least = min(ranked, key=lambda one: one.found.peak_bytes)
+    least = min(ranked, key=lambda layout: layout.estimate.peak_bytes)
     assert compiler.asked == [least.settings]  # all seem too large; the compiler has the last word on one
     assert found["choice"] is None
     assert found["smallest"] == {"overrides": list(least.overrides), "peak_bytes": 1001}
@@ -128,61 +131,61 @@ def test_where_nothing_fits_the_smallest_need_is_said():
 def test_a_config_too_large_as_it_stands_gets_a_layout_that_fits():
     big = ("model.width=256", "model.mlp=1024", "batch_size=512")
     ranked, _ = layouts(settings(*big), EIGHT, jax.devices()[:8])
-    own = next(one for one in ranked if one.overrides == ()).found.peak_bytes
-    truth = {one.settings: one.found.peak_bytes for one in ranked}
+    own = next(layout for layout in ranked if layout.overrides == ()).estimate.peak_bytes
+    truth = {layout.settings: layout.estimate.peak_bytes for layout in ranked}
     compiler = Compiler(lambda asked: truth[asked] <= own / 3)
     found = search_of(compiler, *big, target=target_with(own // 3))
-    chosen = next(one for one in ranked if list(one.overrides) == found["choice"]["overrides"])
-    assert chosen.found.peak_bytes <= own / 3
-    quicker = ranked[: ranked.index(chosen)]
-    assert quicker and all(one.found.peak_bytes > own / 3 for one in quicker)
+    chosen = next(layout for layout in ranked if list(layout.overrides) == found["choice"]["overrides"])
+    assert chosen.estimate.peak_bytes <= own / 3
+    faster = ranked[: ranked.index(chosen)]
+    assert faster and all(layout.estimate.peak_bytes > own / 3 for layout in faster)
 
 
-def test_meshes_that_do_not_divide_are_counted_with_what_to_do():
+def test_meshes_that_do_not_divide_are_counted_with_the_error():
     found = search_of(Compiler(), "model.heads=2", "batch_size=4")
     rows = {row["reason"]: row for row in found["fallen"]}
-    heads = rows["model.heads does not go with the mesh"]
+    heads = rows["model.heads is not valid on the mesh"]
     # of tensor=4 and 8 that leave at most 4 to the batch: 4 x (2 of any other axis), 8
     assert heads["count"] == 4
     assert heads["example"].startswith("model.heads: 2 does not divide over mesh.tensor=")
-    batch = rows["batch_size does not go with the mesh"]
+    batch = rows["batch_size is not valid on the mesh"]
     assert batch["count"] == 4  # data x fsdp = 8
 
 
-def test_time_that_is_used_up_ends_the_search_with_what_there_is():
+def test_a_search_that_runs_out_of_time_returns_its_results_so_far():
     compiler = Compiler()
     found = search_of(compiler, seconds=0.0)
     assert len(compiler.asked) == 1
     assert found["choice"]["peak_bytes"] == 1001
 
 
-def test_without_a_chips_rates_arithmetic_ranks():
+def test_without_a_chips_rates_layouts_are_ranked_by_flops():
     unknown = dataclasses.replace(
         CHIP, kind="cpu", platform="cpu", memory_bytes=None, memory_bandwidth=None, link="", link_bandwidth=None,
         network_bandwidth=None,
     )  # fmt: skip
     ranked, _ = layouts(settings(), dataclasses.replace(EIGHT, chip=unknown, shape=(8,)), jax.devices()[:8])
     assert ranked[0].seconds is None
-    assert ranked[0].settings.model.remat != "block" and ranked[0].parts == 1
+    assert ranked[0].settings.model.remat != "block" and ranked[0].shards == 1
 
 
-def test_what_no_mesh_can_have_is_said_without_a_choice():
+def test_a_config_that_is_valid_on_no_mesh_has_no_choice():
     found = search_of(Compiler(), "batch_size=3", "model.heads=1", "model.context_attention=all_to_all")
     assert found["choice"] is None and found["smallest"] is None and found["ranking"] == []
     with pytest.raises(ConfigError):
         search_of(Compiler(), "model.width=33")
 
 
-def test_the_quickest_comes_first_and_of_equals_what_the_config_has_already():
+def test_the_fastest_comes_first_and_of_equals_the_configs_own_layout():
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
-    assert [one.seconds for one in ranked] == sorted(one.seconds for one in ranked)
+    assert [layout.seconds for layout in ranked] == sorted(layout.seconds for layout in ranked)
     # Without micro-batches it makes no difference when parameters are gathered.
     again, _ = layouts(ranked[0].settings, EIGHT, jax.devices()[:8])
     assert again[0].overrides == ()
     assert again[0].seconds == ranked[0].seconds
 
 
-def test_a_layout_that_cannot_be_compiled_falls_with_the_reason_and_the_next_is_asked():
+def test_a_layout_that_cannot_be_compiled_is_rejected_with_the_error_and_the_next_is_compiled():
     ranked, _ = layouts(settings(), EIGHT, jax.devices()[:8])
     compiler = Compiler(quick=[ranked[1].settings])
 

@@ -1,4 +1,4 @@
-"""Memory, work and talk of a layout, by hand and against the program that is compiled for it."""
+"""Memory, cost and collectives of a layout, by hand and against the program that is compiled for it."""
 
 import math
 
@@ -9,27 +9,28 @@ from system import NOTHING_RANDOM, settings
 
 from vit_dist.describe import bytes_per_device
 from vit_dist.model.flops import hardware_flops, training_flops
-from vit_dist.plan.collectives import Collective, collectives, sent
+from vit_dist.plan.collectives import Collective, bytes_sent, collectives
 from vit_dist.plan.estimate.communication import step_collectives
-from vit_dist.plan.estimate.step import Wires, estimate, wires_of
-from vit_dist.plan.estimate.workload import state_bytes_of, workload_of
+from vit_dist.plan.estimate.step import MeshLinks, estimate, mesh_links
+from vit_dist.plan.estimate.workload import device_workload, state_bytes
+from vit_dist.plan.links import Link
 from vit_dist.plan.targets import Chip
 
-# 1 GB/s over the wires within, 0.1 GB/s over the network.
+# 1 GB/s over NVLink, 0.1 GB/s over the network.
 GPU = Chip("one", "NVIDIA H200", "gpu", 10**9, 1e12, "NVLink", 1e9, 0, 1e8, "none")
 
 ONCE, IN_MICRO_BATCHES = ("model.remat=none",), ("model.remat=block", "accumulate_steps=2")
 
 
-def load_on(sizes, *overrides, platform="gpu"):
-    asked = settings(*overrides)
-    return workload_of(asked, platform, sizes, state_bytes_of(asked))
+def workload_on(sizes, *overrides, platform="gpu"):
+    config = settings(*overrides)
+    return device_workload(config, platform, sizes, state_bytes(config))
 
 
 def estimate_on(sizes, *overrides):
-    asked = settings(*overrides)
-    links = dict.fromkeys((("fsdp",), ("data",), ("tensor",), ("data", "fsdp")), ("NVLink", 1e9))
-    return estimate(asked, GPU, Wires(sizes, links), state_bytes_of(asked))
+    config = settings(*overrides)
+    links = dict.fromkeys((("fsdp",), ("data",), ("tensor",), ("data", "fsdp")), Link("NVLink", 1e9))
+    return estimate(config, GPU, MeshLinks(sizes, links), state_bytes(config))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
@@ -40,28 +41,28 @@ def test_the_state_of_a_device_is_exact(name):
     with program.in_use():
         state, batch = program.abstract_state(), program.abstract_batch()
     memory = estimate_on(sizes, *extra).memory
-    parts = {
+    trees = {
         "parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema, "batch": batch
     }  # fmt: skip
-    for part, tree in parts.items():
-        assert memory[part] == sum(map(bytes_per_device, jax.tree.leaves(tree))), part
+    for name, tree in trees.items():
+        assert memory[name] == sum(map(bytes_per_device, jax.tree.leaves(tree))), name
 
 
 def test_gradients_and_gathered_parameters_by_hand():
     bfloat16 = ("model.dtype=bfloat16", "model.remat=none")
-    held = state_bytes_of(settings())
-    blocks, others = sum(held.blocks.values()), sum(held.others.values())
+    state = state_bytes(settings())
+    blocks, others = sum(state.blocks.values()), sum(state.others.values())
     alone = estimate_on({}, *bfloat16).memory
     assert alone["gradients"] == blocks + others == alone["parameters"]
     assert alone["gathered"] == blocks / 2  # the products' own copy
     assert estimate_on({}, "model.remat=none").memory["gathered"] == 0  # in float32 there is none
     both = estimate_on({}, *bfloat16, "accumulate_steps=2").memory
     assert both["gradients"] == 2 * alone["gradients"]  # a sum and what is added to it
-    split = load_on({"fsdp": 2}, *bfloat16)
-    assert split.own(held.blocks) == pytest.approx(blocks / 2, rel=0.02)  # a few biases are whole
-    assert split.gathered(held.blocks) == blocks
+    split = workload_on({"fsdp": 2}, *bfloat16)
+    assert split.device_bytes(state.blocks) == pytest.approx(blocks / 2, rel=0.02)  # a few biases are not split
+    assert split.gathered_bytes(state.blocks) == blocks
     again = estimate_on({"fsdp": 2}, "model.dtype=bfloat16", "model.remat=block").memory
-    assert again["gathered"] == split.own(held.blocks) / 2  # cast, and gathered a block at a time
+    assert again["gathered"] == split.device_bytes(state.blocks) / 2  # cast, and gathered a block at a time
 
 
 def test_activations_by_hand():
@@ -76,40 +77,40 @@ def test_activations_by_hand():
 
 
 def test_products_are_split_but_for_the_head_and_the_embedding():
-    asked = settings("model.remat=block", *NOTHING_RANDOM)
-    model = asked.model
+    config = settings("model.remat=block", *NOTHING_RANDOM)
+    model = config.model
     outside = 3 * 2 * (4 * 16 * 32 + 32 * 10)  # 4 patches of 16 pixels; 10 classes; forward once, backward twice
     blocks = hardware_flops(model) - outside
     assert training_flops(model) < hardware_flops(model)
-    assert estimate_on({}, "model.remat=block", *NOTHING_RANDOM).work.flops == 64 * (blocks + outside)
-    on_eight = estimate_on({"data": 2, "tensor": 4}, "model.remat=block", *NOTHING_RANDOM).work.flops
+    assert estimate_on({}, "model.remat=block", *NOTHING_RANDOM).cost.flops == 64 * (blocks + outside)
+    on_eight = estimate_on({"data": 2, "tensor": 4}, "model.remat=block", *NOTHING_RANDOM).cost.flops
     assert on_eight == 32 * (blocks / 4 + outside)
 
 
 def test_the_update_reads_and_writes_the_state():
-    asked, one = settings(*NOTHING_RANDOM), estimate_on({}, *NOTHING_RANDOM, "batch_size=8").work.other_bytes
-    two = estimate_on({}, *NOTHING_RANDOM, "batch_size=16").work.other_bytes
-    held = state_bytes_of(asked)
-    parameters = sum(held.blocks.values()) + sum(held.others.values())
-    state = parameters + sum(held.optimizer.values())
-    assert 2 * one - two == pytest.approx(2 * state + 3 * parameters)  # what does not grow with the batch
+    eight = estimate_on({}, *NOTHING_RANDOM, "batch_size=8").cost.other_bytes
+    sixteen = estimate_on({}, *NOTHING_RANDOM, "batch_size=16").cost.other_bytes
+    state = state_bytes(settings(*NOTHING_RANDOM))
+    parameters = sum(state.blocks.values()) + sum(state.others.values())
+    total = parameters + sum(state.optimizer.values())
+    assert 2 * eight - sixteen == pytest.approx(2 * total + 3 * parameters)  # what does not grow with the batch
 
 
 def test_a_tensor_group_sums_activations_four_times_a_block():
-    load = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=none")
-    one = 64 * 4 * 32 * 4  # examples, tokens, width, bytes
-    assert step_collectives(load) == [Collective("all-reduce", ("tensor",), one, 4 * 2, 1)]
-    again = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "accumulate_steps=2")
-    assert step_collectives(again) == [Collective("all-reduce", ("tensor",), one // 2, 5 * 2 * 2, 2)]
-    parallel = load_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "model.parallel=true")
-    assert step_collectives(parallel) == [Collective("all-reduce", ("tensor",), one, 3 * 2, 1)]
+    work = workload_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=none")
+    activations = 64 * 4 * 32 * 4  # examples, tokens, width, bytes
+    assert step_collectives(work) == [Collective("all-reduce", ("tensor",), activations, 4 * 2, 1)]
+    again = workload_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "accumulate_steps=2")
+    assert step_collectives(again) == [Collective("all-reduce", ("tensor",), activations // 2, 5 * 2 * 2, 2)]
+    parallel = workload_on({"tensor": 4}, *NOTHING_RANDOM, "model.remat=block", "model.parallel=true")
+    assert step_collectives(parallel) == [Collective("all-reduce", ("tensor",), activations, 3 * 2, 1)]
 
 
-def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
-    load = load_on({"dcn_data": 2, "data": 2, "fsdp": 2}, *NOTHING_RANDOM, "accumulate_steps=4")
-    sums = [one for one in step_collectives(load) if one.axes == ("dcn_data", "data")]
-    own = load.own(load.held.blocks) + load.own(load.held.others)
-    assert sums == [Collective("all-reduce", ("dcn_data", "data"), round(own), 1, 0)]
+def test_replicas_sum_their_shards_of_the_gradients_once_a_step():
+    work = workload_on({"dcn_data": 2, "data": 2, "fsdp": 2}, *NOTHING_RANDOM, "accumulate_steps=4")
+    sums = [collective for collective in step_collectives(work) if collective.axes == ("dcn_data", "data")]
+    local = work.device_bytes(work.state.blocks) + work.device_bytes(work.state.others)
+    assert sums == [Collective("all-reduce", ("dcn_data", "data"), round(local), 1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -127,41 +128,38 @@ def test_replicas_sum_gradients_once_a_step_as_parameters_lie():
 def test_devices_send_what_the_compiled_step_sends(sizes, extra):
     overrides = (*NOTHING_RANDOM, *extra, "optimizer.clip=null", "model.width=64", "model.mlp=256")
     program = program_on(sizes, *overrides)
-    found = collectives(compiled_step(program).as_text(), dict(program.mesh.shape))
-    load = load_on(sizes, *overrides, platform="cpu")
+    compiled = collectives(compiled_step(program).as_text(), dict(program.mesh.shape))
+    work = workload_on(sizes, *overrides, platform="cpu")
 
     def by_axes(several):
         total = dict.fromkeys([(axis,) for axis in sizes], 0.0)
-        for one in several:
-            scattered = one.kind == "all-reduce" and one.axes == ("fsdp",)  # a CPU sums all to keep a part
-            share = 0.5 if scattered else 1.0
-            if one.axes in total:
-                total[one.axes] += share * one.count * sent(one, math.prod(sizes[axis] for axis in one.axes))
+        for collective in several:
+            axes = collective.axes
+            # A CPU's compiler makes an all-reduce of a reduce-scatter, which sends twice as much.
+            share = 0.5 if collective.kind == "all-reduce" and axes == ("fsdp",) else 1.0
+            if axes in total:
+                sent = bytes_sent(collective, math.prod(sizes[axis] for axis in axes))
+                total[axes] += share * collective.count * sent
         return total
 
-    assert by_axes(step_collectives(load)) == pytest.approx(by_axes(found), rel=0.03)
+    assert by_axes(step_collectives(work)) == pytest.approx(by_axes(compiled), rel=0.03)
 
 
-def test_what_is_said_between_blocks_hides_and_what_a_product_waits_for_does_not():
-    transfers = estimate_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none").work.transfers
-    assert [talk.hides for talk in transfers] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]  # blocks, then embedding and head; sums
-    load = load_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none")
-    gathered, summed = step_collectives(load)[0], step_collectives(load)[-1]
+def test_collectives_of_blocks_overlap_and_those_that_a_product_waits_for_do_not():
+    transfers = estimate_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none").cost.transfers
+    # Parameters and gradients of the blocks; those of embedding and head; sums over tensor.
+    assert [transfer.overlaps for transfer in transfers] == [True, True, False, False, False]
+    work = workload_on({"fsdp": 2, "tensor": 2}, *NOTHING_RANDOM, "model.remat=none")
+    gathered, summed = step_collectives(work)[0], step_collectives(work)[-1]
     assert transfers[0].seconds == pytest.approx(gathered.count * gathered.bytes / 2 / 1e9)
     assert transfers[-1].seconds == pytest.approx(summed.count * summed.bytes / 1e9)
-    unrolled = estimate_on({"fsdp": 2}, *NOTHING_RANDOM, "model.scan=false").work.transfers
-    assert all(talk.hides for talk in unrolled)
+    unrolled = estimate_on({"fsdp": 2}, *NOTHING_RANDOM, "model.scan=false").cost.transfers
+    assert all(transfer.overlaps for transfer in unrolled)
 
 
-def test_the_wires_are_those_of_the_mesh():
+def test_the_links_are_those_of_the_mesh():
     program = program_on({"data": 2, "fsdp": 2, "tensor": 2})
-    wires = wires_of(program.mesh, GPU)
-    assert wires.sizes == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert wires.links[("tensor",)] == ("NVLink", 1e9)
-    assert set(wires.links) >= {("data",), ("fsdp",), ("tensor",), ("data", "fsdp")}
+    links = mesh_links(program.mesh, GPU)
+    assert links.sizes == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert links.by_axes[("tensor",)] == ("NVLink", 1e9)
+    assert set(links.by_axes) >= {("data",), ("fsdp",), ("tensor",), ("data", "fsdp")}

@@ -1,8 +1,8 @@
-"""What a block of the model keeps of its forward pass until its backward pass, array by array.
+"""Lists the arrays that a block of the model saves in its forward pass for its backward pass.
 
-The loop over blocks stacks these arrays, and no compiler can take one of them away: their list follows from how the
-block is written and from `model.remat` alone. What tests hold it to is the traced program. Unrolled blocks
-(`scan=False`) are the compiler's to see through, and it keeps less.
+The loop over blocks stacks these arrays, and no compiler can remove one of them: the list follows from the code of the
+block and from `model.remat` alone, and tests compare it with the traced program. In unrolled blocks (`scan=False`) the
+compiler recomputes some arrays from others, and saves less.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from vit_dist.model.vit import shape_of
 
 @dataclasses.dataclass(frozen=True)
 class LocalShape:
-    """What one device has of an example's activations in a block."""
+    """The sizes of one example's activations in a block on one device."""
 
-    tokens: int  # those it holds; padded, where the mesh splits them
+    tokens: int  # of this device, with padding if the mesh splits them
     width: int
     heads: int
     head_size: int
     hidden: int  # units of the MLP
-    tiled: bool = False  # a TPU keeps arrays in tiles of 8 x 128 elements
+    tiled: bool = False  # whether arrays are stored in tiles of 8 x 128 elements, as on a TPU
 
     def elements(self, kind: str) -> int:
-        """How many elements of memory an array of this kind takes for one example."""
+        """Returns the elements that an array of this kind occupies in memory for one example, with padding."""
         tokens = self.tokens
         return {
             "width": self._matrix(tokens, self.width),  # [N, D]
@@ -36,93 +36,95 @@ class LocalShape:
         }[kind]
 
     def _matrix(self, rows: int, columns: int) -> int:
-        """The elements of [rows, columns], lying the way that wastes less."""
+        """Returns the elements of [rows, columns], in the order of dimensions that needs less padding."""
         if not self.tiled:
             return rows * columns
-        return min(_up(rows, 8) * _up(columns, 128), _up(rows, 128) * _up(columns, 8))
+        return min(_round_up(rows, 8) * _round_up(columns, 128), _round_up(rows, 128) * _round_up(columns, 8))
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """Arrays of one kind (see `LocalShape.elements`) that a block keeps."""
+class Saved:
+    """Arrays of one kind (see `LocalShape.elements`) that a block saves."""
 
     kind: str
     itemsize: int
     count: int
 
 
-def kept(model: config.Model, attention: str) -> list[Kept]:
-    """What one block keeps under `model.remat`. attention: what computes it, "xla", "cudnn" or "chunked"."""
+def saved_arrays(model: config.Model, attention: str) -> list[Saved]:
+    """Returns what one block saves under `model.remat`; `attention` is named as by `attention_implementation`."""
     size = 2 if model.dtype == "bfloat16" else 4
     if model.remat == "block":
-        return [Kept("width", size, 1)]  # its input
+        return [Saved("width", size, 1)]  # its input
     if model.remat == "names":
-        return _named(model, attention, size)
-    arrays = _everything(model, attention, size)
-    return arrays if model.scan else _seen_through(arrays)
+        return _saved_by_name(model, attention, size)
+    arrays = _saved_without_remat(model, attention, size)
+    return arrays if model.scan else _saved_unrolled(arrays)
 
 
-def kept_bytes(arrays: list[Kept], part: LocalShape) -> int:
-    """Bytes of these arrays for one example on a device."""
-    return sum(one.count * one.itemsize * part.elements(one.kind) for one in arrays)
+def saved_bytes(arrays: list[Saved], local: LocalShape) -> int:
+    """Returns the bytes of these arrays for one example on a device."""
+    return sum(array.count * array.itemsize * local.elements(array.kind) for array in arrays)
 
 
-def _named(model: config.Model, attention: str, size: int) -> list[Kept]:
+def _saved_by_name(model: config.Model, attention: str, size: int) -> list[Saved]:
     shape = shape_of(model)
     sums = (not shape.parallel) + 2 * (model.layer_scale is not None)
     return [
-        Kept("width", size, 1 + sums),  # the input, and what is named "residual" and "scaled"
-        Kept("heads", size, 4),  # queries, keys, values, output
-        Kept("hidden", size, 2 if shape.activation == "swiglu" else 1),
-        Kept("head_rows", 4, attention == "chunked"),  # the log of the sum of weights
+        Saved("width", size, 1 + sums),  # the input, and the arrays named "residual" and "scaled"
+        Saved("heads", size, 4),  # queries, keys, values, output
+        Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),
+        Saved("head_rows", 4, attention == "chunked"),  # the logarithm of the softmax's denominator
     ]
 
 
-def _everything(model: config.Model, attention: str, size: int) -> list[Kept]:
+def _saved_without_remat(model: config.Model, attention: str, size: int) -> list[Saved]:
     shape = shape_of(model)
     norms, scaled = 1 if shape.parallel else 2, 2 * (model.layer_scale is not None)
-    dropped = model.dropout if model.projection_dropout is None else model.projection_dropout
+    projection_dropout = model.dropout if model.projection_dropout is None else model.projection_dropout
     arrays = [
-        Kept("width", 4, 4 * norms),  # a LayerNorm's steps, in float32
-        Kept("rows", 4, 2 * norms),
-        Kept("width", size, norms + 2 * scaled),
-        Kept("width", 1, (dropped > 0) + (model.dropout > 0)),  # which elements stay
-        Kept("hidden", size, 4 if shape.activation == "gelu" else 6),  # the activation's steps
-        Kept("hidden", 1, int(model.dropout > 0)),
+        Saved("width", 4, 4 * norms),  # LayerNorm's intermediate results, in float32
+        Saved("rows", 4, 2 * norms),
+        Saved("width", size, norms + 2 * scaled),
+        Saved("width", 1, (projection_dropout > 0) + (model.dropout > 0)),  # dropout masks
+        Saved("hidden", size, 4 if shape.activation == "gelu" else 6),  # the activation's intermediate results
+        Saved("hidden", 1, int(model.dropout > 0)),
     ]
     if shape.qk_norm:
-        arrays += [Kept("heads", 4, 8), Kept("head_rows", 4, 4)]
-    return arrays + _of_attention(shape.tokens, attention, size, dropped=model.attention_dropout > 0)
+        arrays += [Saved("heads", 4, 8), Saved("head_rows", 4, 4)]
+    return arrays + _saved_by_attention(shape.tokens, attention, size, dropout=model.attention_dropout > 0)
 
 
-def _seen_through(arrays: list[Kept]) -> list[Kept]:
-    """Of the arrays of unrolled blocks, those that the compiler leaves: it makes the others from them where needed.
+def _saved_unrolled(arrays: list[Saved]) -> list[Saved]:
+    """Returns the arrays that the compiler still saves if blocks are unrolled; it recomputes the others from them.
 
-    Found by looking at two compilers' memory: what is float32 for the sake of accuracy comes from what is not, and a
-    step of the activation from the one before. Of L/16, H200's keeps 10 % more than this and v5e's a third less.
+    An observation of the memory of two compilers: float32 copies are recomputed from the arrays in the lower precision,
+    and one intermediate result of the activation from the one before. For L/16, the compiler saves 10 % more than this
+    on H200 and a third less on v5e.
     """
-    size = next(one.itemsize for one in arrays if one.kind == "heads")
-    left = [one for one in arrays if one.itemsize == size or one.itemsize == 1]
+    size = next(array.itemsize for array in arrays if array.kind == "heads")
+    low_precision = [array for array in arrays if array.itemsize == size or array.itemsize == 1]
+    recomputed = [int(array.kind == "hidden" and array.itemsize == size) for array in low_precision]
     return [
-        dataclasses.replace(one, count=one.count - 1) if one.kind == "hidden" and one.itemsize == size else one
-        for one in left
-    ] + [Kept("width", size, 2)]
-
-
-def _of_attention(tokens: int, attention: str, size: int, *, dropped: bool) -> list[Kept]:
-    heads = Kept("heads", size, 4)  # queries, keys, values, output
-    if attention == "chunked":
-        return [heads, Kept("head_rows", 4, 1)]
-    if attention == "cudnn":  # of odd numbers of tokens the output is there with padding and without
-        return [heads, Kept("heads", size, tokens % 2), Kept("head_rows", 4, 1)]
-    return [
-        heads,
-        Kept("weights", 4, 1),  # float32, as the softmax gives them
-        Kept("weights", size, 1),  # as they meet the values
-        Kept("weights", 1, int(dropped)),
-        Kept("head_rows", 4, 2),
+        *(dataclasses.replace(array, count=array.count - less) for array, less in zip(low_precision, recomputed)),
+        Saved("width", size, 2),
     ]
 
 
-def _up(size: int, unit: int) -> int:
+def _saved_by_attention(tokens: int, attention: str, size: int, *, dropout: bool) -> list[Saved]:
+    heads = Saved("heads", size, 4)  # queries, keys, values, output
+    if attention == "chunked":
+        return [heads, Saved("head_rows", 4, 1)]
+    if attention == "cudnn":  # for odd numbers of tokens it saves the output with padding and without
+        return [heads, Saved("heads", size, tokens % 2), Saved("head_rows", 4, 1)]
+    return [
+        heads,
+        Saved("weights", 4, 1),  # the float32 result of the softmax
+        Saved("weights", size, 1),  # cast, for the product with the values
+        Saved("weights", 1, int(dropout)),
+        Saved("head_rows", 4, 2),
+    ]
+
+
+def _round_up(size: int, unit: int) -> int:
     return math.ceil(size / unit) * unit

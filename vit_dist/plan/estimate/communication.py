@@ -1,7 +1,7 @@
-"""What devices tell each other in a training step, by arithmetic: the collectives that the layout asks for.
+"""Estimates the collectives of a training step, from the layout alone.
 
-Compilers find others at times: a TPU's makes some reduce-scatters whole sums, which send twice as much, and sums over
-`context` and `fsdp` together. Sums of a few numbers are left out.
+Compilers differ at times: the TPU compiler turns some reduce-scatters into all-reduces, which send twice as much, and
+combines sums over `context` and `fsdp`. Sums of a few numbers are left out.
 """
 
 import math
@@ -15,78 +15,91 @@ from vit_dist.plan.estimate.workload import Axes, Workload
 FLOAT32 = 4
 
 
-def step_collectives(load: Workload) -> list[Collective]:
-    """The collectives of one step, on a mesh whose axes of one device are left out."""
-    said = [*_of_parameters(load), *_of_gradients(load), *_of_heads(load), *_of_tokens(load), *_of_images(load)]
-    return [one for one in said if one.axes and one.bytes]
+def step_collectives(work: Workload) -> list[Collective]:
+    """Returns the collectives of one step. Mesh axes of size 1 are left out."""
+    candidates = [
+        *_parameter_collectives(work),
+        *_gradient_sums(work),
+        *_tensor_sums(work),
+        *_attention_collectives(work),
+        *_image_permutes(work),
+    ]
+    return [collective for collective in candidates if collective.axes and collective.bytes]
 
 
-def _of_parameters(load: Workload) -> Iterator[Collective]:
-    """Parameters gathered before use and gradients scattered, block by block; what is outside once a micro-batch.
+def _parameter_collectives(work: Workload) -> Iterator[Collective]:
+    """Yields the gathering of parameters and the scattering of their gradients, over `fsdp`.
 
-    Blocks' travel in the dtype of the arithmetic. With `remat` the backward pass gathers them again; without, it keeps
-    them. For all micro-batches together gradients have been summed in float32.
+    The parameters of the blocks are gathered block by block in the dtype of the arithmetic, those outside once a
+    micro-batch in float32. With `remat` the backward pass gathers a block again; without, it keeps the gathered block.
+    If parameters are gathered once for all micro-batches, their gradients are summed in float32 before they are
+    scattered.
     """
-    axes, once = _there(load, layout.TABLE["width"]), load.gathers_once
-    blocks, others = load.gathered(load.held.blocks), load.gathered(load.held.others)
-    small, depth = load.itemsize / FLOAT32, load.shape.depth
-    times, around = (1, 0) if once else (load.times, int(load.times > 1))
-    passes = 1 if once or load.settings.model.remat == "none" else 2
-    block, within = round(blocks / depth * small), 0 if once else around + int(load.settings.model.scan)
-    yield Collective("all-gather", axes, block, depth * passes * times, within)
-    yield Collective("reduce-scatter", axes, round(blocks / depth) if once else block, depth * times, within)
-    yield Collective("all-gather", axes, round(others), times, around)
-    yield Collective("reduce-scatter", axes, round(others), times, around)
+    axes, once = _used_axes(work, layout.TABLE["width"]), work.gathers_once
+    blocks, others = work.gathered_bytes(work.state.blocks), work.gathered_bytes(work.state.others)
+    small, depth = work.itemsize / FLOAT32, work.shape.depth
+    executions, outer_loops = (1, 0) if once else (work.micro_batches, int(work.micro_batches > 1))
+    passes = 1 if once or work.settings.model.remat == "none" else 2
+    block, loops = round(blocks / depth * small), 0 if once else outer_loops + int(work.settings.model.scan)
+    yield Collective("all-gather", axes, block, depth * passes * executions, loops)
+    yield Collective("reduce-scatter", axes, round(blocks / depth) if once else block, depth * executions, loops)
+    yield Collective("all-gather", axes, round(others), executions, outer_loops)
+    yield Collective("reduce-scatter", axes, round(others), executions, outer_loops)
 
 
-def _of_gradients(load: Workload) -> Iterator[Collective]:
-    """The sum over replicas once a step, in float32, as parameters lie; over parts of an image in every block."""
-    own = load.own(load.held.blocks) + load.own(load.held.others)
-    yield Collective("all-reduce", _there(load, ("dcn_data", "data")), round(own), 1, 0)
-    block = load.own(load.held.blocks) / load.shape.depth * load.itemsize / FLOAT32
-    loops = int(load.settings.model.scan) + int(load.times > 1)
-    yield Collective("all-reduce", _there(load, ("context",)), round(block), load.shape.depth * load.times, loops)
+def _gradient_sums(work: Workload) -> Iterator[Collective]:
+    """Yields the sums of gradients: over replicas once a step in float32, over `context` in every block."""
+    local = work.device_bytes(work.state.blocks) + work.device_bytes(work.state.others)
+    yield Collective("all-reduce", _used_axes(work, ("dcn_data", "data")), round(local), 1, 0)
+    block = work.device_bytes(work.state.blocks) / work.shape.depth * work.itemsize / FLOAT32
+    executions = work.shape.depth * work.micro_batches
+    yield Collective("all-reduce", _used_axes(work, ("context",)), round(block), executions, _block_loops(work))
 
 
-def _of_heads(load: Workload) -> Iterator[Collective]:
-    """Sums of what the devices of a tensor group have each of a token [B, N, D].
+def _tensor_sums(work: Workload) -> Iterator[Collective]:
+    """Yields the sums over `tensor` of activations [B, N, D], of which each device has a partial sum.
 
-    Of attention's and of the MLP's output, and, on the way back, of the gradients of their inputs. Side by side, both
-    outputs are one sum. `remat="block"` makes again those that a later gradient needs.
+    Forward: the outputs of attention and MLP; backward: the gradients of their inputs. Parallel attention and MLP have
+    one sum for both outputs. With `remat="block"` the backward pass repeats the sums that a later gradient needs.
     """
-    model, shape = load.settings.model, load.shape
+    model, shape = work.settings.model, work.shape
     sums = 3 if shape.parallel else 4
     if model.remat == "block":
         scaled = model.layer_scale is not None
         sums += int(not shape.parallel or scaled) + int(scaled)
-    tokens = load.rows * load.part.tokens * shape.width * load.itemsize
-    loops = int(model.scan) + int(load.times > 1)
-    yield Collective("all-reduce", _there(load, ("tensor",)), round(tokens), sums * shape.depth * load.times, loops)
+    activations = work.rows * work.local.tokens * shape.width * work.itemsize
+    executions = sums * shape.depth * work.micro_batches
+    yield Collective("all-reduce", _used_axes(work, ("tensor",)), round(activations), executions, _block_loops(work))
 
 
-def _of_tokens(load: Workload) -> Iterator[Collective]:
-    """Attention over tokens that are split: keys and values go round, or tokens are traded for heads and back."""
-    axes, model, part = _there(load, ("context",)), load.settings.model, load.part
-    parts = load.sizes.get("context", 1)
-    one = load.rows * part.tokens * part.heads * part.head_size  # queries, keys, values or output of a device
-    blocks, loops = load.shape.depth * load.times, int(model.scan) + int(load.times > 1)
+def _attention_collectives(work: Workload) -> Iterator[Collective]:
+    """Yields what attention over split tokens sends: keys and values around a ring, or an all-to-all with heads."""
+    axes, model, local = _used_axes(work, ("context",)), work.settings.model, work.local
+    shards = work.sizes.get("context", 1)
+    elements = work.rows * local.tokens * local.heads * local.head_size  # queries, keys, values or output of a device
+    blocks, loops = work.shape.depth * work.micro_batches, _block_loops(work)
     if model.context_attention == "all_to_all":
-        again = {"none": 0, "names": 3, "block": 4}[model.remat]  # what is kept has its name before it is traded
-        yield Collective("all-to-all", axes, round(one * load.itemsize), (8 + again) * blocks, loops)
+        repeated = {"none": 0, "names": 3, "block": 4}[model.remat]  # "names" saves them as before the exchange
+        yield Collective("all-to-all", axes, round(elements * work.itemsize), (8 + repeated) * blocks, loops)
         return
     passes = 3 if model.remat == "block" else 2
-    turns = passes * (parts - 1) * 2
-    yield Collective("collective-permute", axes, round(one * load.itemsize), turns * blocks, loops + 1)
-    yield Collective("collective-permute", axes, round(one * FLOAT32), 2 * parts * blocks, loops + 1)  # gradients
+    sends = passes * (shards - 1) * 2
+    yield Collective("collective-permute", axes, round(elements * work.itemsize), sends * blocks, loops + 1)
+    yield Collective("collective-permute", axes, round(elements * FLOAT32), 2 * shards * blocks, loops + 1)  # gradients
 
 
-def _of_images(load: Workload) -> Iterator[Collective]:
-    """Images change places with their partners to be mixed, in float32."""
-    if load.settings.mixup or load.settings.cutmix:
-        pixels = math.prod(pair(load.settings.model.image_size)) * load.shape.channels
-        size = load.rows * load.times * pixels * FLOAT32
-        yield Collective("collective-permute", _there(load, layout.TABLE["batch"]), round(size), 1, 0)
+def _image_permutes(work: Workload) -> Iterator[Collective]:
+    """Yields the exchange of float32 images for mixup and CutMix."""
+    if work.settings.mixup or work.settings.cutmix:
+        pixels = math.prod(pair(work.settings.model.image_size)) * work.shape.channels
+        size = work.rows * work.micro_batches * pixels * FLOAT32
+        yield Collective("collective-permute", _used_axes(work, layout.TABLE["batch"]), round(size), 1, 0)
 
 
-def _there(load: Workload, axes: Axes) -> Axes:
-    return tuple(axis for axis in axes if load.sizes.get(axis, 1) > 1)
+def _block_loops(work: Workload) -> int:
+    """Returns the number of loops around a block: over blocks and over micro-batches."""
+    return int(work.settings.model.scan) + int(work.micro_batches > 1)
+
+
+def _used_axes(work: Workload, axes: Axes) -> Axes:
+    return tuple(axis for axis in axes if work.sizes.get(axis, 1) > 1)

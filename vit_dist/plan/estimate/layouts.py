@@ -1,7 +1,7 @@
-"""Every layout that a config may have on a target: meshes of all its devices, and ways to run a step on each.
+"""Enumerates the layouts of a config on a target, each with its estimate.
 
-A layout is a mesh, `model.remat`, `model.scan` and micro-batches. What the run computes is the config's own, but for
-the order of floating-point sums and, with micro-batches, the draws of dropout.
+A layout is a mesh of all devices, `model.remat`, `model.scan` and the micro-batches. Another layout computes the same
+as the config, except for the order of floating-point sums and, with micro-batches, the random draws of dropout.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from vit_dist.describe import CLASSES
 from vit_dist.mesh import layout, topology
 from vit_dist.model.vit import shape_of
 from vit_dist.plan import roofline
-from vit_dist.plan.estimate.step import Estimate, estimate, wires_of
-from vit_dist.plan.estimate.workload import state_bytes_of
+from vit_dist.plan.estimate.step import Estimate, estimate, mesh_links
+from vit_dist.plan.estimate.workload import state_bytes
 from vit_dist.plan.targets import Target
 from vit_dist.program import check_model
 from vit_dist.schema import flatten
 
-# The deepest model whose blocks are tried unrolled. Of L/16, with 24, the GPUs' compiler makes a program in half a
-# minute, and the TPUs' in more than two.
-UNROLLED = {"gpu": 24, "tpu": 8, "cpu": 24}
+# The deepest model whose blocks are also tried unrolled, by platform. L/16 has 24 blocks, which the GPU compiler
+# compiles in half a minute and the TPU compiler in more than two.
+MAX_UNROLLED = {"gpu": 24, "tpu": 8, "cpu": 24}
 
 _REMATS: tuple[Literal["none", "names", "block"], ...] = ("none", "names", "block")
 _GATHERS: tuple[Literal["step", "microbatch"], ...] = ("step", "microbatch")
@@ -33,71 +33,71 @@ _GATHERS: tuple[Literal["step", "microbatch"], ...] = ("step", "microbatch")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One that divides: the config with it, and what arithmetic says of it."""
+    """A layout over which the config divides."""
 
-    settings: Config
-    overrides: tuple[str, ...]  # `key=value` where it is not the config's own
-    parts: int  # into how many the model and its activations are cut
-    found: Estimate
-    seconds: float | None  # of a step; None where the chip's rates are not known
+    settings: Config  # the config with this layout
+    overrides: tuple[str, ...]  # `key=value` where it differs from the config
+    shards: int  # of the model and its activations: the devices of fsdp, context and tensor
+    estimate: Estimate
+    seconds: float | None  # likely time of a step; None if the chip's rates are unknown
 
     @property
-    def cost(self) -> float:
-        """What layouts are ranked by: seconds of a step, or arithmetic alone."""
-        return self.found.work.flops if self.seconds is None else self.seconds
+    def score(self) -> float:
+        """What layouts are ranked by, less is better: the seconds of a step, or its FLOPs if they are unknown."""
+        return self.estimate.cost.flops if self.seconds is None else self.seconds
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What says where the estimate of memory may be wrong: layouts of one kind err alike."""
+        """The settings that the error of the memory estimate depends on: layouts of one kind have a similar error."""
         model, several = self.settings.model, self.settings.accumulate_steps > 1
         return model.remat, model.scan, several, several and self.settings.accumulate_gather
 
 
 def layouts(settings: Config, target: Target, devices: Sequence[jax.Device]) -> tuple[list[Layout], list[str]]:
-    """The layouts that divide, the best first, and why the other meshes do not go, as `ConfigError` says it."""
+    """Returns the layouts over which the config divides, the best first, and the `ConfigError` of every other mesh."""
     classes = settings.model.num_classes or CLASSES
-    held = state_bytes_of(_with_classes(settings, classes))
-    own = _own_sizes(settings, len(devices))
-    found, refused = [], []
+    state = state_bytes(_with_classes(settings, classes))
+    own_sizes = _own_sizes(settings, len(devices))
+    candidates, refused = [], []
     for sizes in meshes(target):
         try:
             _check(_with_classes(settings, classes), sizes)
-            wires = wires_of(topology.make_mesh(sizes, devices), target.chip)
+            links = mesh_links(topology.make_mesh(sizes, devices), target.chip)
         except ConfigError as error:
             refused.append(str(error))
             continue
-        mesh = settings.mesh if sizes == own else config.Mesh(**sizes)
-        for one in _ways(dataclasses.replace(settings, mesh=mesh), sizes, target.chip.platform):
-            said = estimate(_with_classes(one, classes), target.chip, wires, held)
-            seconds = roofline.step_seconds(said.work, target.chip, one.model.dtype)
-            parts = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
-            found.append(Layout(one, _overrides(settings, one), parts, said, seconds))
-    return _ranked(found), refused
+        mesh = settings.mesh if sizes == own_sizes else config.Mesh(**sizes)
+        shards = sizes["fsdp"] * sizes["context"] * sizes["tensor"]
+        for changed in _step_variants(dataclasses.replace(settings, mesh=mesh), sizes, target.chip.platform):
+            estimated = estimate(_with_classes(changed, classes), target.chip, links, state)
+            seconds = roofline.step_seconds(estimated.cost, target.chip, changed.model.dtype)
+            candidates.append(Layout(changed, _overrides(settings, changed), shards, estimated, seconds))
+    return _ranked(candidates), refused
 
 
 def meshes(target: Target) -> Iterator[dict[str, int]]:
-    """Axis sizes of every mesh of all devices of a target.
+    """Yields the axis sizes of every mesh of all devices of a target.
 
-    TPU slices are replicas of each other, as the network between them asks; nodes may be, or not.
+    TPU slices are always replicas of each other, because the network between them is slow; GPU nodes may be.
     """
     groups = {"tpu": (target.slices,), "gpu": (1, target.shape[0]), "cpu": (1,)}[target.chip.platform]
     for replicas in dict.fromkeys(groups):
-        for data, fsdp, parts, tensor in _factors(target.count // replicas, 4):
-            yield {"dcn_data": replicas, "data": data, "fsdp": fsdp, "context": parts, "tensor": tensor}
+        for data, fsdp, context, tensor in _factors(target.count // replicas, 4):
+            yield {"dcn_data": replicas, "data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
 
 
-def _ranked(found: list[Layout]) -> list[Layout]:
-    """The quickest first; of equal ones that with fewer micro-batches, fewer changes, fewer parts, less memory."""
+def _ranked(candidates: list[Layout]) -> list[Layout]:
+    """Returns the fastest first; of equals, that with fewer micro-batches, changes, shards and bytes."""
 
-    def order(one: Layout) -> tuple[Any, ...]:
-        times, changes = one.settings.accumulate_steps, len(one.overrides)
-        return one.cost, times, changes, one.parts, one.found.peak_bytes, one.overrides
+    def order(layout: Layout) -> tuple[Any, ...]:
+        micro_batches, changes = layout.settings.accumulate_steps, len(layout.overrides)
+        return layout.score, micro_batches, changes, layout.shards, layout.estimate.peak_bytes, layout.overrides
 
-    return sorted(found, key=order)
+    return sorted(candidates, key=order)
 
 
 def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write a number as a product of so many, in order."""
+    """Yields every ordered product of `count` positive integers that equals `number`."""
     if count == 1:
         yield (number,)
         return
@@ -107,32 +107,32 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _check(settings: Config, sizes: dict[str, int]) -> None:
-    """Raises `ConfigError` where the config's numbers do not divide over a mesh, as its program would."""
+    """Raises `ConfigError` if the config does not divide over a mesh, as its program would."""
     layout.check_divides("batch_size", settings.batch_size, "batch", sizes)
     check_model(settings.model, sizes)
 
 
-def _ways(settings: Config, sizes: dict[str, int], platform: str) -> Iterator[Config]:
-    """The config on its mesh with every remat, scan and number of micro-batches."""
+def _step_variants(settings: Config, sizes: dict[str, int], platform: str) -> Iterator[Config]:
+    """Yields the config with every remat, scan and number of micro-batches."""
     model, rows = settings.model, settings.batch_size // math.prod(sizes[axis] for axis in layout.TABLE["batch"])
-    shallow = shape_of(_with_classes(settings, CLASSES).model).depth <= UNROLLED[platform]
+    shallow = shape_of(_with_classes(settings, CLASSES).model).depth <= MAX_UNROLLED[platform]
     scans = (True, False) if shallow or not model.scan else (True,)
-    asked = {2**power for power in range(rows.bit_length())} | {settings.accumulate_steps}
-    for times in sorted(times for times in asked if rows % times == 0):
-        gathers = _GATHERS if times > 1 and sizes["fsdp"] > 1 else (settings.accumulate_gather,)
+    counts = {2**power for power in range(rows.bit_length())} | {settings.accumulate_steps}
+    for micro_batches in sorted(count for count in counts if rows % count == 0):
+        gathers = _GATHERS if micro_batches > 1 and sizes["fsdp"] > 1 else (settings.accumulate_gather,)
         for gather in gathers:
             for remat in _REMATS:
                 for scan in scans:
                     yield dataclasses.replace(
                         settings,
                         model=dataclasses.replace(model, remat=remat, scan=scan),
-                        accumulate_steps=times,
+                        accumulate_steps=micro_batches,
                         accumulate_gather=gather,
                     )
 
 
 def _own_sizes(settings: Config, devices: int) -> dict[str, int] | None:
-    """The axis sizes of the config's own mesh; None where it cannot be had."""
+    """Returns the axis sizes of the config's own mesh; None if the devices do not divide over it."""
     try:
         return topology.axis_sizes(settings.mesh, devices)
     except ConfigError:
@@ -140,7 +140,7 @@ def _own_sizes(settings: Config, devices: int) -> dict[str, int] | None:
 
 
 def _overrides(settings: Config, changed: Config) -> tuple[str, ...]:
-    flat = {
+    layout_values = {
         **{f"mesh.{axis}": size for axis, size in dataclasses.asdict(changed.mesh).items()},
         "model.remat": changed.model.remat,
         "model.scan": changed.model.scan,
@@ -148,7 +148,7 @@ def _overrides(settings: Config, changed: Config) -> tuple[str, ...]:
         "accumulate_gather": changed.accumulate_gather,
     }
     own = flatten(dataclasses.asdict(settings))
-    differing = ((key, value) for key, value in flat.items() if own[key] != value)
+    differing = ((key, value) for key, value in layout_values.items() if own[key] != value)
     return tuple(recipes.assignment(key, value) for key, value in differing)
 
 

@@ -1,8 +1,8 @@
-"""The quickest layout that fits: all layouts of a target ranked by arithmetic, the best of them compiled.
+"""Searches for the fastest layout that fits: ranks all layouts of a target by estimate and compiles the best.
 
-The compiler is asked about the config's own layout and then in the order that `layouts` gives, until a few are found
-to fit: what it says of memory wins. The choice is the one of these whose compiled program is the quickest; where no
-time is known, the first. The order depends on nothing but the config and the target.
+The config's own layout is compiled first, then the others in the order of `layouts`, until a few fit by the compiler's
+own count of memory. The choice is the layout whose compiled program is the fastest or, if no times are known, the
+first. The order depends on the config and the target alone.
 """
 
 import dataclasses
@@ -13,156 +13,164 @@ from typing import Any
 import jax
 
 from vit_dist.config import Config, ConfigError
+from vit_dist.plan.analysis import Analysis
 from vit_dist.plan.estimate.layouts import Layout, layouts
 from vit_dist.plan.targets import Target
 
-Account = dict[str, Any]
-
-FRONT = 3  # how many are to be found to fit, beside the config's own
-SECONDS = 480.0  # after which no more compilations begin
-SHOWN = 10
-DOUBT = 1.1  # the compiler is asked about what the estimate puts no further above a device's memory than this
+WANTED = 3  # layouts that must fit, beside the config's own, before the search ends
+SECONDS = 480.0  # after which no compilation starts
+SHOWN = 10  # layouts in the ranking
+TOLERANCE = 1.1  # layouts whose estimate exceeds a device's memory by more than this factor are not compiled
 GIB = 2**30
+
+Overrides = tuple[str, ...]  # of a layout
 
 
 @dataclasses.dataclass
-class _Asked:
-    """What was compiled, by overrides, and what need not be: it is larger than one like it that was refused."""
+class _Compilations:
+    """The results of compiling layouts."""
 
-    accounts: dict[tuple[str, ...], Account]
-    passed_over: set[tuple[str, ...]]
-    failed: dict[tuple[str, ...], str]  # why no program could be made of it
+    analyses: dict[Overrides, Analysis]
+    skipped: set[Overrides]  # larger than a layout of the same kind that was too large
+    failed: dict[Overrides, str]  # the compiler's error
 
     @property
-    def begun(self) -> bool:
-        return bool(self.accounts or self.failed)
+    def started(self) -> bool:
+        return bool(self.analyses or self.failed)
 
-    def fits(self, one: Layout) -> bool:
-        """Whether the compiler found it to fit, or has no limit."""
-        return one.overrides in self.accounts and self.accounts[one.overrides]["fits"] is not False
+    def fits(self, layout: Layout) -> bool:
+        """Whether a layout was compiled and is not too large."""
+        return layout.overrides in self.analyses and self.analyses[layout.overrides]["fits"] is not False
+
+    def peak_bytes(self, layout: Layout) -> int:
+        """Returns the compiler's figure or, without one, the estimate."""
+        analysis = self.analyses.get(layout.overrides)
+        return layout.estimate.peak_bytes if analysis is None else analysis["peak_bytes"]
 
 
 def search(
     settings: Config,
     target: Target,
     devices: Sequence[jax.Device],
-    account_of: Callable[[Config], Account],
+    analyse: Callable[[Config], Analysis],
     *,
-    front: int = FRONT,
+    wanted: int = WANTED,
     seconds: float = SECONDS,
-) -> Account:
-    """The quickest layouts of a config on all devices of a target, at its batch size.
+) -> dict[str, Any]:
+    """Returns the fastest layouts of a config on all devices of a target, at its batch size.
 
-    account_of: compiles a config and says {fits, peak_bytes, step_ms}. No compilation begins once `front` other layouts
-    were found to fit, or after so many `seconds`; where none of those compiled fits, the smallest of all has its turn.
+    Args:
+      settings: the config.
+      target: the hardware.
+      devices: the target's devices.
+      analyse: compiles a config and returns at least {fits, peak_bytes, step_ms}.
+      wanted: no compilation starts after so many layouts, beside the config's own, fit.
+      seconds: no compilation starts after this time. If no compiled layout fits, the smallest is compiled in the end.
 
-    Returns choice: {overrides, step_ms, peak_bytes}, the compiler's figures, None where nothing was found to fit.
-    smallest: {overrides, peak_bytes} of the least memory that any layout takes. ranking: the best by estimate and all
-    that were compiled, as {overrides, step_ms, estimated_bytes (both estimated), compiled_step_ms, peak_bytes (the
-    compiler's where it was asked), note}. fallen: {reason, count, example}. overrides: `key=value` where a layout is
-    not the config's own.
+    Returns:
+      - choice: {overrides, step_ms, peak_bytes} of the fastest compiled layout; None if none fits.
+      - smallest: {overrides, peak_bytes} of the layout with the least memory.
+      - ranking: the best layouts by estimate and all compiled ones, as {overrides, step_ms, estimated_bytes (both
+        estimated), compiled_step_ms, peak_bytes (the compiler's if it was compiled), note}.
+      - fallen: {reason, count, example} of the rejected layouts.
+
+      overrides are `key=value` where a layout differs from the config.
     """
-    found, refused = layouts(settings, target, devices)
+    candidates, refused = layouts(settings, target, devices)
     limit = target.chip.memory_bytes
-    asked = _ask(found, limit, account_of, front, time.monotonic() + seconds)
-    fitting = [one for one in found if asked.fits(one)]
-    choice = min(fitting, key=lambda one: asked.accounts[one.overrides]["step_ms"] or 0.0, default=None)
-    notes = {one.overrides: _note(one, one is choice, asked, limit) for one in found}
-    likely = [one for one in found if not notes[one.overrides].startswith("too large by estimate")]
-    shown = [one for place, one in enumerate(likely) if place < SHOWN or one.overrides in asked.accounts]
-    smallest = min(found, key=lambda one: _peak(one, asked), default=None)
+    compiled = _compile_best(candidates, limit, analyse, wanted, time.monotonic() + seconds)
+    fitting = [layout for layout in candidates if compiled.fits(layout)]
+    choice = min(fitting, key=lambda layout: compiled.analyses[layout.overrides]["step_ms"] or 0.0, default=None)
+    notes = {layout.overrides: _note(layout, layout is choice, compiled, limit) for layout in candidates}
+    likely = [layout for layout in candidates if not notes[layout.overrides].startswith("too large by estimate")]
+    shown = [layout for rank, layout in enumerate(likely) if rank < SHOWN or layout.overrides in compiled.analyses]
+    smallest = min(candidates, key=compiled.peak_bytes, default=None)
     return {
-        "choice": None if choice is None else _of_account(choice, asked),
-        "smallest": smallest and {"overrides": list(smallest.overrides), "peak_bytes": _peak(smallest, asked)},
-        "ranking": [_row(one, asked, notes[one.overrides]) for one in shown],
-        "fallen": _fallen(found, refused, notes, limit),
+        "choice": choice and _choice(choice, compiled),
+        "smallest": smallest and {"overrides": list(smallest.overrides), "peak_bytes": compiled.peak_bytes(smallest)},
+        "ranking": [_ranking_row(layout, compiled, notes[layout.overrides]) for layout in shown],
+        "fallen": _rejected(candidates, refused, notes, limit),
     }
 
 
-def _ask(
-    found: list[Layout], limit: int | None, account_of: Callable[[Config], Account], front: int, deadline: float
-) -> _Asked:
-    """Compiles the config's own layout and the first others, until `front` fit; one at least."""
-    asked, refused, fitting = _Asked({}, set(), {}), dict[Any, int](), 0
-    for one in sorted(found, key=lambda one: one.overrides != ()):
-        if fitting == front or (asked.begun and time.monotonic() >= deadline):
+def _compile_best(
+    candidates: list[Layout], limit: int | None, analyse: Callable[[Config], Analysis], wanted: int, deadline: float
+) -> _Compilations:
+    """Compiles the config's own layout and the best others until `wanted` others fit; at least one."""
+    compiled, too_large, fitting = _Compilations({}, set(), {}), dict[Any, int](), 0
+    for layout in sorted(candidates, key=lambda layout: layout.overrides != ()):
+        if fitting == wanted or (compiled.started and time.monotonic() >= deadline):
             break
-        size = one.found.peak_bytes
-        if limit is not None and size > DOUBT * limit:
+        size = layout.estimate.peak_bytes
+        if limit is not None and size > TOLERANCE * limit:
             continue
-        if size >= refused.get(one.kind, size + 1):
-            asked.passed_over.add(one.overrides)
+        if size >= too_large.get(layout.kind, size + 1):
+            compiled.skipped.add(layout.overrides)
             continue
         try:
-            asked.accounts[one.overrides] = account_of(one.settings)
-        except ConfigError as error:  # of this layout, which is then none
-            asked.failed[one.overrides] = str(error)
+            compiled.analyses[layout.overrides] = analyse(layout.settings)
+        except ConfigError as error:  # rejects this layout alone
+            compiled.failed[layout.overrides] = str(error)
             continue
-        fitting += asked.fits(one) and one.overrides != ()
-        if not asked.fits(one):
-            refused[one.kind] = size
-    smallest = min(found, key=lambda one: one.found.peak_bytes, default=None)
-    if smallest is not None and not any(map(asked.fits, found)) and smallest.overrides not in asked.accounts:
-        asked.accounts[smallest.overrides] = account_of(smallest.settings)
-    return asked
+        fitting += compiled.fits(layout) and layout.overrides != ()
+        if not compiled.fits(layout):
+            too_large[layout.kind] = size
+    smallest = min(candidates, key=lambda layout: layout.estimate.peak_bytes, default=None)
+    if smallest is not None and not any(map(compiled.fits, candidates)) and smallest.overrides not in compiled.analyses:
+        compiled.analyses[smallest.overrides] = analyse(smallest.settings)
+    return compiled
 
 
-def _note(one: Layout, is_choice: bool, asked: _Asked, limit: int | None) -> str:
-    """What became of a layout."""
+def _note(layout: Layout, is_choice: bool, compiled: _Compilations, limit: int | None) -> str:
+    """Returns why a layout was or was not chosen."""
     if is_choice:
         return "the choice"
-    if one.overrides in asked.accounts:
-        return "fits" if asked.fits(one) else "too large by the compiler"
-    if limit is not None and one.found.peak_bytes > DOUBT * limit:
+    if layout.overrides in compiled.analyses:
+        return "fits" if compiled.fits(layout) else "too large by the compiler"
+    if limit is not None and layout.estimate.peak_bytes > TOLERANCE * limit:
         return "too large by estimate"
-    if one.overrides in asked.failed:
-        return f"cannot be compiled: {asked.failed[one.overrides]}"
-    if one.overrides in asked.passed_over:
-        return "larger than one like it that the compiler found too large"
-    return "not compiled" if one.seconds is None else "slower by estimate, not compiled"
+    if layout.overrides in compiled.failed:
+        return f"cannot be compiled: {compiled.failed[layout.overrides]}"
+    if layout.overrides in compiled.skipped:
+        return "larger than a similar layout that is too large by the compiler"
+    return "not compiled" if layout.seconds is None else "slower by estimate, not compiled"
 
 
-def _fallen(
-    found: list[Layout], refused: list[str], notes: dict[tuple[str, ...], str], limit: int | None
-) -> list[Account]:
-    """How many layouts fell for each reason, the commonest first, with the first of them."""
-    rows: dict[str, Account] = {}
+def _rejected(
+    candidates: list[Layout], refused: list[str], notes: dict[Overrides, str], limit: int | None
+) -> list[dict[str, Any]]:
+    """Returns the number of layouts rejected for each reason, the most frequent first, with an example of each."""
+    rows: dict[str, dict[str, Any]] = {}
 
     def add(reason: str, example: str) -> None:
         rows.setdefault(reason, {"reason": reason, "count": 0, "example": example})["count"] += 1
 
     for message in refused:
-        add(f"{message.partition(':')[0]} does not go with the mesh", message)
-    for one in found:
-        note = notes[one.overrides]
+        add(f"{message.partition(':')[0]} is not valid on the mesh", message)
+    for layout in candidates:
+        note = notes[layout.overrides]
         if note not in ("the choice", "fits"):
-            add(note, " ".join(one.overrides) or "as it is")
+            add(note, " ".join(layout.overrides) or "as it is")
     if (row := rows.get("too large by estimate")) and limit is not None:
-        over = min(one.found.peak_bytes for one in found if one.found.peak_bytes > DOUBT * limit) - limit
-        row["reason"] += f", by {over / GIB:.1f} GiB or more"
+        sizes = [layout.estimate.peak_bytes for layout in candidates]
+        excess = min(size for size in sizes if size > TOLERANCE * limit) - limit
+        row["reason"] += f", by {excess / GIB:.1f} GiB or more"
     return sorted(rows.values(), key=lambda row: (-row["count"], row["reason"]))
 
 
-def _row(one: Layout, asked: _Asked, note: str) -> Account:
-    step_ms = None if one.seconds is None else one.seconds * 1000
+def _ranking_row(layout: Layout, compiled: _Compilations, note: str) -> dict[str, Any]:
     return {
-        "overrides": list(one.overrides),
-        "step_ms": step_ms,
-        "compiled_step_ms": asked.accounts.get(one.overrides, {}).get("step_ms"),
-        "peak_bytes": _peak(one, asked),
-        "estimated_bytes": one.found.peak_bytes,
+        "overrides": list(layout.overrides),
+        "step_ms": None if layout.seconds is None else layout.seconds * 1000,
+        "compiled_step_ms": compiled.analyses.get(layout.overrides, {}).get("step_ms"),
+        "peak_bytes": compiled.peak_bytes(layout),
+        "estimated_bytes": layout.estimate.peak_bytes,
         "note": note,
     }
 
 
-def _of_account(one: Layout, asked: _Asked) -> Account:
-    account = asked.accounts[one.overrides]
+def _choice(layout: Layout, compiled: _Compilations) -> dict[str, Any]:
+    analysis = compiled.analyses[layout.overrides]
     return {
-        "overrides": list(one.overrides), "step_ms": account["step_ms"], "peak_bytes": account["peak_bytes"]
+        "overrides": list(layout.overrides), "step_ms": analysis["step_ms"], "peak_bytes": analysis["peak_bytes"]
     }  # fmt: skip
-
-
-def _peak(one: Layout, asked: _Asked) -> int:
-    """The compiler's figure where there is one, else the estimate."""
-    account = asked.accounts.get(one.overrides)
-    return one.found.peak_bytes if account is None else account["peak_bytes"]

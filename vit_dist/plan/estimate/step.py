@@ -1,9 +1,9 @@
-"""Memory and work of one layout by arithmetic alone: what a search ranks thousands of layouts by, without a compiler.
+"""Estimates memory and cost of one layout without a compiler, so that a search can rank thousands of layouts.
 
-What a device holds follows exactly from the shapes of the state and the names of their dimensions; what a block keeps
-for its backward pass, from `activations`. The rest of a step's temporaries and what moves through memory are estimated
-with the constants below, each of which was found once, on the programs that XLA's compilers made of L/16, g/14, B/16
-and 22B for H200, v5e and v5p. The compiler has the last word.
+The bytes of the state on a device follow exactly from its shapes and the names of their dimensions, and those that a
+block saves for its backward pass from `activations`. The other temporaries and the bytes moved through memory are
+estimated with the constants below. Each was fitted once to the programs that XLA's compilers made of L/16, g/14, B/16
+and 22B for H200, v5e and v5p. The search compiles the best layouts, and the compiler's figures replace the estimate.
 """
 
 import dataclasses
@@ -15,170 +15,184 @@ from jax.sharding import Mesh
 from vit_dist.config import Config, pair
 from vit_dist.mesh import layout
 from vit_dist.model.context import CHUNK
-from vit_dist.plan import links
 from vit_dist.plan.arithmetic import Sizes, device_count, device_flops
-from vit_dist.plan.estimate.activations import Kept, kept, kept_bytes
+from vit_dist.plan.estimate.activations import Saved, saved_arrays, saved_bytes
 from vit_dist.plan.estimate.communication import FLOAT32, step_collectives
-from vit_dist.plan.estimate.workload import Axes, StateBytes, Workload, workload_of
+from vit_dist.plan.estimate.workload import Axes, StateBytes, Workload, device_workload
+from vit_dist.plan.links import Link, group, slowest_link
 from vit_dist.plan.roofline import Cost, transfer
 from vit_dist.plan.targets import Chip
 
-# What one block's backward pass has at once besides what was kept, in the dtype of the arithmetic: queries, keys,
-# values and output and their gradients; the hidden units before and after the activation and their gradient; gradients
-# of its input and output. These are there in float32, too.
+# The arrays that the backward pass of one block holds at once besides the saved ones, in the dtype of the arithmetic.
+# heads: queries, keys, values, output and the gradient of each. hidden: before and after the activation, and a
+# gradient. width: the gradients of input and output, of which there is also a float32 copy.
 WORKSPACE = {"heads": 8, "hidden": 3, "width": 2}
-WHOLE_COPIES = 3  # of the blocks' parameters in float32 with accumulate_gather=step: two sums of gradients and a third
-LOGITS = 3  # float32 arrays of a number for each class and example: logits, targets, gradients
+GATHERED_COPIES = 3  # float32 arrays as large as all gathered blocks that accumulate_gather=step needs for gradients
+LOGITS = 3  # float32 arrays [examples, classes]: logits, targets, gradients
 
-# How often a block moves an array like its input through memory between its products, there and back; how often an
-# array that it keeps is moved, into the stack over blocks and out of it. A TPU's compiler fuses most of it with
-# products and keeps arrays on the chip.
+# PASSES: how often a block reads or writes an array of the size of its input outside of matrix products. STACK_PASSES:
+# how often it reads or writes each saved array, to put it into the stack over blocks and to take it out. The TPU
+# compiler fuses most of these with products, and keeps arrays on the chip.
 PASSES = {"gpu": 118, "tpu": 30, "cpu": 118}
-STACKED = {"gpu": 4.0, "tpu": 1.2, "cpu": 4.0}
-SPLIT = 0.6  # of these passes, the share that a tensor group splits
+STACK_PASSES = {"gpu": 4.0, "tpu": 1.2, "cpu": 4.0}
+TENSOR_SHARE = 0.6  # share of PASSES that a tensor group splits
 
 
 @dataclasses.dataclass(frozen=True)
-class Wires:
-    """A mesh as one device sees it: its axes and sizes, and the wire, by name and bytes/s, that some talk over."""
+class MeshLinks:
+    """The sizes of a mesh and the links that its collectives use."""
 
     sizes: Sizes
-    links: Mapping[Axes, tuple[str, float | None]]
+    by_axes: Mapping[Axes, Link]
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """memory: bytes on one device by what they are for. work: of one device in a step."""
+    """The estimated memory and cost of a step on one device."""
 
-    memory: dict[str, int]
-    work: Cost
+    memory: dict[str, int]  # bytes by use
+    cost: Cost
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes at the worst moment of a step."""
+        """The bytes at the peak of a step."""
         return sum(self.memory.values())
 
 
-def wires_of(mesh: Mesh, chip: Chip) -> Wires:
-    """The wires of a mesh of these chips."""
+def mesh_links(mesh: Mesh, chip: Chip) -> MeshLinks:
+    """Returns the links of a mesh of these chips."""
     batch, width = layout.TABLE["batch"], layout.TABLE["width"]
     replicas = tuple(axis for axis in batch if axis not in width)
-    spoken = (batch, replicas, width, layout.TABLE["tokens"], layout.TABLE["heads"])
-    groups = {tuple(axis for axis in axes if axis in mesh.shape) for axes in spoken}
-    return Wires(dict(mesh.shape), {axes: links.link(chip, links.group(mesh, axes)) for axes in groups})
+    collectives_over = (batch, replicas, width, layout.TABLE["tokens"], layout.TABLE["heads"])
+    groups = {tuple(axis for axis in axes if axis in mesh.shape) for axes in collectives_over}
+    return MeshLinks(dict(mesh.shape), {axes: slowest_link(chip, group(mesh, axes)) for axes in groups})
 
 
-def estimate(settings: Config, chip: Chip, wires: Wires, held: StateBytes) -> Estimate:
-    """Memory and work of a config's training step on a mesh that its numbers divide over.
+def estimate(settings: Config, chip: Chip, links: MeshLinks, state: StateBytes) -> Estimate:
+    """Returns the estimated memory and cost of a config's training step.
 
-    settings: with `model.num_classes` filled in. held: `state_bytes_of(settings)`, whatever its mesh, batch, remat and
-    scan.
+    Args:
+      settings: the config, `model.num_classes` filled in; its numbers divide over the mesh.
+      chip: the kind of device.
+      links: the mesh and its links. The config's own mesh is ignored.
+      state: `state_bytes(settings)`, which does not depend on mesh, batch, remat and scan.
     """
-    load = workload_of(settings, chip.platform, wires.sizes, held)
-    other = _update_bytes(load) + _between_products(load)
-    model = load.settings.model
+    work = device_workload(settings, chip.platform, links.sizes, state)
+    other_bytes = _update_bytes(work) + _elementwise_bytes(work)
     transfers = (
-        transfer(one, device_count(load.sizes, one.axes), wires.links[one.axes], model, load.times)
-        for one in step_collectives(load)
+        transfer(
+            collective,
+            device_count(work.sizes, collective.axes),
+            links.by_axes[collective.axes],
+            settings.model,
+            work.micro_batches,
+        )
+        for collective in step_collectives(work)
     )
-    work = Cost(
-        flops=device_flops(settings, load.attention, load.sizes),
-        bytes=other + _product_bytes(load),
-        other_bytes=other,
-        transfers=tuple(one for one in transfers if one is not None),
+    cost = Cost(
+        flops=device_flops(settings, work.attention, work.sizes),
+        bytes=other_bytes + _product_bytes(work),
+        other_bytes=other_bytes,
+        transfers=tuple(transfer for transfer in transfers if transfer is not None),
     )
-    return Estimate({name: round(size) for name, size in _memory(load).items()}, work)
+    return Estimate({name: round(size) for name, size in _memory(work).items()}, cost)
 
 
-def _memory(load: Workload) -> dict[str, float]:
-    """Bytes by what they are for at the worst moment, which is early in the backward pass.
+def _memory(work: Workload) -> dict[str, float]:
+    """Returns bytes by use at the peak of a step, which is early in the backward pass.
 
-    parameters, optimizer, ema, batch are exact. activations: what all blocks keep; a GPU's compiler begins a
-    micro-batch before the last is done where it can gather parameters ahead. gathered: blocks' parameters in the dtype
-    of the arithmetic, whole where the backward pass keeps them, else cast once, as they lie. gradients: float32, as
-    parameters lie, twice where they are summed. head: its kernel whole, float32, with its gradient; logits. workspace:
-    see above.
+    - parameters, optimizer, ema, batch: exact.
+    - activations: what all blocks save. If parameters are gathered for each micro-batch, the GPU compiler starts a
+      micro-batch before the previous one has ended, and holds two sets.
+    - gathered: the blocks' parameters in the dtype of the arithmetic; gathered if the backward pass keeps them so, else
+      a cast of the device's own shard.
+    - gradients: float32, sharded like the parameters; twice if micro-batches are summed.
+    - head: its gathered kernel and gradient in float32; logits.
+    - workspace: see `WORKSPACE`; the images in the dtype of the arithmetic.
     """
-    model, held, pixels = load.settings.model, load.held, _pixels(load)
-    own = load.own(held.blocks) + load.own(held.others)
-    images = load.rows * load.times
-    gradients = own * min(2, load.times)
-    gathered = _kept_parameters(load) if model.remat == "none" else _cast_parameters(load)
-    if load.gathers_once:
-        whole = load.gathered(held.blocks)
-        gradients += WHOLE_COPIES * whole
-        gathered += whole * load.itemsize / FLOAT32
-    gathers_often = load.times > 1 and load.sizes.get("fsdp", 1) > 1 and not load.gathers_once
-    two_at_once = load.platform == "gpu" and gathers_often
-    head = (model.pre_logits or load.shape.width) * load.shape.classes
+    model, state, pixels = work.settings.model, work.state, _pixels(work)
+    parameters = work.device_bytes(state.blocks) + work.device_bytes(state.others)
+    images = work.rows * work.micro_batches
+    gradients = parameters * min(2, work.micro_batches)
+    gathered = _saved_parameters(work) if model.remat == "none" else _cast_parameters(work)
+    if work.gathers_once:
+        blocks = work.gathered_bytes(state.blocks)
+        gradients += GATHERED_COPIES * blocks
+        gathered += blocks * work.itemsize / FLOAT32
+    gathers_often = work.micro_batches > 1 and work.sizes.get("fsdp", 1) > 1 and not work.gathers_once
+    two_at_once = work.platform == "gpu" and gathers_often
+    head = (model.pre_logits or work.shape.width) * work.shape.classes
     return {
-        "parameters": own,
-        "optimizer": load.own(held.optimizer),
-        "ema": load.own(held.ema),
-        "batch": images * (pixels + 8),  # a byte each; a label and a number in 4 each
-        "activations": _kept(load) * (2 if two_at_once else 1),
+        "parameters": parameters,
+        "optimizer": work.device_bytes(state.optimizer),
+        "ema": work.device_bytes(state.ema),
+        "batch": images * (pixels + 8),  # uint8 pixels; label and id are int32
+        "activations": _saved_activations(work) * (2 if two_at_once else 1),
         "gathered": gathered,
         "gradients": gradients,
-        "head": 2 * FLOAT32 * head + LOGITS * FLOAT32 * load.rows * load.shape.classes,
-        "workspace": load.rows * _workspace(load) + images * pixels * load.itemsize,
+        "head": 2 * FLOAT32 * head + LOGITS * FLOAT32 * work.rows * work.shape.classes,
+        "workspace": work.rows * _workspace(work) + images * pixels * work.itemsize,
     }
 
 
-def _kept(load: Workload) -> float:
-    """Bytes that all blocks keep of one micro-batch."""
-    model = load.settings.model
-    return load.shape.depth * load.rows * kept_bytes(kept(model, load.attention), load.part)
+def _saved_activations(work: Workload) -> float:
+    """Returns the bytes that all blocks save of one micro-batch."""
+    arrays = saved_arrays(work.settings.model, work.attention)
+    return work.shape.depth * work.rows * saved_bytes(arrays, work.local)
 
 
-def _kept_parameters(load: Workload) -> float:
-    """Bytes of all blocks' parameters as they meet the activations, where the backward pass finds them as they were."""
-    whole = load.gathered(load.held.blocks) * load.itemsize / FLOAT32
-    made = load.itemsize < FLOAT32 or load.sizes.get("fsdp", 1) > 1  # otherwise they are the parameters themselves
-    return whole if made else 0.0
+def _saved_parameters(work: Workload) -> float:
+    """Returns the bytes of all blocks' cast and gathered parameters, which `remat="none"` saves."""
+    is_copy = work.itemsize < FLOAT32 or work.sizes.get("fsdp", 1) > 1
+    return work.gathered_bytes(work.state.blocks) * work.itemsize / FLOAT32 if is_copy else 0.0
 
 
-def _cast_parameters(load: Workload) -> float:
-    return load.own(load.held.blocks) * load.itemsize / FLOAT32 if load.itemsize < FLOAT32 else 0.0
+def _cast_parameters(work: Workload) -> float:
+    is_copy = work.itemsize < FLOAT32
+    return work.device_bytes(work.state.blocks) * work.itemsize / FLOAT32 if is_copy else 0.0
 
 
-def _workspace(load: Workload) -> float:
-    """Bytes that one block has at once for one example."""
-    part = load.part
-    arrays = [Kept(kind, load.itemsize, number) for kind, number in WORKSPACE.items()]
-    size = kept_bytes([*arrays, Kept("width", FLOAT32, WORKSPACE["width"])], part)
-    if load.attention == "xla":  # the weights, as the softmax gives them and as they meet the values
-        return size + part.elements("weights") * (FLOAT32 + load.itemsize)
-    if load.attention == "chunked":
-        return size + part.heads * part.tokens * min(CHUNK, part.tokens) * (FLOAT32 + load.itemsize)
+def _workspace(work: Workload) -> float:
+    """Returns the bytes of the workspace of one block for one example."""
+    local = work.local
+    arrays = [Saved(kind, work.itemsize, count) for kind, count in WORKSPACE.items()]
+    size = saved_bytes([*arrays, Saved("width", FLOAT32, WORKSPACE["width"])], local)
+    if work.attention == "xla":  # the attention weights in float32 and cast
+        return size + local.elements("weights") * (FLOAT32 + work.itemsize)
+    if work.attention == "chunked":
+        return size + local.heads * local.tokens * min(CHUNK, local.tokens) * (FLOAT32 + work.itemsize)
     return size
 
 
-def _update_bytes(load: Workload) -> float:
-    """Moved by the optimizer: the state is read and written; gradients are written, and read for a norm and for use."""
-    held = load.held
-    own = load.own(held.blocks) + load.own(held.others)
-    return 2 * (own + load.own(held.optimizer) + load.own(held.ema)) + 3 * own
+def _update_bytes(work: Workload) -> float:
+    """Returns the bytes that the optimizer moves: it reads and writes the state, and gradients pass memory three times.
+
+    Gradients are written, read for their norm, and read for the update.
+    """
+    state = work.state
+    parameters = work.device_bytes(state.blocks) + work.device_bytes(state.others)
+    return 2 * (parameters + work.device_bytes(state.optimizer) + work.device_bytes(state.ema)) + 3 * parameters
 
 
-def _between_products(load: Workload) -> float:
-    """Moved between products: see `PASSES`. What is kept of blocks that no loop runs is written and read in place."""
-    tensor, platform = load.sizes.get("tensor", 1), load.platform
-    tokens = load.shape.depth * load.rows * load.part.tokens * load.shape.width * load.itemsize
-    passes = PASSES[platform] * (1 - SPLIT + SPLIT / tensor) * tokens
-    stacked = _kept(load) + (_kept_parameters(load) if load.settings.model.remat == "none" else 0.0)
-    return load.times * (passes + (STACKED[platform] if load.settings.model.scan else 1.0) * stacked)
+def _elementwise_bytes(work: Workload) -> float:
+    """Returns the bytes that blocks move outside of matrix products: see `PASSES`. Unrolled blocks have no stack."""
+    tensor, platform = work.sizes.get("tensor", 1), work.platform
+    tokens = work.shape.depth * work.rows * work.local.tokens * work.shape.width * work.itemsize
+    passes = PASSES[platform] * (1 - TENSOR_SHARE + TENSOR_SHARE / tensor) * tokens
+    saved = _saved_activations(work) + (_saved_parameters(work) if work.settings.model.remat == "none" else 0.0)
+    return work.micro_batches * (passes + (STACK_PASSES[platform] if work.settings.model.scan else 1.0) * saved)
 
 
-def _product_bytes(load: Workload) -> float:
-    """Moved by the blocks' products: operands read and results written, once forward, twice backward."""
-    part, again = load.part, int(load.settings.model.remat == "block")
-    hidden = part.hidden * (3 if load.shape.activation == "swiglu" else 2)
-    wide, heads = 4 * part.width, 8 * part.heads * part.head_size
-    acts = load.rows * part.tokens * (wide + heads + hidden)
-    whole = load.gathered(load.held.blocks) / FLOAT32
-    return load.times * (3 + again) * load.itemsize * (load.shape.depth * acts + whole)
+def _product_bytes(work: Workload) -> float:
+    """Returns the bytes that the blocks' matrix products read and write, once forward and twice backward."""
+    local, recomputed = work.local, int(work.settings.model.remat == "block")
+    hidden = local.hidden * (3 if work.shape.activation == "swiglu" else 2)
+    width, heads = 4 * local.width, 8 * local.heads * local.head_size
+    activations = work.rows * local.tokens * (width + heads + hidden)
+    parameters = work.gathered_bytes(work.state.blocks) / FLOAT32
+    return work.micro_batches * (3 + recomputed) * work.itemsize * (work.shape.depth * activations + parameters)
 
 
-def _pixels(load: Workload) -> int:
-    """Numbers of an image."""
-    return math.prod(pair(load.settings.model.image_size)) * load.shape.channels
+def _pixels(work: Workload) -> int:
+    """Returns the numbers in an image."""
+    return math.prod(pair(work.settings.model.image_size)) * work.shape.channels

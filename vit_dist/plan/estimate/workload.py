@@ -1,4 +1,4 @@
-"""One device's share of a training step on a mesh of given sizes, by arithmetic on shapes and names of dimensions."""
+"""Computes one device's share of a training step on a mesh of given sizes, from shapes and names of dimensions."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
 from vit_dist.model import context
 from vit_dist.model.vit import Shape, shape_of
-from vit_dist.plan.arithmetic import Sizes, attention_of, device_count
+from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
 from vit_dist.plan.estimate.activations import LocalShape
 from vit_dist.program import UNUSED
 from vit_dist.step.optimizer import make_optimizer
@@ -25,89 +25,93 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a config's state by the axes of the mesh that split them, whatever their sizes.
+    """Bytes of a config's state by the mesh axes that split them; valid for any sizes of these axes."""
 
-    blocks and others: the parameters inside and outside of the blocks, which are float32.
-    """
-
-    blocks: Mapping[Axes, int]
-    others: Mapping[Axes, int]
+    blocks: Mapping[Axes, int]  # float32 parameters inside the blocks
+    others: Mapping[Axes, int]  # float32 parameters outside the blocks
     optimizer: Mapping[Axes, int]
     ema: Mapping[Axes, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What one device has to do in a step: `rows` examples in each of `settings.accumulate_steps` micro-batches."""
+    """What one device computes in a step: `rows` examples in each micro-batch."""
 
     settings: Config
     shape: Shape
     sizes: Sizes
-    held: StateBytes
+    state: StateBytes
     platform: str
-    attention: str  # what computes it: "xla", "cudnn" or "chunked" (`model.context`)
-    part: LocalShape  # of an example's activations
+    attention: str  # as `attention_implementation` names it
+    local: LocalShape  # of an example's activations on the device
     rows: float
 
     @property
-    def times(self) -> int:
-        """Micro-batches of a step."""
+    def micro_batches(self) -> int:
+        """The number of micro-batches in a step."""
         return self.settings.accumulate_steps
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in the dtype of the arithmetic."""
+        """The bytes of a number in the dtype of the model's arithmetic."""
         return 2 if self.settings.model.dtype == "bfloat16" else 4
 
     @property
     def gathers_once(self) -> bool:
         """Whether parameters are gathered once a step for several micro-batches."""
-        once = self.settings.accumulate_gather == "step"
-        return once and self.times > 1 and self.sizes.get("fsdp", 1) > 1
+        per_step = self.settings.accumulate_gather == "step"
+        return per_step and self.micro_batches > 1 and self.sizes.get("fsdp", 1) > 1
 
-    def own(self, parts: Mapping[Axes, int]) -> float:
-        """The bytes of a part of `held` that one device has."""
-        return sum(size / device_count(self.sizes, axes) for axes, size in parts.items())
+    def device_bytes(self, sizes_by_axes: Mapping[Axes, int]) -> float:
+        """Returns the bytes that one device holds of a field of `state`."""
+        return sum(size / device_count(self.sizes, axes) for axes, size in sizes_by_axes.items())
 
-    def gathered(self, parts: Mapping[Axes, int]) -> float:
-        """The bytes of these parameters whole over `fsdp`, still float32."""
-        return sum(size / device_count({**self.sizes, "fsdp": 1}, axes) for axes, size in parts.items())
+    def gathered_bytes(self, sizes_by_axes: Mapping[Axes, int]) -> float:
+        """Returns the bytes that one device holds of a field of `state` after gathering it over `fsdp`."""
+        return sum(size / device_count({**self.sizes, "fsdp": 1}, axes) for axes, size in sizes_by_axes.items())
 
 
-def state_bytes_of(settings: Config) -> StateBytes:
-    """The state of a config, `model.num_classes` filled in, on any mesh: its shapes are traced once, on one of ones."""
+def state_bytes(settings: Config) -> StateBytes:
+    """Returns the bytes of a config's state, `model.num_classes` filled in, without running or allocating anything."""
     model = ModelFunction(dataclasses.replace(settings.model, scan=True))
     optimizer = make_optimizer(settings.optimizer, UNUSED)
-    anywhere = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    # A mesh in use cannot be step_collectives for one of another size, but left.
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(anywhere):
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    # jax does not replace a mesh in use by one of another size, so an empty one comes in between.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: make_state(model, optimizer, settings.seed, settings.ema_decay > 0))
     blocks = state.parameters["blocks"]
     others = {name: tree for name, tree in state.parameters.items() if name != "blocks"}
     return StateBytes(*(_by_axes(tree) for tree in (blocks, others, (state.optimizer, state.step), state.ema)))
 
 
-def workload_of(settings: Config, platform: str, sizes: Sizes, held: StateBytes) -> Workload:
-    """A device's share; the config's numbers divide over the mesh."""
+def device_workload(settings: Config, platform: str, sizes: Sizes, state: StateBytes) -> Workload:
+    """Returns the share of one device.
+
+    Args:
+      settings: the config, `model.num_classes` filled in; its numbers divide over the mesh.
+      platform: "tpu", "gpu" or "cpu".
+      sizes: the mesh.
+      state: `state_bytes(settings)`.
+    """
     shape = shape_of(settings.model)
-    tensor, parts = device_count(sizes, layout.TABLE["heads"]), device_count(sizes, layout.TABLE["tokens"])
-    part = LocalShape(
-        tokens=context.padded_length(shape.tokens, parts) // parts if parts > 1 else shape.tokens,
+    tensor, shards = device_count(sizes, layout.TABLE["heads"]), device_count(sizes, layout.TABLE["tokens"])
+    local = LocalShape(
+        tokens=context.padded_length(shape.tokens, shards) // shards if shards > 1 else shape.tokens,
         width=shape.width,
         heads=shape.heads // tensor,
         head_size=shape.width // shape.heads,
         hidden=shape.mlp // tensor,
         tiled=platform == "tpu",
     )
-    attention = attention_of(settings, platform, sizes)
+    attention = attention_implementation(settings, platform, sizes)
     rows = settings.batch_size / device_count(sizes, layout.TABLE["batch"]) / settings.accumulate_steps
-    return Workload(settings, shape, sizes, held, platform, attention, part, rows)
+    return Workload(settings, shape, sizes, state, platform, attention, local, rows)
 
 
 def _by_axes(tree: Any) -> dict[Axes, int]:
-    found: Counter[Axes] = Counter()
+    sizes: Counter[Axes] = Counter()
     for leaf in jax.tree.leaves(tree):
-        own = leaf.sharding.spec if leaf.sharding is not None else ()
-        names = tuple(name for axes in own if axes for name in (axes if isinstance(axes, tuple) else (axes,)))
-        found[names] += math.prod(leaf.shape) * leaf.dtype.itemsize
-    return dict(found)
+        spec = leaf.sharding.spec if leaf.sharding is not None else ()
+        names = tuple(name for axes in spec if axes for name in (axes if isinstance(axes, tuple) else (axes,)))
+        sizes[names] += math.prod(leaf.shape) * leaf.dtype.itemsize
+    return dict(sizes)

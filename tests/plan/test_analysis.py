@@ -1,4 +1,4 @@
-"""The account of a compiled step on a chip whose rates are known, by hand; and of what is too large."""
+"""The analysis of a compiled step on a chip whose rates are known, by hand; and of a step that is too large."""
 
 import dataclasses
 import types
@@ -8,13 +8,12 @@ import pytest
 from system import NOTHING_RANDOM, settings, train_here
 
 from vit_dist.model import flops
-from vit_dist.plan import account as accounts
+from vit_dist.plan import analysis, links, targets
 from vit_dist.plan import compile as compiling
-from vit_dist.plan import links, targets
-from vit_dist.plan.account import account, account_of_too_large, memory, of_run
+from vit_dist.plan.analysis import memory_by_use, run_fields, step_analysis, too_large_analysis
 from vit_dist.plan.attached import plan_attached
 from vit_dist.plan.collectives import collectives
-from vit_dist.plan.compile import Step, TooLarge, compile_step, held_bytes, make_program
+from vit_dist.plan.compile import CompiledStep, TooLarge, compile_step, held_bytes, make_program
 from vit_dist.plan.report import lines
 from vit_dist.plan.roofline import EFFICIENCY
 from vit_dist.plan.targets import Chip
@@ -23,73 +22,73 @@ from vit_dist.plan.traffic import traffic
 # An H200's peaks: 989 TFLOP/s in bfloat16, 494 in float32.
 CHIP = Chip("one", "NVIDIA H200", "cpu", 2**30, 1e12, "NVLink", 1e11, 0, 1e10, "none")
 TINY = ("model.num_classes=10", *NOTHING_RANDOM)
-ASKED = (*TINY, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "model.remat=block")
+OVERRIDES = (*TINY, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "model.remat=block")
 
 
 @pytest.fixture(scope="module")
 def step():
-    return compile_step(make_program(settings(*ASKED), jax.devices()))
+    return compile_step(make_program(settings(*OVERRIDES), jax.devices()))
 
 
 @pytest.fixture
-def wired(monkeypatch):
-    """CPU devices that talk over a wire of 100 GB/s."""
-    monkeypatch.setattr(links, "link", lambda chip, devices: ("NVLink", chip.link_bandwidth))
+def linked(monkeypatch):
+    """CPU devices that are connected by links of 100 GB/s."""
+    monkeypatch.setattr(links, "slowest_link", lambda chip, devices: links.Link("NVLink", chip.link_bandwidth))
 
 
-def test_time_follows_from_flops_bytes_and_what_is_said(step, wired):
-    found = account(step, CHIP)
+def test_time_follows_from_flops_memory_traffic_and_collectives(step, linked):
+    found = step_analysis(step, CHIP)
     text, model = step.executable.as_text(), step.program.settings.model
-    whole, moved = flops.hardware_flops(model), traffic(text)
+    total, moved = flops.hardware_flops(model), traffic(text)
     # 16 images of 64. The blocks' products are shared by the two of a tensor group; both do what lies around them.
     around = flops.training_flops(dataclasses.replace(model, depth=0))
-    counted = 16 * ((whole - around) / 2 + around)
+    counted = 16 * ((total - around) / 2 + around)
     assert found["bounds_ms"]["arithmetic"] == pytest.approx(counted / 494e12 * 1000)
     assert found["bounds_ms"]["memory"] == pytest.approx((moved.product_bytes + moved.other_bytes) / 1e12 * 1000)
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     sent = 0.0
-    for one in collectives(text, axes):
+    for collective in collectives(text, axes):
         members = 1
-        for axis in one.axes:
+        for axis in collective.axes:
             members *= axes[axis]
         ring = {"all-reduce": 2 * (members - 1) / members, "collective-permute": 1}
-        sent += one.count * one.bytes * ring.get(one.kind, (members - 1) / members)
+        sent += collective.count * collective.bytes * ring.get(collective.kind, (members - 1) / members)
     assert found["network_ms"] == pytest.approx({"NVLink": sent / 1e11 * 1000})
     assert sum(row["ms"] for row in found["collectives"]) == pytest.approx(found["network_ms"]["NVLink"])
     assert found["binds"] == max(found["bounds_ms"], key=found["bounds_ms"].get)
     assert found["step_ms"] > max(found["bounds_ms"].values())
     assert found["images_per_second"] == pytest.approx(64 / found["step_ms"] * 1000)
     assert found["mfu"] == pytest.approx(found["flops"]["model"] / (found["step_ms"] / 1000 * 494e12 * 8))
-    assert found["flops"]["hardware"] == whole * 64 > found["flops"]["model"]
+    assert found["flops"]["hardware"] == total * 64 > found["flops"]["model"]
     assert found["efficiencies"] == EFFICIENCY
 
 
-def test_alike_collectives_are_one_row_with_their_sum(step, wired):
-    rows = account(step, CHIP)["collectives"]
+def test_equal_collectives_share_a_row_with_their_sum(step, linked):
+    rows = step_analysis(step, CHIP)["collectives"]
     kinds = [(row["kind"], tuple(row["axes"]), row["bytes"]) for row in rows]
     assert len(set(kinds)) == len(kinds)
     sizes = [row["bytes"] * row["count"] for row in rows]
     assert sizes == sorted(sizes, reverse=True)
     found = collectives(step.executable.as_text(), {"data": 2, "fsdp": 2, "tensor": 2})
-    assert sum(sizes) == sum(one.bytes * one.count for one in found)
+    assert sum(sizes) == sum(collective.bytes * collective.count for collective in found)
 
 
 def test_a_tpu_never_holds_more_than_its_compiler_lets_through(step):
-    whole = sum(memory(step, CHIP).values())
-    small = {"memory_bytes": whole - 1000}
-    tpu = memory(step, types.SimpleNamespace(platform="tpu", **small))
-    assert sum(tpu.values()) == whole - 1000
-    assert sum(memory(step, types.SimpleNamespace(platform="gpu", **small)).values()) == whole
+    peak = sum(memory_by_use(step, CHIP).values())
+    small = {"memory_bytes": peak - 1000}
+    tpu = memory_by_use(step, types.SimpleNamespace(platform="tpu", **small))
+    assert sum(tpu.values()) == peak - 1000
+    assert sum(memory_by_use(step, types.SimpleNamespace(platform="gpu", **small)).values()) == peak
 
 
-def test_of_a_run_hours_and_hosts():
-    found = of_run(settings("total_steps=3600"), {"step_ms": 500.0, "images_per_second": 80.0}, 16, 4, None)
+def test_hours_of_a_run_and_images_of_a_host():
+    found = run_fields(settings("total_steps=3600"), {"step_ms": 500.0, "images_per_second": 80.0}, 16, 4, None)
     assert found == {"images_per_second_per_host": 20.0, "steps": 3600, "hours": 0.5, "device_hours": 8.0}
     epochs = settings("total_steps=null", "total_epochs=3")
     step = {"step_ms": 1000.0, "images_per_second": 64.0}
-    assert of_run(epochs, step, 8, 1, None)["hours"] is None
-    assert of_run(epochs, step, 8, 1, 1000)["steps"] == 47  # 3000 images at 64 a step
-    unknown = of_run(epochs, {"step_ms": None, "images_per_second": None}, 8, 1, 1000)
+    assert run_fields(epochs, step, 8, 1, None)["hours"] is None
+    assert run_fields(epochs, step, 8, 1, 1000)["steps"] == 47  # 3000 images at 64 a step
+    unknown = run_fields(epochs, {"step_ms": None, "images_per_second": None}, 8, 1, 1000)
     assert (unknown["steps"], unknown["hours"], unknown["device_hours"]) == (47, None, None)
 
 
@@ -110,18 +109,18 @@ def test_of_a_run_hours_and_hosts():
         ("INTERNAL: Used 17.08G of 15.75G hbm", None),
     ],
 )
-def test_what_a_compiler_says_it_needs_is_read(message, needed):
-    assert compiling._needed(message, 500) == needed
+def test_the_memory_that_the_compiler_reports_is_read(message, needed):
+    assert compiling._needed_bytes(message, 500) == needed
 
 
-def test_what_the_compiler_refused_does_not_fit_however_it_rounds(step):
-    found = account_of_too_large(step.program, TooLarge(CHIP.memory_bytes, step.held), CHIP)
+def test_a_step_that_the_compiler_refused_does_not_fit_even_if_its_figure_is_rounded(step):
+    found = too_large_analysis(step.program, TooLarge(CHIP.memory_bytes, step.held), CHIP)
     assert (found["fits"], found["headroom_bytes"]) == (False, -1)
 
 
-def test_what_is_too_large_has_the_keys_of_what_fits_and_what_is_known(step, wired):
+def test_a_step_that_is_too_large_has_the_same_keys_and_the_known_values(step, linked):
     error = TooLarge(5 * 2**30, step.held)
-    found, fits = account_of_too_large(step.program, error, CHIP), account(step, CHIP)
+    found, fits = too_large_analysis(step.program, error, CHIP), step_analysis(step, CHIP)
     assert set(found) == set(fits)
     assert (found["fits"], found["peak_bytes"], found["headroom_bytes"]) == (False, 5 * 2**30, -4 * 2**30)
     assert sum(found["memory"].values()) == 5 * 2**30
@@ -130,8 +129,8 @@ def test_what_is_too_large_has_the_keys_of_what_fits_and_what_is_known(step, wir
     assert found["step_ms"] is None and found["collectives"] == []
 
 
-def test_a_compiler_that_fails_is_said_in_one_line(monkeypatch):
-    program = make_program(settings(*ASKED), jax.devices())
+def test_an_error_of_the_compiler_is_reported_in_one_line(monkeypatch):
+    program = make_program(settings(*OVERRIDES), jax.devices())
 
     class Fails:
         def lower(self, *arguments):
@@ -168,7 +167,7 @@ def compiled(request):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_a_run_says_what_it_needs_and_on_known_chips_how_long_it_takes(platform, compiled, monkeypatch, wired):
+def test_a_run_logs_its_memory_and_on_known_chips_its_time(platform, compiled, monkeypatch, linked):
     program, state, batch, executable = compiled
     with program.in_use():
         unknown = plan_attached(program, executable, state, batch)
@@ -178,31 +177,33 @@ def test_a_run_says_what_it_needs_and_on_known_chips_how_long_it_takes(platform,
         nameless = dataclasses.replace(chip, memory_bytes=None)
         monkeypatch.setattr(targets, "attached_chip", lambda device: nameless)
         unlimited = plan_attached(program, executable, state, batch)
-    whole = sum(memory(Step(program, executable, held_bytes(state, batch)), CHIP).values())
-    assert unknown["peak_bytes"] == known["peak_bytes"] == unlimited["peak_bytes"] == whole
+    peak = sum(memory_by_use(CompiledStep(program, executable, held_bytes(state, batch)), CHIP).values())
+    assert unknown["peak_bytes"] == known["peak_bytes"] == unlimited["peak_bytes"] == peak
     assert unknown["step_ms"] is None and len(lines(unknown)) == 2
-    planned = account(Step(program, executable, held_bytes(state, batch)), chip)  # as `plan` has it
+    planned = step_analysis(CompiledStep(program, executable, held_bytes(state, batch)), chip)  # as `plan` has it
     assert known == {**planned, **{name: known[name] for name in known.keys() - planned.keys()}}
     assert known["hours"] == pytest.approx(program.steps * known["step_ms"] / 3.6e6)
     assert len(lines(known)) == 3 and "images/s" in lines(known)[2]
 
 
-def test_a_program_that_cannot_be_read_still_says_what_memory_a_run_needs(compiled, monkeypatch, caplog):
+def test_the_memory_of_a_program_that_cannot_be_read_is_still_logged(compiled, monkeypatch, caplog):
     def unreadable(text, axes):
         raise ValueError("no groups that can be read in: all-reduce")
 
     monkeypatch.setattr(targets, "attached_chip", lambda device: CHIP)
-    monkeypatch.setattr(accounts, "collectives", unreadable)
+    monkeypatch.setattr(analysis, "collectives", unreadable)
     program, state, batch, executable = compiled
     with program.in_use():
         found = plan_attached(program, executable, state, batch)
     assert "the time of a step cannot be planned: no groups that can be read" in caplog.text
     assert found["step_ms"] is None and len(lines(found)) == 2
-    assert found["peak_bytes"] == sum(memory(Step(program, executable, held_bytes(state, batch)), CHIP).values())
+    assert found["peak_bytes"] == sum(
+        memory_by_use(CompiledStep(program, executable, held_bytes(state, batch)), CHIP).values()
+    )
 
 
-def test_training_begins_with_three_lines(tmp_path, monkeypatch, wired, capfd):
+def test_training_begins_with_three_lines(tmp_path, monkeypatch, linked, capfd):
     monkeypatch.setattr(targets, "attached_chip", lambda device: CHIP)
     train_here(tmp_path, "total_steps=2", "mesh.data=8", *NOTHING_RANDOM)
-    said = [line for line in capfd.readouterr().err.splitlines() if "plan: " in line]
-    assert len(said) == 3 and "a device needs" in said[0] and "images/s" in said[2]
+    logged = [line for line in capfd.readouterr().err.splitlines() if "plan: " in line]
+    assert len(logged) == 3 and "a device needs" in logged[0] and "images/s" in logged[2]
