@@ -154,7 +154,7 @@ def test_windows_do_not_overlap():
         for _ in range(4):
             next(placed)
         second = window.rates(8)
-        read, waited = host.stages.read, placed.waited
+        read, waited = host.timings.read, placed.waited
     assert first.steps == second.steps == 4
     assert min(first.stages.read, second.stages.read, first.stages.copy, first.waited, second.waited) > 0
     assert first.stages.read + second.stages.read <= read and first.waited + second.waited <= waited

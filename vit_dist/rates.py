@@ -89,7 +89,7 @@ class Window:
         )
 
     def _spent(self) -> Timings:
-        host = self._host.stages
+        host = self._host.timings
         return dataclasses.replace(host, copy=host.copy + self._batches.copied)
 
 
