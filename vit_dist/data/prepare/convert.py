@@ -212,9 +212,9 @@ def _begin(folder: Path, plan: Plan, indexes: dict[str, Index]) -> None:
 
 def _check_empty(folder: Path) -> None:
     """Raises `ConfigError` unless the folder is empty but for what a run left that was killed before it had a plan."""
-    parts = folder / manifest.PARTS
+    work_folder = folder / manifest.PARTS
     others = [file for file in _files_in(folder) if file.name not in (manifest.PARTS, "lost+found")]
-    others += [file for file in _files_in(parts) if not (manifest.is_part(file.name) and file.suffix == ".tmp")]
+    others += [file for file in _files_in(work_folder) if not (manifest.is_part(file.name) and file.suffix == ".tmp")]
     if others:
         raise ConfigError(
             f"{folder}: is not empty (it holds {min(others).relative_to(folder)}); give a new or empty folder"

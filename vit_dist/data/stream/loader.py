@@ -200,7 +200,7 @@ class _TrainPiece:
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationPiece:
-    """Makes rows of an evaluation batch, likewise."""
+    """Makes rows of an evaluation batch. Also sent to the worker processes."""
 
     pixels: Pixels
     batch_size: int
