@@ -1,15 +1,15 @@
-"""Times the loader beside Pillow as torchvision's transforms use it, on the same images and crops, in one process.
+"""Compares the speed of the loader with Pillow as torchvision's transforms use it, on the same images and crops.
 
     python benchmarks/data.py                          # on ../shared/data/photos
-    python benchmarks/data.py --photos=DIR --quick     # a moment's look, its figures of no worth
+    python benchmarks/data.py --photos=DIR --quick     # shows that it runs; the figures mean nothing
 
-All make batches of 32 images of 224x224 by random resized crop (5 to 100 % of the area) and flip. Pillow does so from
-the files, on the one thread of a worker process, which is how torchvision runs it (in ours it would profit from how
-much memory the C library has learnt to keep). Ours are made from the same files, and from what `vit-dist prepare` makes
-of them at a short side of 256 as JPEG and raw, by the loader on one thread and on two; and from 28x28 pixels in memory.
-Rounds alternate, so that whatever else the machine does falls on all; a rate is a median over rounds, a ratio the
-median of each round's own. A CPU second counts the work of all threads, and others on the machine matter less to it.
-Results go to stdout: the machine, a table, then one JSON object.
+Each side makes batches of 32 images of 224x224 by random resized crop (5 to 100 % of the area) and flip. Pillow reads
+the files on the single thread of a worker process, as in torchvision (in this process it would be faster, because the C
+library keeps memory that the loader has used). The loader reads the same files, and the records that `vit-dist prepare`
+makes of them at a short side of 256 as JPEG and raw, on one thread and on two; and 28x28 pixels in memory. Rounds
+alternate, so that other load of the machine affects all sides. A rate is a median over rounds, a ratio the median of
+the ratios of single rounds. A CPU second counts the work of all threads, and depends less on other load. Results go to
+stdout: the machine, a table, then one JSON object.
 """
 
 import argparse
@@ -43,15 +43,15 @@ PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 SIZE, BATCH, SEED = 224, 32, 0
 AREA, ASPECT = (0.05, 1.0), (3 / 4, 4 / 3)
 IN_MEMORY_BATCHES = (128, 512, 4096)
-_MORE = {"jpeg": 4, "raw": 10}  # times as many steps as of the originals
+_MORE = {"jpeg": 4, "raw": 10}  # steps for each step of the originals
 
 
 @dataclasses.dataclass
 class Side:
-    """One way of making batches, and what was measured of it."""
+    """One way of making batches, and its measurements."""
 
     name: str
-    make: Callable[[range], float]  # the batches of these steps; returns the processor's seconds
+    make: Callable[[range], float]  # makes the batches of these steps; returns CPU seconds
     batch: int
     steps: int  # in a round
     seconds: list[float] = dataclasses.field(default_factory=list)  # of each round
@@ -63,14 +63,14 @@ class Side:
         self.seconds.append(time.perf_counter() - begun)
 
     def rate(self, seconds: list[float]) -> float:
-        """Images a second."""
+        """Returns images per second."""
         return self.batch * self.steps / statistics.median(seconds)
 
 
 def pillow(files: list[Path], steps: range) -> float:
-    """Makes the batches of these steps as torchvision's loader and transforms do: the same calls of Pillow, in order.
+    """Makes the batches of these steps by the same calls of Pillow as torchvision's loader and transforms.
 
-    Crops and flips are drawn as ours are, and come out the same. Returns the processor's seconds.
+    Crops and flips are the same as the loader's. Returns CPU seconds.
     """
     begun, order = time.process_time(), Order(SEED, (len(files),))
     for step in steps:
@@ -90,7 +90,7 @@ def pillow(files: list[Path], steps: range) -> float:
 
 
 def ours(source: Source, data: config.Data, batch: int, size: int, channels: int) -> Callable[[range], float]:
-    """What makes batches by the loader that training uses, from its start to its end."""
+    """Returns a function that makes batches by the loader that training uses, including its start and end."""
 
     def make(steps: range) -> float:
         begun = time.process_time()
@@ -113,12 +113,12 @@ def ours(source: Source, data: config.Data, batch: int, size: int, channels: int
     return make
 
 
-def class_folder(photos: Path, place: Path) -> list[Path]:
-    """Lays `photos` out as a class folder of links, `place/train/<class>/<file>`; the files in the order of ids."""
+def class_folder(photos: Path, parent: Path) -> list[Path]:
+    """Makes a class folder of links to `photos`, `parent/train/<class>/<file>`; returns the links by id."""
     files = [file for file in sorted(photos.iterdir()) if file.suffix.lower() in (".jpeg", ".jpg")]
     links = []
     for file in files:
-        folder = place / "train" / file.name.partition("_")[0]
+        folder = parent / "train" / file.name.partition("_")[0]
         folder.mkdir(parents=True, exist_ok=True)
         links.append(folder / file.name)
         links[-1].symlink_to(file.resolve())
@@ -127,24 +127,30 @@ def class_folder(photos: Path, place: Path) -> list[Path]:
 
 def photo_sides(
     photos: Path,
-    place: Path,
+    folder: Path,
     steps: int,
     worker: Executor,
     several: int = 2,
     encodings: Iterable[str] = ("jpeg", "raw"),
 ) -> Iterator[Side]:
-    """Pillow and every way of ours, on one thread and on `several`.
+    """Yields Pillow, and the loader on each form of the photos, on one thread and on `several`.
 
-    The prepared ones have more steps, for a round of theirs to take as long. place: an empty folder to work in.
+    Args:
+      photos: a folder of JPEG files.
+      folder: an empty folder to work in.
+      steps: batches in a round; more for prepared records, so that a round takes as long.
+      worker: the process that Pillow runs in.
+      several: the other number of threads.
+      encodings: of the prepared records.
     """
-    files = class_folder(photos, place / "photos")
+    files = class_folder(photos, folder / "photos")
     yield Side("pillow", lambda steps: worker.submit(pillow, files, steps).result(), BATCH, steps)
-    sets = {"originals": (config.Data(source="folder", path=str(place / "photos")), 1)}
+    sets = {"originals": (config.Data(source="folder", path=str(folder / "photos")), 1)}
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvimgcodec"):
         sets["originals, crop_decode"] = dataclasses.replace(sets["originals"][0], crop_decode=True), 1
     for encode in encodings:
-        prepare(str(place / "photos"), str(place / encode), kind="folder", images=ImageOptions(256, encode))
-        sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(place / encode)), _MORE[encode]
+        prepare(str(folder / "photos"), str(folder / encode), kind="folder", images=ImageOptions(256, encode))
+        sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(folder / encode)), _MORE[encode]
     for name, (data, more) in sets.items():
         data = dataclasses.replace(data, crop_area=AREA, crop_aspect=ASPECT, flip=True)
         source = open_source(data, "train")
@@ -154,7 +160,7 @@ def photo_sides(
 
 
 def in_memory_sides(examples: int) -> Iterator[Side]:
-    """Gathers from 60,000 examples in memory; a round makes so many of them."""
+    """Yields the loader on 60,000 examples in memory, for each batch size; a round makes `examples` of them."""
     draw = np.random.default_rng(SEED)
     images = draw.integers(0, 256, (60_000, 28, 28, 1), np.uint8)
     source = ArraySource(images, draw.integers(0, 10, 60_000, np.int32), tuple("0123456789"))
@@ -164,7 +170,7 @@ def in_memory_sides(examples: int) -> Iterator[Side]:
 
 
 def compare(sides: list[Side], rounds: int, then: Callable[[], None] = lambda: None) -> None:
-    """Warms all up, then takes turns, from the first side and from the last. then: called after each round."""
+    """Warms up all sides, then runs the rounds in alternating order, and calls `then` after each round."""
     for side in sides:
         side.round(0)
         side.seconds.clear()
@@ -176,14 +182,14 @@ def compare(sides: list[Side], rounds: int, then: Callable[[], None] = lambda: N
 
 
 def ratio(side: Side, other: Side, cpu: bool = False) -> float:
-    """How many times as quick a side is as another: the median of each round's own, for they ran close together."""
+    """Returns the speed of a side over that of another: the median of the ratios of single rounds."""
     pairs = zip(side.cpu_seconds, other.cpu_seconds) if cpu else zip(side.seconds, other.seconds)
     work = side.batch * side.steps / (other.batch * other.steps)
     return statistics.median(work * theirs / own for own, theirs in pairs)
 
 
 def machine() -> dict[str, object]:
-    """What the figures are of."""
+    """Describes the machine that the figures are of."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -196,7 +202,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def say(sides: list[Side], described: dict[str, object]) -> None:
+def print_results(sides: list[Side], described: dict[str, object]) -> None:
     """Prints the table and the JSON object."""
     peer, by_name = sides[0], {side.name: side for side in sides}
     results = {}
@@ -220,7 +226,7 @@ def say(sides: list[Side], described: dict[str, object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the loader beside Pillow as torchvision uses it.")
+    parser = argparse.ArgumentParser(description="Compares the speed of the loader with Pillow as torchvision uses it.")
     parser.add_argument("--photos", type=Path, default=PHOTOS, help=f"a folder of JPEG files ({PHOTOS})")
     parser.add_argument("--steps", type=int, default=16, help="batches of 32 originals of each side in a round (16)")
     parser.add_argument("--rounds", type=int, default=9, help="how often the sides take turns (9)")
@@ -228,14 +234,14 @@ def main() -> None:
     options = parser.parse_args()
     steps, rounds, examples = (2, 1, 20_000) if options.quick else (options.steps, options.rounds, 500_000)
     if not options.photos.is_dir():
-        sys.exit(f"error: --photos: {options.photos} is not here; give a folder of JPEG files")
+        sys.exit(f"error: --photos: {options.photos} does not exist; give a folder of JPEG files")
     described = machine()
     spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(1, spawn) as worker:
-        sides = [*photo_sides(options.photos, Path(place), steps, worker), *in_memory_sides(examples)]
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, spawn) as worker:
+        sides = [*photo_sides(options.photos, Path(folder), steps, worker), *in_memory_sides(examples)]
         print(", ".join(f"{name} {value}" for name, value in described.items()))
         compare(sides, rounds)
-    say(sides, described)
+    print_results(sides, described)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""All that is to be learnt from a GPU in a few minutes, most valuable first, by one command.
+"""Runs all tests and measurements that need a GPU, in a few minutes, the most valuable first.
 
-    PYTHONPATH=$SITE:. python3 benchmarks/gpu_visit.py --budget=420 --out=DIR       # on the machine that has one
+    PYTHONPATH=$SITE:. python3 benchmarks/gpu_visit.py --budget=420 --out=DIR       # on the machine with a GPU
     make gpu-visit ARGS=--dry-run                                                   # the same on a CPU, in miniature
 
-Each part is a process of its own with a limit of time (`visit/parts.py`): one that fails is reported, and the rest goes
-on. DIR then holds `visit.json`, which is whole after every part, `visit.md`, `log.txt`, the compiled programs for a
-second visit, and the trace of ten steps. README.md says what to take along and how to go there.
+Each part is a process of its own with a time limit (`visit/parts.py`); a part that fails is reported, and the others
+run. DIR then holds `visit.json`, which is complete after every part, `visit.md`, `log.txt`, the compiled programs for a
+second visit, and the trace of ten steps. README.md describes what the machine needs and how to start a visit.
 """
 
 import argparse
@@ -23,21 +23,22 @@ from visit.runner import NoArchive, Part, Stopped, Visit
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-_ENOUGH = 3600.0  # seconds of a dry run, which has no budget to keep
+_ENOUGH = 3600.0  # seconds for a dry run, which has no budget
 
 
 class Mistake(Exception):
-    """What was asked cannot be done; says why in one line."""
+    """A usage error, described in one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a visit; returns 0 where all parts went well, 1 where one failed, 2 for what was asked wrongly.
+    """Runs a visit; returns 0 if all parts succeeded, 1 if a part failed, 2 for a usage error.
 
-    SIGTERM and Ctrl-C end it and the part that runs; what was found is kept. It then returns 128 + the signal's number.
+    SIGTERM and Ctrl-C end the visit and its current part, and keep the results so far; it then returns 128 + the number
+    of the signal.
     """
     options = parser().parse_args(argv)
     signals: list[int] = []
-    before = {one: signal.signal(one, lambda number, _: signals.append(number)) for one in _ENDING}
+    previous = {ending: signal.signal(ending, lambda number, _: signals.append(number)) for ending in _ENDING}
     try:
         return _visit(options, signals)
     except Mistake as mistake:
@@ -47,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ended by {stopped}", file=sys.stderr)
         return 128 + signals[0]
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be asked for."""
+    """Returns the parser of the command line."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--out", type=Path, required=True, help="a folder for the results")
     options.add_argument("--budget", type=float, default=420.0, help="seconds for all of it (420)")
@@ -96,19 +97,19 @@ def _chosen(options: argparse.Namespace) -> list[Part]:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """An earlier visit's."""
+    """Returns the record of an earlier visit."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Mistake(f"--earlier: {file} cannot be read: {error}") from error
-    found = record.get("parts") if isinstance(record, dict) and {"time", "dry_run"} <= record.keys() else None
-    if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+    results = record.get("parts") if isinstance(record, dict) and {"time", "dry_run"} <= record.keys() else None
+    if not isinstance(results, dict) or not all(isinstance(part, dict) for part in results.values()):
         raise Mistake(f"--earlier: {file} is not the visit.json of a visit")
     return record
 
 
 def _check_folder(out: Path) -> None:
-    """Makes it where there is none, and tries to write there."""
+    """Makes the folder if it is missing, and tries to write a file in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -1,7 +1,7 @@
-"""A Vision Transformer trainer in Flax Linen, written the usual way: the peer that `step.py` measures against.
+"""A Vision Transformer trainer in Flax Linen, written in the usual way, that `step.py` compares with.
 
-The usual way: `flax.training`'s TrainState, a jitted step over a mesh of automatic axes, the batch split over `data`,
-parameters on every device, and XLA left to do the rest. It imports nothing of vit_dist, and the model's equations and
+It uses `flax.training`'s TrainState and a jitted step over a mesh of automatic axes, splits the batch over `data`,
+replicates the parameters, and leaves the rest to XLA. It imports nothing of vit_dist. The model's equations and
 parameters are the same: pre-norm blocks, GELU, learned positions, a `<cls>` token, a linear head.
 """
 
@@ -99,7 +99,7 @@ class ViT(nn.Module):
 def train_step(
     state: train_state.TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-    """One update on float images [B, H, W, C] and labels [B]; also the batch's mean loss and accuracy."""
+    """Updates the state on images [B, H, W, C], float, and labels [B]; also returns the mean loss and accuracy."""
 
     def loss_of(params: Any) -> tuple[jax.Array, jax.Array]:
         dropout_key = jax.random.fold_in(key, state.step)
@@ -112,26 +112,26 @@ def train_step(
 
 
 class Trainer:
-    """Trains over and over on one batch that is on the devices already."""
+    """Trains repeatedly on a single batch, which stays on the devices."""
 
     name = "flax linen"
 
     def __init__(self, model: ViT, optimizer: optax.GradientTransformation, images: np.ndarray, labels: np.ndarray):
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
         def create(key: jax.Array) -> train_state.TrainState:
             params = model.init(key, jnp.zeros((1, *images.shape[1:]), model.dtype), train=False)["params"]
             return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
 
-        self.state = jax.jit(create, out_shardings=whole)(jax.random.key(0))
+        self.state = jax.jit(create, out_shardings=replicated)(jax.random.key(0))
         self._batch = (jax.device_put(images, split), jax.device_put(labels, split))
-        self._key = jax.device_put(jax.random.key(1), whole)
-        self._step = jax.jit(train_step, out_shardings=(whole, whole), donate_argnums=0)
+        self._key = jax.device_put(jax.random.key(1), replicated)
+        self._step = jax.jit(train_step, out_shardings=(replicated, replicated), donate_argnums=0)
         self.metrics: dict[str, jax.Array] = {}
 
     def in_use(self) -> contextlib.AbstractContextManager:
-        """What the steps are to be called in."""
+        """Returns the context in which to call the steps."""
         return contextlib.nullcontext()
 
     def step(self) -> None:
@@ -139,9 +139,9 @@ class Trainer:
         self.state, self.metrics = self._step(self.state, *self._batch, self._key)
 
     def block(self) -> float:
-        """Waits for all steps; returns the last one's loss."""
+        """Waits for all steps; returns the loss of the last."""
         return float(jax.block_until_ready((self.state, self.metrics))[1]["loss"])
 
     def parameters(self) -> int:
-        """How many numbers are learned."""
+        """Returns the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))

@@ -1,8 +1,8 @@
-"""How long plans of the deployed configs take on this machine, which has none of their hardware, and what they say.
+"""Plans the deployed configs on this machine, which has none of their hardware, and measures how long that takes.
 
     make bench-plan
 
-Each plan is a process of its own, as a user would start it, with the compilers of `make compilers` on PYTHONPATH.
+Each plan runs in its own process, as a user would start it, with the compilers of `make compilers` on PYTHONPATH.
 Prints a table in Markdown, for `results/`.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(config: str, options: list[str]) -> tuple[dict[str, Any] | None, float]:
-    """The plan that the command prints, None where it fails, and the seconds it took."""
+    """Returns the plan that the command prints, or None if it fails, and the seconds that it took."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "vit_dist", "plan", f"--config={config}", *options, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

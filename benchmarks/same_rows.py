@@ -1,9 +1,9 @@
-"""Whether two checkouts train alike: the rows of three recipes, a few steps each, on one device and on eight.
+"""Checks that two checkouts train alike, by the rows of three recipes, a few steps each, on one and on eight devices.
 
     .venv/bin/python benchmarks/same_rows.py OLD NEW [--steps=50]
 
-For a change that moves code and should move no number. Every figure of a row but its timings is compared, bit by bit.
-The exit code is 1 where something differs. Recipes whose data are not in `../shared/data` are left out.
+Use it for changes that should not change any number. It compares all values of a row, except its timings, bitwise. The
+exit code is 1 if any differ. It skips recipes whose data are not in `../shared/data`.
 """
 
 import argparse
@@ -29,9 +29,13 @@ TIMINGS = ("images_per_second", "images_per_second_per_device", "step_ms", "data
 
 
 def rows(checkout: Path, recipe: str, overrides: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a run of a checkout's recipe, without their timings."""
+    """Runs a recipe of a checkout; returns the rows without their timings."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"--config=configs/{recipe}.py", f"--workdir={folder}/run", *(f"--config.{one}" for one in overrides)]
+        words = [
+            f"--config=configs/{recipe}.py",
+            f"--workdir={folder}/run",
+            *(f"--config.{override}" for override in overrides),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         command = [sys.executable, "-m", "vit_dist", "train", *words]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
@@ -50,15 +54,15 @@ def main() -> int:
     options = parser.parse_args()
     alike = True
     for recipe, own in RECIPES.items():
-        if any(one.startswith("data.path=") and not Path(one.partition("=")[2]).exists() for one in own):
-            print(f"{recipe}: left out, its data are not here")
+        if any(key.startswith("data.path=") and not Path(key.partition("=")[2]).exists() for key in own):
+            print(f"{recipe}: skipped, its data are missing")
             continue
         for mesh, sizes in MESHES.items():
             overrides = (f"total_steps={options.steps}", "log_every=1", f"evaluate.every_steps={options.steps}")
-            found = [rows(tree.resolve(), recipe, (*overrides, *own, *sizes)) for tree in (options.old, options.new)]
-            same = found[0] == found[1]
+            old, new = (rows(tree.resolve(), recipe, (*overrides, *own, *sizes)) for tree in (options.old, options.new))
+            same = old == new
             alike &= same
-            print(f"{recipe}, {mesh}: {len(found[0])} rows, {'identical' if same else 'DIFFERENT'}", flush=True)
+            print(f"{recipe}, {mesh}: {len(old)} rows, {'identical' if same else 'DIFFERENT'}", flush=True)
     return 0 if alike else 1
 
 

@@ -1,11 +1,11 @@
-"""Times one training step of vit_dist and of a plain Flax Linen trainer, side by side in one process.
+"""Compares the time of a training step of vit_dist with that of a plain Flax Linen trainer, in one process.
 
     python benchmarks/step.py                                                       # the lesson's model, 8 fake devices
     python benchmarks/step.py --model=B/16 --batch-size=256 --dtype=bfloat16 --fake-devices=0 --steps=60     # a GPU
 
-Both train the same architecture with the same optimizer on one batch that is on the devices already. Rounds of a few
-steps alternate, so that whatever else the machine does falls on both; figures are medians over the rounds. Results go
-to stdout: a table, then one JSON object. `ratio` above 1 means that vit_dist is the quicker.
+Both train the same architecture with the same optimizer on a single batch, which stays on the devices. Rounds of a few
+steps alternate, so that other load of the machine affects both; figures are medians over the rounds. Results go to
+stdout: a table, then one JSON object. A `ratio` above 1 means that vit_dist is faster.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Ours:
         labels: np.ndarray,
         new_state: Callable[[Program], State] = Program.new_state,
     ):
-        """new_state: makes the state before the first step, with the mesh in use."""
+        """Puts the batch on the devices; `new_state` makes the state before the first step, with the mesh in use."""
         assert settings.model.num_classes is not None
         self.program = Program(settings, classes=settings.model.num_classes, steps=10_000, augment_on_device=False)
         with self.in_use():
@@ -65,11 +65,11 @@ class Ours:
         self._metrics: dict[str, jax.Array] = {}
 
     def in_use(self) -> contextlib.AbstractContextManager:
-        """What the steps are to be called in."""
+        """Returns the context in which to call the steps."""
         return self.program.in_use()
 
     def compile(self) -> jax.stages.Compiled:
-        """Compiles the step; the first one finds it made."""
+        """Compiles the step, which the first call then reuses."""
         with self.in_use():
             return self.program.train_step.lower(self._state, self._batch).compile()
 
@@ -78,16 +78,16 @@ class Ours:
         self._state, self._metrics = self.program.train_step(self._state, self._batch)
 
     def block(self) -> float:
-        """Waits for all steps; returns the last one's loss."""
+        """Waits for all steps; returns the loss of the last."""
         return float(jax.block_until_ready((self._state, self._metrics))[1]["loss"])
 
     def parameters(self) -> int:
-        """How many numbers are learned."""
+        """Returns the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._state.parameters))
 
 
 def settings_for(model: str, batch_size: int, dtype: str) -> config.Config:
-    """The lesson's recipe, or a variant at 224 with AdamW and 1000 classes."""
+    """Returns the config of the lesson's recipe, or of a variant at 224 pixels with AdamW and 1000 classes."""
     shared = [f"batch_size={batch_size}", f"model.dtype={dtype}"]
     if model == "d2l":
         return recipes.load(LESSON, shared)
@@ -101,7 +101,7 @@ def settings_for(model: str, batch_size: int, dtype: str) -> config.Config:
 
 
 def baseline_for(settings: config.Config, images: np.ndarray, labels: np.ndarray) -> linen_baseline.Trainer:
-    """The Linen trainer of the same model and optimizer; its images are normalised already, as floats."""
+    """Returns the Linen trainer of the same model and optimizer; its images are floats, normalised before."""
     model, shape = settings.model, vit.shape_of(settings.model)
     assert model.num_classes is not None
     peer = linen_baseline.ViT(
@@ -128,7 +128,7 @@ def baseline_for(settings: config.Config, images: np.ndarray, labels: np.ndarray
 
 
 class Side:
-    """A trainer and what was measured of it, in seconds."""
+    """A trainer and its measurements, in seconds."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -138,7 +138,7 @@ class Side:
         self.loss = 0.0
 
     def round(self, steps: int) -> float:
-        """Runs so many steps from idle to idle; the mean step's seconds."""
+        """Runs so many steps, from idle devices to idle devices; returns the mean seconds of a step."""
         with self.trainer.in_use():
             begun = time.perf_counter()
             self.trainer.step()
@@ -150,7 +150,7 @@ class Side:
 
 
 def compare(trainers: list[Trainer], steps: int, rounds: int) -> list[Side]:
-    """Warms both up, then alternates rounds of so many steps, each side beginning every other round."""
+    """Warms up both, then runs rounds of so many steps; the sides take turns in going first."""
     sides = [Side(trainer) for trainer in trainers]
     for side in sides:
         side.first_step_seconds = side.round(1)
@@ -162,7 +162,7 @@ def compare(trainers: list[Trainer], steps: int, rounds: int) -> list[Side]:
     return sides
 
 
-def say(sides: list[Side], batch_size: int, described: dict[str, Any]) -> None:
+def print_results(sides: list[Side], batch_size: int, described: dict[str, Any]) -> None:
     """Prints the table and the JSON object."""
     results = {
         side.trainer.name: {
@@ -179,14 +179,16 @@ def say(sides: list[Side], batch_size: int, described: dict[str, Any]) -> None:
     for name, row in results.items():
         print(f"{name:12}" + "".join(f"{value:20,.3f}" for value in row.values()))
     ours, peer = sides
-    # of each round by itself, since its two halves ran within seconds of each other
+    # the ratio of each round, since both sides of a round ran within seconds of each other
     ratio = statistics.median(theirs / own for own, theirs in zip(ours.step_seconds, peer.step_seconds, strict=True))
     print(f"ratio (linen's step time over ours): {ratio:.3f}")
     print(json.dumps({"ratio": ratio, **results, **described}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times a training step beside a plain Flax Linen trainer's.")
+    parser = argparse.ArgumentParser(
+        description="Compares the time of a training step with a plain Flax Linen trainer's."
+    )
     parser.add_argument("--model", default="d2l", help="d2l (the lesson's) or a variant such as B/16 (d2l)")
     parser.add_argument("--batch-size", type=int, default=128, help="examples a step, over all devices (128)")
     parser.add_argument("--dtype", default="float32", help="of the arithmetic: float32 or bfloat16 (float32)")
@@ -205,7 +207,7 @@ def main() -> None:
     assert ours.parameters() == peer.parameters(), f"{ours.parameters():,} against {peer.parameters():,} parameters"
     sides = compare([ours, peer], options.steps, options.rounds)
     device = jax.devices()[0]
-    say(
+    print_results(
         sides,
         options.batch_size,
         {

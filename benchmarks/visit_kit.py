@@ -1,14 +1,14 @@
-"""Makes the kit of a GPU visit, `.visit/`: all that the machine lacks and that has to be made beforehand.
+"""Makes the kit of a GPU visit, `.visit/`: everything that the machine lacks and that must be made in advance.
 
-    make visit-kit          # all of it: some minutes, and once the compilers
+    make visit-kit          # all of it; takes some minutes, and the first time also the compilers
 
-- wheels: for Python 3.12 on x86-64 Linux, of the versions in constraints.txt, all that vit_dist's steps and runs import
-  but jax, jaxlib, NumPy, SciPy, ml_dtypes, Pillow and matplotlib, which are the machine's own
+- wheels: the packages that vit_dist's steps and runs import, for Python 3.12 on x86-64 Linux, in the versions of
+  constraints.txt; not jax, jaxlib, NumPy, SciPy, ml_dtypes, Pillow and matplotlib, which the machine has
 - golden: the rows of twenty steps on this CPU, and their data
-- plans: of the steps that are timed, for one H100 and one H200, by the compilers of `make compilers`
+- plans: of the steps that the visit times, for one H100 and one H200, by the compilers of `make compilers`
 - photos: for the loader's part, from ../shared/data/photos
 
-It ends with the size of all that travels, the repository included, and fails where that is above 64 MiB.
+It prints the size of all files to be copied, the repository included, and fails if that is above 64 MiB.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TARGETS = "h100:1,h200:1"
 ITEMS = ("wheels", "golden", "plans", "photos")
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
-# Those that the machine lacks, then those that it has in versions that nobody here has tried with the first.
+# The packages that the machine lacks, then those that it has in versions untested with the first.
 WHEELS = (
     *("array-record", "clu", "grain", "ml-collections", "pathlib-abc", "portpicker", "simplejpeg", "tensorboardx"),
     *("universal-pathlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "treescope", "protobuf", "etils"),
@@ -41,7 +41,7 @@ WHEELS = (
 
 
 def wheels(kit: Path) -> None:
-    """Downloads the wheels into `kit/wheels`, those of other versions gone."""
+    """Downloads the wheels into `kit/wheels`, and removes those of other versions."""
     folder = kit / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     pins = pinned((ROOT / "constraints.txt").read_text(encoding="utf-8"))
@@ -52,14 +52,14 @@ def wheels(kit: Path) -> None:
 
 
 def pinned(constraints: str) -> dict[str, str]:
-    """The version of each package that a constraints file names for the machine's Python."""
-    found = {}
+    """Returns package -> version of a constraints file, for the machine's Python."""
+    versions = {}
     for line in constraints.splitlines():
         if line.strip() and not line.startswith("#"):
-            one = Requirement(line)
-            if one.marker is None or one.marker.evaluate({"python_version": PYTHON}):
-                found[one.name.lower()] = str(one.specifier).removeprefix("==")
-    return found
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"python_version": PYTHON}):
+                versions[requirement.name.lower()] = str(requirement.specifier).removeprefix("==")
+    return versions
 
 
 def golden(kit: Path) -> None:
@@ -68,13 +68,13 @@ def golden(kit: Path) -> None:
 
 
 def plans(kit: Path, targets: str) -> None:
-    """Plans the steps that are timed, a process for each target: a minute or two for a GPU, seconds for `cpu:1`."""
-    found = [json.loads(_run("visit.plans", target, path=[COMPILERS])) for target in targets.split(",")]
-    (kit / "plans.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Plans the steps that the visit times, a process for each target: 1-2 minutes for a GPU, seconds for `cpu:1`."""
+    planned = [json.loads(_run("visit.plans", target, path=[COMPILERS])) for target in targets.split(",")]
+    (kit / "plans.json").write_text(json.dumps(planned, indent=1) + "\n", encoding="utf-8")
 
 
 def photos(kit: Path) -> None:
-    """Copies the photographs, where there are any."""
+    """Copies the photographs, if there are any."""
     if not PHOTOS.is_dir():
         print(f"no {PHOTOS}: without photographs the loader's part is skipped", file=sys.stderr)
         return
@@ -86,7 +86,7 @@ def photos(kit: Path) -> None:
 
 
 def describe(kit: Path) -> None:
-    """Notes what the kit was made from."""
+    """Writes `kit.json`, which names the commit that the kit was made from."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
@@ -94,7 +94,7 @@ def describe(kit: Path) -> None:
 
 
 def travelling(root: Path, kit: Path) -> int:
-    """The bytes of all that goes along: files that git tracks or would, and the kit."""
+    """Returns the bytes of all files to be copied: those that git tracks or does not ignore, and the kit."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
     files = {root / name for name in names if name} | {file for file in kit.rglob("*") if file.is_file()}
@@ -102,14 +102,14 @@ def travelling(root: Path, kit: Path) -> int:
 
 
 def check_size(size: int) -> None:
-    """Prints the size; ends the process where it is too much."""
+    """Prints the size in bytes, and exits with an error if it is above `LIMIT`."""
     print(f"the repository and the kit: {size / 2**20:.1f} of {LIMIT / 2**20:.0f} MiB", file=sys.stderr)
     if size > LIMIT:
         sys.exit("error: too much to travel; leave out photos or wheels, or what is large in the repository")
 
 
 def _run(module: str, *arguments: str, path: Sequence[Path] = ()) -> str:
-    """What `python -m MODULE` prints, on the CPU."""
+    """Returns what `python -m MODULE` prints, on the CPU."""
     folders = [*path, ROOT / "benchmarks", ROOT]
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders)), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", module, *arguments]

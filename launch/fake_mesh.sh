@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a recipe on a mesh of fake devices: this machine's CPU, pretending to be FAKE_DEVICES devices (8).
+# Trains a recipe on a mesh of fake devices: FAKE_DEVICES (8) devices made of this machine's CPU.
 #
 #   launch/fake_mesh.sh configs/digits.py runs/mesh --config.mesh.fsdp=2 --config.mesh.tensor=2
 #   FAKE_DEVICES=4 launch/fake_mesh.sh configs/digits.py runs/four
@@ -14,5 +14,5 @@ workdir=$2
 shift 2
 
 vit_dist="$(dirname "$0")/../.venv/bin/vit-dist"
-[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, as in the container
+[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, such as in the container
 exec "$vit_dist" train --config="$config" --workdir="$workdir" --config.fake_devices="${FAKE_DEVICES:-8}" "$@"

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Trains a recipe on all GPUs of this machine, one process a GPU. A crash starts all of them again from the last save.
+# Trains a recipe on all GPUs of this machine, one process for each GPU. A crash restarts all from the last save.
 #
 #   launch/local.sh configs/vit_b16_i1k_8gpu.py runs/b16
 #   PROCESSES=4 RESTARTS=0 launch/local.sh configs/vit_b16_i1k_8gpu.py runs/b16 --config.seed=1
 #
-# What may be set in the environment: PROCESSES, the first so many GPUs (else all of them); RESTARTS, how often to start
-# again (3).
+# Environment variables: PROCESSES, how many GPUs to use, from the first (all); RESTARTS, how often to start again (3).
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -17,6 +16,6 @@ workdir=$2
 shift 2
 
 vit_dist="$(dirname "$0")/../.venv/bin/vit-dist"
-[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, as in the container
+[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, such as in the container
 exec "$vit_dist" launch ${PROCESSES:+--processes="$PROCESSES"} --restarts="${RESTARTS:-3}" -- \
   train --config="$config" --workdir="$workdir" "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains a recipe by Open MPI's mpirun, one rank a GPU.
+# Trains a recipe by Open MPI's mpirun, one rank for each GPU.
 #
 #   HOSTS=node1:8,node2:8 launch/mpi.sh configs/vit_b16_i1k_8gpu.py /shared/runs/b16
 #   HOSTS=localhost:2 launch/mpi.sh configs/digits.py runs/two --config.fake_devices=4      (no GPUs)
 #
-# HOSTS names each host and how many ranks it gets, the first being the host that this is started on, by the name that
-# the others know it by: they call rank 0 there, at port PORT (one by chance of 20000 to 29999). Checkout and WORKDIR
-# must lie at the same path on all hosts. A SIGTERM makes all ranks save and end with 75; Ctrl-C ends them, and a second
-# one does not wait. Nothing is started again: give the same command once more. As root, say in a container, mpirun
-# refuses to run unless OMPI_ALLOW_RUN_AS_ROOT and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM are both 1.
+# HOSTS names each host and its number of ranks. The first must be this host, under a name that the others can resolve:
+# they connect to rank 0 there, at port PORT (random, 20000 to 29999). Checkout and WORKDIR must have the same path on
+# all hosts. SIGTERM makes all ranks save and end with 75; Ctrl-C ends them, and a second one does not wait. There is no
+# restart: give the same command again. As root, such as in a container, mpirun refuses to run unless
+# OMPI_ALLOW_RUN_AS_ROOT and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM are both 1.
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ -z "${HOSTS:-}" ]; then
@@ -20,16 +20,16 @@ workdir=$2
 shift 2
 
 vit_dist="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/vit-dist"
-[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, as in the container
+[ -x "$vit_dist" ] || vit_dist=vit-dist # installed elsewhere, such as in the container
 
-# Where the ranks meet is said here, and which is which in each of them, for JAX knows Open MPI 4 only.
+# The coordinator is set here and the index in each rank: JAX detects Open MPI 4 only.
 first=${HOSTS%%,*}
 export VIT_DIST_COORDINATOR="${first%%:*}:${PORT:-$((20000 + RANDOM % 10000))}"
 # shellcheck disable=SC2016
 rank='export VIT_DIST_PROCESSES=$OMPI_COMM_WORLD_SIZE VIT_DIST_PROCESS=$OMPI_COMM_WORLD_RANK
 export VIT_DIST_LOCAL_PROCESS=$OMPI_COMM_WORLD_LOCAL_RANK; exec "$@"'
 
-# Other hosts get a fresh environment, so what steers the libraries is passed on by name.
+# Other hosts get a fresh environment, so the variables that configure the libraries are passed by name.
 passed=()
 for name in $(compgen -e); do
   case $name in
@@ -37,24 +37,24 @@ for name in $(compgen -e); do
   esac
 done
 
-# In a session of its own, for a Ctrl-C would reach mpirun from the terminal too, and to it a second one means to leave
-# at once, with its ranks training on.
+# mpirun gets a session of its own. Otherwise the terminal's Ctrl-C would reach it too, and at a second one it leaves at
+# once while its ranks go on training.
 setsid mpirun --host "$HOSTS" --map-by slot --bind-to none --mca odls_base_sigkill_timeout 3 "${passed[@]}" \
   bash -c "$rank" rank "$vit_dist" train --config="$config" --workdir="$workdir" "$@" &
 job=$!
 
-# mpirun answers a SIGTERM by killing its ranks in mid-save, so the signal goes past it to those of this host; the ranks
-# agree with the others on a step to stop at. Its other children may be what keeps the other hosts in touch. Where there
-# is no rank yet, mpirun is told itself.
+# mpirun answers SIGTERM by killing its ranks in the middle of a save, so the signal goes directly to the ranks of this
+# host, which agree with the others on a step to stop at. Other children of mpirun may be its connections to the other
+# hosts. If no rank has started yet, mpirun itself gets the signal.
 ranks=(--parent "$job" --full 'vit-dist train')
 interrupted=false
 trap 'pkill -TERM "${ranks[@]}" || kill "$job" || true' TERM HUP
 trap 'if $interrupted || ! pkill -INT "${ranks[@]}"; then kill "$job" || true; fi; interrupted=true' INT
 
-# A `wait` that a signal has cut short is taken up again.
+# A signal interrupts `wait`, which is then called again.
 while code=0; wait "$job" || code=$?; kill -0 "$job" 2>/dev/null; do :; done
 case $code in
   0 | 75) ;;
-  *) if $interrupted; then code=130; fi ;; # whichever rank was the first to end, and however
+  *) if $interrupted; then code=130; fi ;; # whichever rank ended first, and with any code
 esac
 exit "$code"

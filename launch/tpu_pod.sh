@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains a recipe on a Cloud TPU slice: creates it, installs vit_dist on its workers, runs all of them, shows worker 0's
-# output, and deletes it, whatever comes of the run. Every command is printed; --dry-run prints them and runs none.
+# Trains a recipe on a Cloud TPU slice: creates the slice, installs vit_dist on its workers, runs all of them, shows
+# worker 0's output, and always deletes the slice. Every command is printed; --dry-run prints them and runs none.
 #
 #   launch/tpu_pod.sh --zone=us-west4-a --type=v5litepod-256 --before='sudo mount 10.0.0.2:/runs /mnt' \
 #     configs/vit_l16_i21k_v5e256.py /mnt/l16 [--config.KEY=VALUE ...]
 #
-#   --zone=Z --type=T   where, and which slice: v5litepod-256, v5p-2048 (counted in cores), v6e-64, ...
-#   --name=N            what the slice is called (vit-dist-USER)
-#   --version=V         the software on its workers; else what Google names for jax on that type
-#   --project=P         else gcloud's own setting
-#   --spot              a slice that may be taken back at any time, for less
-#   --queued            wait in Google's queue until the slice is to be had, asking every POLL_SECONDS (30)
-#   --before=COMMAND    on each worker, ahead of the rest: mounts, credentials
-#   --retries=N         how often to go on when a slice is taken back, is not to be had again, or the connection to it is
-#                       lost (3), each time after RETRY_SECONDS (60)
-#   --keep              do not delete the slice, and use one of that name that is there already
+#   --zone=Z --type=T   the zone, and the type of slice: v5litepod-256, v5p-2048 (counted in cores), v6e-64, ...
+#   --name=N            the name of the slice (vit-dist-USER)
+#   --version=V         the software on its workers (the version that Google documents for jax on that type)
+#   --project=P         the project (gcloud's own setting)
+#   --spot              a cheaper slice that may be preempted at any time
+#   --queued            wait in Google's queue until the slice is available; asks every POLL_SECONDS (30)
+#   --before=COMMAND    runs on each worker before anything else: mounts, credentials
+#   --retries=N         how often to try again when the slice is preempted or cannot be created again, or when the
+#                       connection to it is lost (3); waits RETRY_SECONDS (60) each time
+#   --keep              do not delete the slice; use an existing one of that name
 #
-# CONFIG lies in this checkout. WORKDIR must be the same folder on all workers, such as a mounted Filestore: it holds the
-# checkpoints from which the next try goes on, on the same slice where that is still sound. The slice lives as long as this script, so start it where nothing goes
-# to sleep. Ctrl-C deletes the slice at once.
+# CONFIG is a file of this checkout. WORKDIR must be the same folder on all workers, such as a mounted Filestore: it
+# holds the checkpoints from which the next try resumes, on the same slice if that is still ready. The slice exists as
+# long as this script runs, so start it on a machine that does not sleep. Ctrl-C deletes the slice at once.
 set -euo pipefail
 
 usage() {
@@ -64,8 +64,8 @@ if [ -z "$version" ]; then # cloud.google.com/tpu/docs/runtimes
   esac
 fi
 
-# Commands run beside this shell, which only waits, so that a signal is answered at once. They are printed on stderr;
-# those of a dry run, which are its result, on stdout.
+# Commands run in the background and this shell only waits, so that it answers signals at once. It prints the commands
+# on stderr; in a dry run, whose result they are, on stdout.
 if $dry_run; then exec 3>&1; else exec 3>&2; fi
 child=''
 run() {
@@ -82,7 +82,7 @@ run() {
 tpu() { run gcloud compute tpus tpu-vm "$@" "${common[@]}"; }
 queue() { run gcloud compute tpus queued-resources "$@" "${common[@]}"; }
 ssh_to() {
-  # A worker that is taken away closes no connection: ssh itself must notice.
+  # A preempted worker does not close the connection: ssh itself must detect it.
   tpu ssh "$name" "--worker=$1" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$2"
 }
 pause() {
@@ -94,7 +94,7 @@ pause() {
 
 package=${TMPDIR:-/tmp}/$name.tar.gz
 errors=${TMPDIR:-/tmp}/$name.errors
-unless_gone() { # that there is no such slice is no failure; any other is shown
+unless_gone() { # a slice that does not exist is no failure; other errors are printed
   if "$@" 2>"$errors" || grep -q NOT_FOUND "$errors"; then return; fi
   cat "$errors" >&2
   return 1
@@ -125,17 +125,17 @@ trap leave EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-create() { # fails where none is to be had; ends the script where one is in the way, or that cannot be told
+create() { # fails if there is no capacity; ends the script if the name is in use, or if that is unknown
   local found
   if $queued; then found=$(queue_state) || exit 1; else found=$(slice_state) || exit 1; fi
   if $keep && [[ $found == READY || $found == ACTIVE ]]; then
     exists=true
     return
-  elif [ -n "$found" ]; then # somebody else's, for all that is known here, so it is not deleted either
+  elif [ -n "$found" ]; then # perhaps somebody else's, so it is not deleted either
     echo "error: there is a $name in $zone already, $found; delete it, choose another --name, or use it by --keep" >&2
     exit 1
   fi
-  exists=true # from here on, for what is half created must go too
+  exists=true # from here on, so that a partly created slice is deleted too
   if ! $queued; then
     tpu create "$name" "--accelerator-type=$accelerator" "--version=$version" ${kind[@]+"${kind[@]}"}
     return
@@ -143,7 +143,7 @@ create() { # fails where none is to be had; ends the script where one is in the 
   queue create "$name" "--node-id=$name" "--accelerator-type=$accelerator" "--runtime-version=$version" \
     ${kind[@]+"${kind[@]}"} || return
   while true; do
-    found=$(queue_state) || found=unknown # to be asked again: nothing is lost by waiting
+    found=$(queue_state) || found=unknown # will be asked again
     if $dry_run; then return; fi
     case $found in
       ACTIVE) return ;;
@@ -156,15 +156,15 @@ create() { # fails where none is to be had; ends the script where one is in the 
   done
 }
 
-# What the workers do. uv brings a Python that is new enough, which theirs may not be.
+# The commands of the workers. uv installs a Python that is new enough; theirs may not be.
 install="mkdir -p vit_dist && tar -xzf vit_dist.tar.gz -C vit_dist && cd vit_dist \
 && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv \
 && ~/.local/bin/uv venv --quiet --clear --python=3.12 .venv \
 && ~/.local/bin/uv pip install --quiet --constraint=constraints.txt --editable='.[tpu]'"
 metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 arguments=$(printf ' %q' "--config=$config" "--workdir=$1" "${@:2}")
-# Worker 0's words go through tee, for vit-dist must not fall over a lost connection before it has saved; after one, the
-# last try may go on: it is asked to save, and given less time than the others wait.
+# Worker 0's output goes through tee, so that vit-dist does not fail at a lost connection before it has saved. After a
+# lost connection the previous try may still run: it is told to save, and gets less time than the others wait.
 stop="tell() { pkill \$1 --pidfile vit_dist/pid --full 'vit-dist train'; } 2>/dev/null
 tell -TERM && for _ in {1..200}; do tell -0 || break; sleep 1; done; tell -KILL"
 train="$stop
@@ -175,7 +175,7 @@ code=0; (echo \$BASHPID >pid; exec .venv/bin/vit-dist train$arguments) || code=\
 echo \$code >exit_code; exit \$code"
 
 attempt=0
-retry() { # counts a try and waits, or ends the script where none is left
+retry() { # counts a retry and waits, or ends the script if none is left
   if [ "$attempt" -ge "$retries" ]; then
     echo "error: $1, and no retry is left" >&2
     exit 75
@@ -189,7 +189,7 @@ ready=false
 while true; do
   if ! $ready; then
     if ! create; then
-      [ "$attempt" -gt 0 ] || exit 1 # the first is more likely a mistake
+      [ "$attempt" -gt 0 ] || exit 1 # at the first try a usage error is more likely
       keep=false delete
       retry "no new slice was to be had"
       continue
@@ -202,13 +202,13 @@ while true; do
   fi
   if ssh_to all "$train"; then exit 0; fi
 
-  # gcloud's exit code may stand for any of the workers; worker 0's own says whether all was saved. It has left none
-  # where it is gone, or only the connection to it.
+  # gcloud's exit code may be that of any worker; worker 0's own tells whether all was saved. There is none if worker 0
+  # or the connection to it was lost.
   found=$(slice_state) || exit 1
   code=''
   if [ "$found" = READY ]; then
     code=$(ssh_to 0 'cat vit_dist/exit_code') || code=''
-    [ "$code" != 0 ] || exit 0 # only a connection was lost
+    [ "$code" != 0 ] || exit 0 # only the connection was lost
     if [ -n "$code" ] && [ "$code" != 75 ]; then
       ssh_to all 'hostname; tail -n 30 vit_dist/train.log 2>/dev/null' >&2 || true
       echo "error: worker 0 ended with $code; above is what each said last" >&2
@@ -216,7 +216,7 @@ while true; do
     fi
   fi
   retry "the slice is ${found:-deleted}, worker 0's exit code ${code:-unknown}"
-  found=$(slice_state) || exit 1 # again, for who is told to stop is often taken away a moment later
+  found=$(slice_state) || exit 1 # again: a slice whose run was told to stop is often preempted a moment later
   if [ "$found" != READY ]; then
     ready=false
     keep=false delete

@@ -123,5 +123,5 @@ def differences(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 
 if __name__ == "__main__":
-    processes.pretend(1)
+    processes.make_fake_devices(1)
     write(Path(sys.argv[1]))

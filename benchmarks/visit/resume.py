@@ -32,8 +32,8 @@ _TIMINGS = ("images_per_second", "images_per_second_per_device", "step_ms", "dat
 
 def run(job: Job) -> None:
     """Keeps what both runs have in common, and the memory of the one that was not killed, early and late."""
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # before `pretend` changes this process's own
-    processes.pretend(1)
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # unchanged by `make_fake_devices`
+    processes.make_fake_devices(1)
     folder = job.scratch / "resume"
     folder.mkdir()
     data, steps = folder / golden.DATA, job.arguments["steps"]

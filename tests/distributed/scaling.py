@@ -1,9 +1,9 @@
-"""One process of a job that compiles the training step for all devices of the job, and says what a device sends.
+"""One process of a job that compiles the training step for all devices of the job, and prints what a device sends.
 
-    python scaling.py, with the variables of the job
+    python scaling.py, with the environment variables of the job
 
 Prints one JSON object: `processes`, `devices`, and `collectives`, each with its kind, axes, bytes and loops. Weak
-scaling: every device has as many rows of the batch, whatever the number of devices.
+scaling: every device has the same number of rows of the batch, whatever the number of devices.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from system import NO_AUGMENTATION, NO_DROPOUT  # noqa: E402
 
 from vit_dist.job import processes  # noqa: E402
 
-ROWS = 16  # of the batch, on each device
+ROWS = 16  # rows of the batch on each device
 
 if __name__ == "__main__":
     processes.start(fake_devices=2)
@@ -27,6 +27,6 @@ if __name__ == "__main__":
     program = program_on(
         {"data": devices}, f"batch_size={ROWS * devices}", "log_examples=false", *NO_DROPOUT, *NO_AUGMENTATION
     )
-    found = [dataclasses.asdict(one) for one in step_collectives(program)]
-    print(json.dumps({"processes": jax.process_count(), "devices": devices, "collectives": found}), flush=True)
+    collectives = [dataclasses.asdict(collective) for collective in step_collectives(program)]
+    print(json.dumps({"processes": jax.process_count(), "devices": devices, "collectives": collectives}), flush=True)
     processes.leave(0, "", together=True)

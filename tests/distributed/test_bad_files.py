@@ -1,4 +1,4 @@
-"""Bad files on two real processes: each meets its own, and both know all."""
+"""Bad files on two real processes: each reads some of them, and both list all."""
 
 import json
 
@@ -31,7 +31,7 @@ def arguments(folder):
     )
 
 
-def test_both_processes_know_of_every_bad_file_and_the_run_lists_them(folder, tmp_path):
+def test_both_processes_count_every_bad_file_and_the_run_lists_them(folder, tmp_path):
     first, second = as_two(tmp_path, *arguments(folder), "data.max_bad_fraction=0.1")
     assert (first.wait(), second.wait()) == (0, 0), first.said()[-3000:] + second.said()[-3000:]
     listed = [json.loads(line) for line in (tmp_path / "run/failures/bad_images.jsonl").read_text().splitlines()]
@@ -43,7 +43,7 @@ def test_both_processes_know_of_every_bad_file_and_the_run_lists_them(folder, tm
 
 
 def test_too_many_bad_files_over_both_stop_both(folder, tmp_path):
-    """Neither has met more than it may by itself: 5 of 96 are above 4 %, but each has met about half of them."""
+    """Neither process alone reads too many: 5 of 96 are above the limit, but each process reads about half of them."""
     first, second = as_two(tmp_path, *arguments(folder), "data.max_bad_fraction=0.045", "data.read_ahead_mb=0.001")
     assert (first.wait(), second.wait()) == (2, 2), first.said()[-3000:] + second.said()[-3000:]
     for process in (first, second):

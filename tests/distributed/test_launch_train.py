@@ -1,4 +1,4 @@
-"""`vit-dist launch` for real: processes of eight devices in all are one run, and so they are when one is killed."""
+"""`vit-dist launch` for real: processes with eight devices in all make one run, also when one is killed."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ RUN = (f"total_steps={STEPS}", f"checkpoint.every_steps={EVERY}", "evaluate.ever
 
 
 def launch(workdir, *overrides, processes=4, **options):
-    """The command of a job of so many processes with eight devices in all."""
+    """Returns the command of a job of so many processes with eight devices in all."""
     options = {"processes": processes, "devices-per-process": 8 // processes, **options}
     words = [f"--{name}={value}" for name, value in options.items()]
     python, dash_m, package, *verb = command(workdir, *overrides)
@@ -37,7 +37,7 @@ def launch(workdir, *overrides, processes=4, **options):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A function of the number of processes: the workdir of a whole run of theirs, and its launcher, ended."""
+    """A function of the number of processes that returns the workdir of a complete run, and its launcher, ended."""
 
     @functools.cache
     def ended(processes):
@@ -52,12 +52,12 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_curve_of_launched_processes_is_that_of_one_device(processes, undisturbed, tmp_path, record_property):
     workdir, running = undisturbed(processes)
-    found, expected = rows(workdir), train_here(tmp_path, *RUN, "mesh.data=1")
-    difference = largest_difference(losses(found), losses(expected))
+    launched, expected = rows(workdir), train_here(tmp_path, *RUN, "mesh.data=1")
+    difference = largest_difference(losses(launched), losses(expected))
     record_property("largest_relative_difference", difference)
     print(f"largest relative difference of a loss: {difference:.1e}")
-    assert len(losses(found)) == running.result()["step"] == STEPS
-    assert examples(found) == examples(expected)
+    assert len(losses(launched)) == running.result()["step"] == STEPS
+    assert examples(launched) == examples(expected)
     assert difference < 1e-4
     assert f"[0] mesh data=8, device cpu, processes {processes}" in running.said()
 
@@ -71,7 +71,7 @@ def test_standard_output_of_the_job_is_the_result_alone(undisturbed):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_killed_process_ends_all_is_named_and_with_a_restart_the_run_is_bitwise_as_if_undisturbed(
+def test_a_killed_process_is_named_and_after_a_restart_the_run_is_bitwise_as_if_undisturbed(
     rank, undisturbed, tmp_path
 ):
     workdir = tmp_path / "run"
@@ -82,7 +82,7 @@ def test_a_killed_process_ends_all_is_named_and_with_a_restart_the_run_is_bitwis
         os.kill(numbers[rank], signal.SIGKILL)
         gone = wait_until_gone(numbers.values(), seconds=10)
         assert running.wait(400) == 0, running.said()[-3000:]
-    print(f"all were gone {gone:.1f} s after process {rank} was killed")
+    print(f"all had ended {gone:.1f} s after process {rank} was killed")
     said = running.said()
     (blamed,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert blamed.startswith(
@@ -95,7 +95,7 @@ def test_a_killed_process_ends_all_is_named_and_with_a_restart_the_run_is_bitwis
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on_bitwise(undisturbed, tmp_path):
+def test_sigterm_to_the_launcher_saves_and_the_same_command_resumes_bitwise(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     with started(launch(workdir, *RUN, restarts=3), tmp_path / "first") as running:
         until(
@@ -113,10 +113,19 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on_bitwise(undi
     assert_same_run(workdir, undisturbed(4)[0], STEPS, *RUN)
 
 
-def test_a_mistake_is_said_by_the_launcher_with_2_and_not_tried_again(tmp_path):
-    words = launch(tmp_path / "run", "model.dpeth=3", processes=2, restarts=3)
-    code, running = run(words, tmp_path / "launcher")
-    assert code == 2
-    assert "] error: unknown key model.dpeth (did you mean model.depth?)\n" in running.said()
-    assert "starting again" not in running.said()
-    assert running.stdout.read_text() == ""
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("model.dpeth=3", "error: unknown key model.dpeth (did you mean model.depth?)"),
+        ("batch_size=0", "error: batch_size: must be above 0, found 0"),
+        (
+            "mesh.fsdp=3",
+            "error: mesh: fsdp=3 does not divide the 8 devices",
+        ),  # found after the processes have connected
+    ],
+)
+def test_a_usage_error_of_all_processes_is_printed_once_and_not_tried_again(override, error, tmp_path):
+    code, running = run(launch(tmp_path / "run", override, processes=2, restarts=3), tmp_path / "launcher")
+    assert (code, running.stdout.read_text()) == (2, "")
+    (line,) = [line for line in running.said().splitlines() if "error" in line or "launch" in line]
+    assert line.startswith(error)

@@ -1,4 +1,4 @@
-"""`launch/mpi.sh` with two real ranks under Open MPI: stopped, gone on with, and the curve of one device."""
+"""`launch/mpi.sh` with two real ranks under Open MPI: they stop, resume, and follow the curve of one device."""
 
 import os
 import shutil
@@ -32,20 +32,20 @@ STEPS = 60
 
 def _command(workdir, *overrides):
     overrides = ("fake_devices=4", *overrides)
-    return [ROOT / "launch" / "mpi.sh", RECIPE, workdir, *(f"--config.{one}" for one in overrides)]
+    return [ROOT / "launch" / "mpi.sh", RECIPE, workdir, *(f"--config.{override}" for override in overrides)]
 
 
 def _variables():
-    """Two ranks on this machine, where tests may be run by root, without a cache of compiled programs.
+    """The environment of two ranks on this machine, perhaps as root, without a cache of compiled programs.
 
-    On CPUs a program in the cache is of use to process 0 alone. Where that is ready more than 30 s before the others,
-    as on a busy machine when a job starts again, gloo gives them up.
+    On CPUs only process 0 can use a cached program. If it is ready more than 30 s before the others, as on a busy
+    machine when a job starts again, gloo times out.
     """
     as_root = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM") if os.geteuid() == 0 else ()
     return {"HOSTS": "localhost:2", "JAX_COMPILATION_CACHE_DIR": "", **dict.fromkeys(as_root, "1")}
 
 
-def test_ranks_told_to_stop_save_and_end_with_75_and_go_on_along_the_curve_of_one_device(tmp_path):
+def test_ranks_save_on_sigterm_end_with_75_and_resume_along_the_curve_of_one_device(tmp_path):
     command = _command(tmp_path / "run", f"total_steps={STEPS}", "checkpoint.every_steps=10")
     with started(command, tmp_path / "first", **_variables()) as job:
         until(lambda: checkpoint_steps(tmp_path / "run"), job)
@@ -57,10 +57,10 @@ def test_ranks_told_to_stop_save_and_end_with_75_and_go_on_along_the_curve_of_on
     assert code == 0, again.said()[-3000:]
     assert f"going on from step {saved}" in again.said() and again.result()["step"] == STEPS
 
-    found, expected = rows(tmp_path / "run"), train_here(tmp_path / "one", "mesh.data=1")
-    assert [row["step"] for row in found if row["split"] == "train"] == list(range(1, STEPS + 1))
-    assert examples(found)[:20] == examples(expected)
-    difference = largest_difference(losses(found)[:20], losses(expected))
+    joined, expected = rows(tmp_path / "run"), train_here(tmp_path / "one", "mesh.data=1")
+    assert [row["step"] for row in joined if row["split"] == "train"] == list(range(1, STEPS + 1))
+    assert examples(joined)[:20] == examples(expected)
+    difference = largest_difference(losses(joined)[:20], losses(expected))
     print(f"largest relative difference of a loss: {difference:.1e}")
     assert difference < 1e-4
 
@@ -76,6 +76,6 @@ def test_a_ctrl_c_at_the_terminal_ends_with_130_and_leaves_no_rank_behind(tmp_pa
 
 
 def _ranks(folder):
-    """The command lines under way that name the folder."""
-    found = subprocess.run(["pgrep", "--full", "--list-full", str(folder)], capture_output=True, text=True)
-    return found.stdout.splitlines()
+    """The command lines of running processes that name the folder."""
+    matches = subprocess.run(["pgrep", "--full", "--list-full", str(folder)], capture_output=True, text=True)
+    return matches.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Weak scaling: with more processes, and as many rows on each device, a device sends hardly more in a step."""
+"""Weak scaling: with more processes, and the same rows on each device, a device sends hardly more in a step."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ PARAMETERS = 18_154  # of tiny.py
 
 
 def step_of(folder, count):
-    """What `scaling.py` says on `count` processes of two devices each."""
+    """Returns what `scaling.py` prints on `count` processes of two devices each."""
     variables = {"VIT_DIST_COORDINATOR": f"127.0.0.1:{free_port()}", "VIT_DIST_PROCESSES": str(count)}
     with contextlib.ExitStack() as open_:
         running = [
@@ -23,18 +23,17 @@ def step_of(folder, count):
             )
             for i in range(count)
         ]
-        assert [one.wait() for one in running] == [0] * count, [one.said()[-2000:] for one in running]
-        found = running[0].result()
-    assert (found["processes"], found["devices"]) == (count, 2 * count)
-    return found
+        assert [process.wait() for process in running] == [0] * count, [process.said()[-2000:] for process in running]
+        step = running[0].result()
+    assert (step["processes"], step["devices"]) == (count, 2 * count)
+    return step
 
 
 def reduced(step):
-    """The bytes that a step's all-reduces sum over all devices; nothing else may be sent, and nothing in a loop."""
-    assert {(one["kind"], tuple(one["axes"]), one["loops"]) for one in step["collectives"]} == {
-        ("all-reduce", ("data",), 0)
-    }
-    return sum(one["bytes"] for one in step["collectives"])
+    """Returns the bytes that a step's all-reduces sum over all devices; no other collective, and none in a loop."""
+    kinds = {(collective["kind"], tuple(collective["axes"]), collective["loops"]) for collective in step["collectives"]}
+    assert kinds == {("all-reduce", ("data",), 0)}
+    return sum(collective["bytes"] for collective in step["collectives"])
 
 
 @pytest.mark.slow
@@ -46,6 +45,6 @@ def test_what_a_device_sends_grows_only_as_a_ring_of_more_devices_does(tmp_path,
         payload * 2 * (step["devices"] - 1) / step["devices"] for payload, step in zip(payloads, steps, strict=True)
     ]
     record_property("bytes_sent", sent)
-    print(f"bytes reduced a step: {payloads}; bytes that a device sends by a ring: {[round(one) for one in sent]}")
+    print(f"bytes reduced a step: {payloads}; bytes that a device sends by a ring: {[round(size) for size in sent]}")
     assert payloads[0] == payloads[1] == payloads[2]
     assert payloads[0] == pytest.approx(4 * PARAMETERS, rel=0.01)  # float32 gradients, once, and a few scalars

@@ -1,4 +1,4 @@
-"""The launcher over small processes: what it prints, whom it blames, whom it ends, and when it starts again."""
+"""The launcher over small processes: what it prints, which process it blames, what it ends, when it starts again."""
 
 import contextlib
 import os
@@ -14,62 +14,64 @@ from system import ROOT, Running, run, started, until
 
 from vit_dist import cli
 from vit_dist.config import ConfigError
+from vit_dist.job import launcher as launcher_module
 from vit_dist.job.launcher import Job, count_gpus, verb_command
 
 HOST = socket.gethostname()
 RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['VIT_DIST_PROCESS']); "
 LAUNCH = """
 import sys
-from vit_dist.job import launcher as launch
+from vit_dist.job import child, launcher as launch
 launch.LAST_WORDS_SECONDS, launch.GRACE_SECONDS, launch.STRAGGLER_SECONDS = {last_words}, {grace}, {straggler}
+child.HOLD_SECONDS = {hold}
 sys.exit(launch.launch(launch.Job((sys.executable, "-c", {code!r}), **{options!r})))
 """
 
 
-def launcher(code, processes=4, last_words=0.2, grace=1.0, straggler=60.0, **options):
-    """The command of a launcher of processes that run `code`, in which `rank` is the process's number."""
+def launcher(code, processes=4, last_words=0.2, grace=1.0, straggler=60.0, hold=60.0, **options):
+    """Returns the command of a launcher of processes that run `code`, in which `rank` is the process's number."""
     options = {"processes": processes, **options}
-    times = {"last_words": last_words, "grace": grace, "straggler": straggler}
-    return [sys.executable, "-c", LAUNCH.format(**times, code=RANK + code, options=options)]
+    seconds = {"last_words": last_words, "grace": grace, "straggler": straggler, "hold": hold}
+    return [sys.executable, "-c", LAUNCH.format(**seconds, code=RANK + code, options=options)]
 
 
 def launched(tmp_path, code, processes=4, **options):
-    """A launcher run to its end: (exit code, what it printed on stdout, on stderr)."""
+    """Runs a launcher to its end; returns (exit code, its stdout, its stderr)."""
     number, running = run(launcher(code, processes, **options), tmp_path / "launcher")
     return number, running.stdout.read_text(), running.said()
 
 
 def printed_pids(running: Running, count: int, mark: str = "pid") -> list[int]:
-    """The numbers that so many processes print on stderr as `pid 123`, waited for."""
+    """Waits until `count` processes have printed `pid 123` on stderr; returns the numbers."""
     printed = re.compile(rf"^\[\d\] {mark} (\d+)$", re.MULTILINE)
     until(lambda: len(printed.findall(running.said())) >= count, running)
     return [int(number) for number in printed.findall(running.said())]
 
 
-# What is printed
+# Output
 
 
-def test_each_of_100_000_lines_of_four_processes_comes_whole_and_in_its_process_s_order(tmp_path):
+def test_100_000_lines_of_four_processes_stay_whole_and_in_the_order_of_each_process(tmp_path):
     code = (
         "[print(number, 'x' * (number % 97), file=sys.stderr if number % 2 else sys.stdout, flush=number % 100 == 0)"
         " for number in range(25000)]"
     )
     number, out, err = launched(tmp_path, code)
     assert number == 0
-    found: dict[int, dict[int, list[int]]] = {rank: {0: [], 1: []} for rank in range(4)}
+    numbers: dict[int, dict[int, list[int]]] = {rank: {0: [], 1: []} for rank in range(4)}
     for line in [*(f"[0] {line}" for line in out.splitlines()), *err.splitlines()]:
         prefix, number, filling = re.fullmatch(r"\[(\d)\] (\d+) (x*)", line).groups()
         assert len(filling) == int(number) % 97
-        found[int(prefix)][int(number) % 2].append(int(number))
-    for rank in found:
-        assert found[rank] == {0: list(range(0, 25000, 2)), 1: list(range(1, 25000, 2))}
+        numbers[int(prefix)][int(number) % 2].append(int(number))
+    for rank in numbers:
+        assert numbers[rank] == {0: list(range(0, 25000, 2)), 1: list(range(1, 25000, 2))}
 
 
 def test_stdout_is_that_of_process_0_alone(tmp_path):
     code, out, err = launched(tmp_path, "print('result of', rank); print('word of', rank, file=sys.stderr)", 3)
     assert (code, out) == (0, "result of 0\n")
-    said = ["[0] word of 0", "[1] result of 1", "[1] word of 1", "[2] result of 2", "[2] word of 2"]
-    assert sorted(err.splitlines()) == said
+    expected = ["[0] word of 0", "[1] result of 1", "[1] word of 1", "[2] result of 2", "[2] word of 2"]
+    assert sorted(err.splitlines()) == expected
 
 
 def test_carriage_returns_end_lines_bytes_are_escaped_and_a_last_line_needs_no_end(tmp_path):
@@ -78,19 +80,19 @@ def test_carriage_returns_end_lines_bytes_are_escaped_and_a_last_line_needs_no_e
     assert (code, out, err) == (0, "", "[0] 10%\n[0] 20%\n[0] \n[0] bad \\xffé\n[0] no end\n")
 
 
-def test_bytes_of_a_result_are_untouched_and_its_last_line_is_ended(tmp_path):
+def test_bytes_of_a_result_are_unchanged_and_its_last_line_is_ended(tmp_path):
     number, running = run(launcher(r"os.write(1, b'bad \xff\n{}')", 1), tmp_path / "launcher")
     assert (number, running.stdout.read_bytes()) == (0, b"bad \xff\n{}\n")
 
 
-def test_a_line_without_an_end_is_cut_rather_than_kept(tmp_path):
+def test_a_line_without_an_end_is_cut_rather_than_kept_in_memory(tmp_path):
     code, _, err = launched(tmp_path, "os.write(2, b'x' * 5_000_000)", 1)
     lines = err.splitlines()
     assert code == 0 and sum(line.count("x") for line in lines) == 5_000_000
     assert max(map(len, lines)) < 1_200_000
 
 
-def test_a_job_goes_on_when_nobody_reads_what_it_says(tmp_path):
+def test_a_job_goes_on_when_nobody_reads_its_output(tmp_path):
     mark = tmp_path / "done"
     command = launcher(f"[print('x' * 999, file=sys.stderr) for _ in range(500)]; open('{mark}', 'w')", 1)
     reader, writer = os.pipe()
@@ -103,10 +105,68 @@ def test_a_job_goes_on_when_nobody_reads_what_it_says(tmp_path):
     assert mark.exists()
 
 
-# Who failed
+# Usage errors
+
+PRINTS = "print({!r}, file=sys.stderr); sys.exit({})"
 
 
-def test_the_first_that_fails_ends_the_others_and_is_named_with_its_host_code_and_last_lines(tmp_path):
+def test_a_usage_error_of_all_processes_is_printed_once_and_no_other_line_is_lost(tmp_path):
+    code = "print('log', rank, file=sys.stderr); time.sleep(0.3 * rank); " + PRINTS.format("error: lr: below 0", 2)
+    code, out, err = launched(tmp_path, code, 3, last_words=60.0, grace=60.0)
+    assert (code, out) == (2, "")
+    assert sorted(err.splitlines()) == ["[0] log 0", "[1] log 1", "[2] log 2", "error: lr: below 0"]
+
+
+def test_a_usage_error_is_printed_once_when_the_launcher_ends_a_slow_process(tmp_path):
+    code = "time.sleep(60) if rank == 1 else None; " + PRINTS.format("error: lr: below 0", 2)
+    assert launched(tmp_path, code, 3) == (2, "", "error: lr: below 0\n")
+
+
+def test_usage_errors_that_differ_are_all_printed_and_the_first_process_is_blamed(tmp_path):
+    code = "time.sleep(0.5 * rank); print('error: no folder', rank, file=sys.stderr); sys.exit(2)"
+    code, _, err = launched(tmp_path, code, 2, last_words=60.0, grace=60.0)
+    assert code == 2
+    *lines, blamed, last = err.splitlines()
+    assert lines == ["[0] error: no folder 0", "[1] error: no folder 1"]
+    assert blamed.startswith("error: process 0 of 2 (") and last == "    error: no folder 0"
+
+
+def test_an_error_line_of_a_process_that_ends_with_another_code_is_printed(tmp_path):
+    code, _, err = launched(tmp_path, PRINTS.format("error: no memory", 1), 1)
+    assert code == 1 and err.splitlines()[0] == "[0] error: no memory"
+
+
+def test_an_error_line_is_printed_when_another_follows_it_or_its_process_runs_on(tmp_path):
+    code = "print('error: a\\nb', file=sys.stderr); time.sleep(0.5); " + PRINTS.format("error: c", 0)
+    assert launched(tmp_path, code, 1) == (0, "", "[0] error: a\n[0] b\n[0] error: c\n")
+    stays = "print('pid', os.getpid(), file=sys.stderr); print('error: a', file=sys.stderr); time.sleep(60)"
+    with started(launcher(stays, 1, hold=0.1), tmp_path / "stays") as running:
+        until(lambda: "[0] error: a\n" in running.said(), running)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists the open files in /proc")
+def test_a_launcher_that_raises_leaves_no_file_open(monkeypatch):
+    def open_files():
+        return sorted(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    with pytest.raises(FileNotFoundError):
+        launcher_module.launch(Job(("no-such-command",), 2))
+    assert open_files() == before
+
+    def interrupt(attempt, running):
+        raise KeyError("a mistake in the launcher")
+
+    monkeypatch.setattr(launcher_module._Attempt, "_look_for_failures", interrupt)
+    with pytest.raises(KeyError):
+        launcher_module.launch(Job((sys.executable, "-c", "import time; time.sleep(60)"), 2))
+    assert open_files() == before
+
+
+# Which process failed
+
+
+def test_the_first_process_that_fails_ends_the_others_and_is_named_with_host_code_and_last_lines(tmp_path):
     code = "time.sleep(60) if rank != 2 else [print('line', n, file=sys.stderr) for n in range(99)] and sys.exit(3)"
     started_at = time.monotonic()
     number, out, err = launched(tmp_path, code)
@@ -120,7 +180,7 @@ def test_the_first_that_fails_ends_the_others_and_is_named_with_its_host_code_an
     assert last[1:] == [f"    line {n}" for n in range(79, 99)]
 
 
-def test_one_that_ignores_sigterm_is_killed_once_the_grace_is_over(tmp_path):
+def test_a_process_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path):
     code = (
         "signal.signal(signal.SIGTERM, lambda *_: print('no', file=sys.stderr));"
         "print('pid', os.getpid(), file=sys.stderr); [time.sleep(1) for _ in range(60)]"
@@ -134,10 +194,10 @@ def test_one_that_ignores_sigterm_is_killed_once_the_grace_is_over(tmp_path):
     assert not any(map(alive, numbers))
 
 
-def test_a_process_killed_by_9_is_named_and_its_own_processes_are_gone_too(tmp_path):
+def test_a_process_killed_by_sigkill_is_named_and_its_own_processes_end_too(tmp_path):
     code = (
-        "one = subprocess.Popen(['sleep', '60']); print('pid', os.getpid(), file=sys.stderr);"
-        "print('worker', one.pid, file=sys.stderr); time.sleep(60)"
+        "worker = subprocess.Popen(['sleep', '60']); print('pid', os.getpid(), file=sys.stderr);"
+        "print('worker', worker.pid, file=sys.stderr); time.sleep(60)"
     )
     with started(launcher(code, 3), tmp_path / "launcher") as running:
         workers, numbers = printed_pids(running, 3, "worker"), printed_pids(running, 3)
@@ -156,16 +216,15 @@ from vit_dist.config import Deadlines
 from vit_dist.job.rendezvous import rendezvous
 from vit_dist.job.rank import find_rank
 from vit_dist.job.watchdog import Watchdog
-mine = find_rank(60)
-watch = Watchdog(rank, rendezvous(mine, 60), Deadlines(peer_seconds=2, step_seconds=3))
+watchdog = Watchdog(rank, rendezvous(find_rank(60), 60), Deadlines(peer_seconds=2, step_seconds=3))
 {then}
-watch.alive(2)
+watchdog.alive(2)
 time.sleep(60)
 """
 
 
 STOPS = "os.kill(os.getpid(), signal.SIGSTOP)"
-FAILS = "watch.report_failure('no space', 1); print('error: no space', file=sys.stderr); sys.exit(1)"
+FAILS = "watchdog.report_failure('no space', 1); print('error: no space', file=sys.stderr); sys.exit(1)"
 
 
 BLAMED = {
@@ -173,25 +232,25 @@ BLAMED = {
     "process 2 fails": (2, FAILS, "failed with code 1"),
     "process 0 is killed": (0, "os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL"),
     "process 2 is cut off": (2, STOPS, "had to be killed"),
-    "process 2 is stuck": (2, "watch.alive(1); time.sleep(60)", "failed with code 1"),
+    "process 2 is stuck": (2, "watchdog.alive(1); time.sleep(60)", "failed with code 1"),
 }
 CRASHES = ("sys.exit(75)", "sys.exit(1)", "os.abort()")
 CRASHES_TWICE = (
-    "mine = f'FOLDER/{{rank}}-'; tries = sum(os.path.exists(f'{{mine}}{{n}}') for n in range(9));"
-    "open(f'{{mine}}{{tries}}', 'w').write(os.environ['VIT_DIST_COORDINATOR']);"
+    "file = f'FOLDER/{{rank}}-'; tries = sum(os.path.exists(f'{{file}}{{n}}') for n in range(9));"
+    "open(f'{{file}}{{tries}}', 'w').write(os.environ['VIT_DIST_COORDINATOR']);"
     "time.sleep(0.5); {how} if rank == 1 and tries < 2 else 0; print('tries', tries)"
 )
 
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """(the launcher, its folder) of each of `BLAMED` and `CRASHES`, all begun at once: they mostly wait."""
-    with contextlib.ExitStack() as open_:
+    """(the launcher, its folder) of each of `BLAMED` and `CRASHES`, all started at once: they mostly wait."""
+    with contextlib.ExitStack() as opened:
 
         def start(code, processes, **options):
             folder = tmp_path_factory.mktemp("begun")
             code = code.replace("FOLDER", str(folder))
-            return open_.enter_context(started(launcher(code, processes, **options), folder / "launcher")), folder
+            return opened.enter_context(started(launcher(code, processes, **options), folder / "launcher")), folder
 
         yield {
             name: start("\n" + WATCHED.format(then=f"if rank == {rank}: {then}"), 3, last_words=1.0, grace=6.0)
@@ -200,8 +259,8 @@ def begun(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BLAMED)
-def test_peers_that_end_because_one_has_failed_are_not_blamed(case, begun):
-    """Process 0 outlasts the others even when it is itself at fault, and one that hangs never ends by itself."""
+def test_peers_that_end_because_another_has_failed_are_not_blamed(case, begun):
+    """Process 0 ends last even if it is at fault, and a process that hangs never ends by itself."""
     (rank, then, how), running = BLAMED[case], begun[case][0]
     assert running.wait(60) == 1
     err = running.said()
@@ -231,14 +290,14 @@ def test_the_exit_code_follows_from_those_of_the_processes(codes, expected, tmp_
 
 
 @pytest.mark.parametrize("code", [0, 2, 130])
-def test_what_is_done_mistaken_or_interrupted_is_not_started_again(code, tmp_path):
-    found, _, err = launched(tmp_path, f"sys.exit({code})", 2, restarts=3)
-    assert found == code and "starting again" not in err
+def test_a_job_that_is_done_or_wrong_or_interrupted_is_not_started_again(code, tmp_path):
+    result, _, err = launched(tmp_path, f"sys.exit({code})", 2, restarts=3)
+    assert result == code and "starting again" not in err
 
 
 @pytest.mark.parametrize("how", CRASHES)
 def test_all_are_started_again_after_a_preemption_or_crash_until_the_job_is_done(how, begun):
-    """Each start leaves a file; the third gets through. Every start has a meeting point of its own."""
+    """Each start leaves a file; the third succeeds. Every start has a coordinator address of its own."""
     running, folder = begun[how]
     assert running.wait(60) == 0 and running.stdout.read_text().splitlines()[-1] == "tries 2"
     why = "was preempted" if "75" in how else "failed"
@@ -246,8 +305,8 @@ def test_all_are_started_again_after_a_preemption_or_crash_until_the_job_is_done
         f"launch: the job {why}; starting again in 1 s (restart 1 of 5)",
         f"launch: the job {why}; starting again in 2 s (restart 2 of 5)",
     ]
-    met = [{(folder / f"{rank}-{tries}").read_text() for rank in (0, 1)} for tries in (0, 1, 2)]
-    assert all(len(one) == 1 for one in met) and len(set.union(*met)) == 3
+    addresses = [{(folder / f"{rank}-{tries}").read_text() for rank in (0, 1)} for tries in (0, 1, 2)]
+    assert all(len(of_start) == 1 for of_start in addresses) and len(set.union(*addresses)) == 3
 
 
 def test_a_job_that_always_fails_is_given_up_after_its_restarts(tmp_path):
@@ -255,7 +314,7 @@ def test_a_job_that_always_fails_is_given_up_after_its_restarts(tmp_path):
     assert number == 1 and err.count("error: process 0 of 1") == 2 and err.count("starting again") == 1
 
 
-# Being asked to stop
+# Signals
 
 
 SAVES = (
@@ -279,9 +338,9 @@ def test_sigterm_while_waiting_to_start_again_ends_the_wait(tmp_path):
     with started(launcher("sys.exit(75)", 1, restarts=9), tmp_path / "launcher") as running:
         until(lambda: "starting again in 4 s" in running.said(), running)
         running.process.send_signal(signal.SIGTERM)
-        asked = time.monotonic()
+        signalled = time.monotonic()
         assert running.wait(20) == 75
-    assert time.monotonic() - asked < 2
+    assert time.monotonic() - signalled < 2
 
 
 def test_ctrl_c_reaches_all_once_and_the_job_ends_with_130_blaming_nobody(tmp_path):
@@ -297,14 +356,14 @@ def test_ctrl_c_reaches_all_once_and_the_job_ends_with_130_blaming_nobody(tmp_pa
     assert "error" not in running.said()
 
 
-def test_one_that_stays_when_the_others_have_ended_well_is_killed(tmp_path):
+def test_a_process_that_runs_on_when_the_others_have_ended_well_is_killed(tmp_path):
     code, _, err = launched(tmp_path, "time.sleep(600 if rank == 2 else 0)", 3, straggler=1.0)
     assert code == 1
     assert re.search(r"error: process 2 of 3 \(on .*\) had to be killed", err)
 
 
-def test_a_failure_on_another_host_is_told_as_this_hosts_processes_tell_it(tmp_path):
-    lost = "process 0 (host-a, 10.0.0.1, pid 7) was lost: it has said nothing for 60 s"
+def test_a_failure_on_another_host_is_reported_in_the_words_of_this_hosts_processes(tmp_path):
+    lost = "process 0 (host-a, 10.0.0.1, pid 7) was lost: it has sent nothing for 60 s"
     code, _, err = launched(
         tmp_path,
         f"from vit_dist.job.blame import Blame; Blame(0, {lost!r}).report(); sys.exit(1)",
@@ -315,7 +374,7 @@ def test_a_failure_on_another_host_is_told_as_this_hosts_processes_tell_it(tmp_p
     )
     assert code == 1
     assert re.search(
-        rf"^error: {re.escape(lost)}; so says process 1 of 2 \(on .*\), which failed with code 1$", err, re.M
+        rf"^error: {re.escape(lost)}; reported by process 1 of 2 \(on .*\), which failed with code 1$", err, re.M
     )
 
 
@@ -349,7 +408,7 @@ def test_the_processes_of_a_launcher_that_was_killed_do_not_live_on(tmp_path):
         wait_until_gone(numbers)
 
 
-# What is asked for
+# Arguments
 
 
 def test_processes_are_numbered_over_all_hosts_and_take_a_gpu_each_or_fake_devices(monkeypatch):
@@ -379,7 +438,7 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(between, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, error",
     [
         ("--processes=2", "no verb is given"),
         ("--processes=2 --", "no verb is given"),
@@ -400,15 +459,15 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(between, monkeypatch
         ("--processes=2 --coordinator=a:99999 -- train", "expected HOST:PORT"),
     ],
 )
-def test_what_makes_no_sense_is_one_line_that_names_it(words, said, capsys, monkeypatch):
+def test_arguments_that_make_no_sense_are_named_in_one_line(words, error, capsys, monkeypatch):
     monkeypatch.setattr("vit_dist.job.launcher.launch", lambda job: pytest.fail(f"{job} was started"))
     try:
         assert cli.main(["launch", *words.split()]) == 2
-    except SystemExit as ended:  # argparse's own
-        assert ended.code == 2
+    except SystemExit as exit_:  # argparse's own
+        assert exit_.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-    assert said in err
+    assert error in err
 
 
 def test_as_many_processes_are_started_as_gpus_are_seen(monkeypatch, tmp_path):

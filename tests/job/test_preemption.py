@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noticed inside the loop, left alone outside it, agreed upon by the processes of a job."""
+"""SIGTERM and Ctrl-C: caught inside the loop, not outside it, and agreed upon by the processes of a job."""
 
 import os
 import signal
@@ -18,33 +18,33 @@ from vit_dist.job.preemption import StopRequest
 LONG = ("mesh.data=1", "fake_devices=1", "total_steps=100000", "evaluate.every_steps=0", *NOTHING_RANDOM)
 
 
-def test_sigterm_is_noticed_and_the_handler_restored():
-    seen = []
-    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("outer"))
+def test_sigterm_is_caught_and_the_handler_restored():
+    received = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.append("outer"))
     try:
         with StopRequest() as stop:
             assert stop.requested(1) is False
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.requested(2) is True
             assert stop.requested(3) is True
-        assert seen == []
+        assert received == []
         os.kill(os.getpid(), signal.SIGTERM)
-        assert seen == ["outer"]
+        assert received == ["outer"]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_the_handler_is_restored_after_an_error():
-    before = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         with StopRequest():
             raise KeyError("x")
     except KeyError:
         pass
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is previous
 
 
-def test_two_processes_stop_at_one_step_when_one_is_asked():
+def test_two_processes_stop_at_the_same_step_when_one_gets_sigterm():
     script = """
         import os, signal, sys, time
         import jax
@@ -74,7 +74,7 @@ def test_two_processes_stop_at_one_step_when_one_is_asked():
     assert steps[0] == steps[1] < 1999
 
 
-def test_the_first_ctrl_c_is_noticed_and_the_second_raises():
+def test_the_first_ctrl_c_is_caught_and_the_second_raises():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested(1) is True and stop.by_user() is True
@@ -83,16 +83,16 @@ def test_the_first_ctrl_c_is_noticed_and_the_second_raises():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_saves_and_ends_with_130_and_the_same_command_goes_on(tmp_path):
+def test_ctrl_c_saves_and_ends_with_130_and_the_same_command_resumes(tmp_path):
     with started(command(tmp_path / "run", *LONG), tmp_path / "first") as running:
         until(lambda: rows(tmp_path / "run"), running)
         running.process.send_signal(signal.SIGINT)
         assert running.wait(60) == 130
-        said = running.said()
+        printed = running.said()
     (saved,) = checkpoint_steps(tmp_path / "run")
     assert rows(tmp_path / "run")[-1]["step"] == saved
-    assert said.endswith(f"interrupted: saved step {saved} of 100000 in {tmp_path / 'run'}\n")
-    assert "Traceback" not in said
+    assert printed.endswith(f"interrupted: saved step {saved} of 100000 in {tmp_path / 'run'}\n")
+    assert "Traceback" not in printed
     longer = train_here(tmp_path / "run", "mesh.data=1", *NOTHING_RANDOM, f"total_steps={saved + 1}")
     assert [row["step"] for row in longer] == list(range(1, saved + 2))
 
@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_ends_the_command_without_waiting_for_the_save(tmp_path)
         running.process.send_signal(signal.SIGINT)
         until(lambda: "saving" in running.said(), running, 60)
         running.process.send_signal(signal.SIGINT)
-        assert running.wait(20) == -signal.SIGINT  # 130 to a shell
+        assert running.wait(20) == -signal.SIGINT  # a shell reports 130
     assert "Ctrl-C again ends at once\n" in running.said() and "Traceback" not in running.said()
 
 
@@ -154,18 +154,18 @@ def test_a_second_ctrl_c_ends_the_command_while_it_waits_for_data(tmp_path):
     wait_until_gone([worker], 20)
 
 
-def test_ctrl_c_ends_a_command_that_has_lost_its_exception(tmp_path):
+def test_ctrl_c_ends_a_command_that_swallows_the_exception(tmp_path):
     script = """
         import sys, time
         from vit_dist import cli
-        def lose(options):
+        def swallow(options):
             print("begun", file=sys.stderr, flush=True)
             try:
                 time.sleep(600)
-            except KeyboardInterrupt:  # as Python does within a garbage collector's callback
+            except KeyboardInterrupt:  # as Python does in a callback of its garbage collector
                 time.sleep(600)
         cli.LAST_SECONDS = 0.5
-        cli._VERBS["configs"] = lose
+        cli._VERBS["configs"] = swallow
         sys.argv = ["vit-dist", "configs"]
         sys.exit(cli.main())
     """
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_a_command_that_has_lost_its_exception(tmp_path):
         assert running.wait(20) == 130
 
 
-def test_ctrl_c_at_one_process_of_a_job_saves_and_ends_all_with_130(tmp_path):
+def test_ctrl_c_in_a_job_saves_and_ends_all_processes_with_130(tmp_path):
     launch = [sys.executable, "-m", "vit_dist", "launch", "--processes=2", "--devices-per-process=1", "--"]
     words = command(tmp_path / "run", *LONG[2:], "mesh.data=2")[3:]
     running = Running([*launch, *words], tmp_path / "job")

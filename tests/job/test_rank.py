@@ -1,4 +1,4 @@
-"""Where a process finds its job: by variables of our own, by a scheduler's, or nowhere."""
+"""Where the rank of a process comes from: our own variables, a scheduler's, or nowhere."""
 
 import pytest
 
@@ -24,8 +24,8 @@ OPEN_MPI = {
 
 
 @pytest.fixture
-def found(monkeypatch):
-    """What `find_rank` finds in an environment of these variables."""
+def rank_in(monkeypatch):
+    """A function that returns what `find_rank` returns with these environment variables."""
     for name in (*OURS, *SLURM, *OPEN_MPI, "VIT_DIST_LOCAL_PROCESS", "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
 
@@ -37,8 +37,8 @@ def found(monkeypatch):
     return find
 
 
-def test_a_process_of_no_job_is_alone(found):
-    assert found({}) is None
+def test_a_process_without_a_job_has_no_rank(rank_in):
+    assert rank_in({}) is None
 
 
 @pytest.mark.parametrize(
@@ -51,58 +51,58 @@ def test_a_process_of_no_job_is_alone(found):
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # a pod, such as a notebook's
     ],
 )
-def test_a_job_of_one_is_none(found, alone):
-    assert found(alone) is None
+def test_a_job_of_one_process_is_no_job(rank_in, alone):
+    assert rank_in(alone) is None
 
 
-def test_variables_of_our_own_win_over_a_schedulers(found):
-    assert found(SLURM | OURS) == Rank("node0:1234", 4, 3)
+def test_variables_of_our_own_win_over_a_schedulers(rank_in):
+    assert rank_in(SLURM | OURS) == Rank("node0:1234", 4, 3)
 
 
-def test_the_process_of_a_host_takes_its_own_gpu(found):
-    assert found(OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
+def test_each_process_of_a_host_takes_its_own_gpu(rank_in):
+    assert rank_in(OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
 
 
-def test_a_launched_process_takes_its_own_gpu_within_a_task_of_slurm_too(found):
+def test_a_launched_process_takes_its_own_gpu_within_a_task_of_slurm_too(rank_in):
     step = {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NTASKS": "1"}  # srun --pty bash, and the launcher in it
-    assert found(SLURM | step | OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
+    assert rank_in(SLURM | step | OURS | {"VIT_DIST_LOCAL_PROCESS": "2"}).devices == (2,)
 
 
-def test_a_task_of_slurm_meets_the_others_on_the_first_node(found):
-    place = found(SLURM)
-    assert place.address[0] == "gpu07" and place.address[1] > 2**15
-    assert (place.count, place.index, place.devices) == (4, 3, (1,))
+def test_the_coordinator_of_a_slurm_task_is_the_first_node(rank_in):
+    rank = rank_in(SLURM)
+    assert rank.address[0] == "gpu07" and rank.address[1] > 2**15
+    assert (rank.count, rank.index, rank.devices) == (4, 3, (1,))
 
 
 @pytest.mark.parametrize(
-    "dealt",
+    "assigned",
     [
         {"CUDA_VISIBLE_DEVICES": "5"},  # --gpus-per-task=1: each sees its own alone
         {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_LOCALID": "0"},  # one task has all GPUs of its node
     ],
 )
-def test_gpus_that_slurm_has_dealt_out_are_not_dealt_again(found, dealt):
-    assert found(SLURM | dealt).devices == ()
+def test_gpus_that_slurm_has_assigned_are_not_assigned_again(rank_in, assigned):
+    assert rank_in(SLURM | assigned).devices == ()
 
 
-def test_a_rank_of_open_mpi_meets_the_others_where_mpirun_runs(found):
-    place = found(OPEN_MPI)
-    assert place.address[0] == "10.1.2.3"
-    assert (place.count, place.index, place.devices) == (2, 1, (1,))
+def test_the_coordinator_of_an_open_mpi_rank_is_where_mpirun_runs(rank_in):
+    rank = rank_in(OPEN_MPI)
+    assert rank.address[0] == "10.1.2.3"
+    assert (rank.count, rank.index, rank.devices) == (2, 1, (1,))
 
 
-def test_an_open_mpi_that_does_not_say_where_to_meet_is_refused(found):
+def test_an_open_mpi_that_names_no_coordinator_is_refused(rank_in):
     with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE: .* start them by launch/mpi.sh, or set VIT_DIST_COO"):
-        found({name: value for name, value in OPEN_MPI.items() if name != "OMPI_MCA_orte_hnp_uri"})
+        rank_in({name: value for name, value in OPEN_MPI.items() if name != "OMPI_MCA_orte_hnp_uri"})
 
 
-def test_an_indexed_job_of_kubernetes_is_left_alone_where_its_package_is_missing(found):
-    assert found({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}) is None
+def test_an_indexed_job_of_kubernetes_is_ignored_if_its_package_is_missing(rank_in):
+    assert rank_in({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}) is None
 
 
 @pytest.mark.parametrize("address", ["[::1]:80", "::1:80"])
-def test_the_coordinator_may_be_an_address_of_ipv6(found, address):
-    assert found(OURS | {"VIT_DIST_COORDINATOR": address}).address == ("::1", 80)
+def test_the_coordinator_may_be_an_ipv6_address(rank_in, address):
+    assert rank_in(OURS | {"VIT_DIST_COORDINATOR": address}).address == ("::1", 80)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_the_coordinator_may_be_an_address_of_ipv6(found, address):
         ({"VIT_DIST_LOCAL_PROCESS": "first"}, "VIT_DIST_LOCAL_PROCESS: expected a whole number, found 'first'"),
     ],
 )
-def test_variables_that_make_no_sense_are_refused(found, wrong, message):
+def test_variables_that_make_no_sense_are_refused(rank_in, wrong, message):
     with pytest.raises(ConfigError, match=message):
-        found(OURS | wrong)
+        rank_in(OURS | wrong)
 
 
 def test_the_launchers_number_of_fake_devices_wins(monkeypatch):

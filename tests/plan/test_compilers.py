@@ -133,7 +133,7 @@ from vit_dist.plan.estimate.step import estimate, wires_of
 from vit_dist.plan.estimate.workload import state_bytes_of
 from vit_dist.program import check_model
 
-processes.pretend(1)
+processes.make_fake_devices(1)
 target = targets.parse(sys.argv[1])
 devices = targets.devices(target)
 settings = recipes.load("configs/vit_g14_64gpu.py")

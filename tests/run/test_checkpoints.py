@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, what is wanted stays, and what goes wrong is said."""
+"""Checkpoints: what is saved is restored, the right steps are kept, and errors are raised."""
 
 import functools
 import os
@@ -57,7 +57,7 @@ def saved(tmp_path_factory):
     return directory, state
 
 
-def test_a_state_of_eight_devices_is_restored_to_two_with_values_and_shardings(saved):
+def test_a_state_of_eight_devices_is_restored_on_two_with_its_values_and_shardings(saved):
     directory, state = saved
     mesh = jax.make_mesh((1, 2), ("data", "fsdp"), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
@@ -81,14 +81,14 @@ def test_only_the_names_asked_for_are_read(saved):
     assert restored["params"]["block"]["w"].sharding == state["params"]["block"]["w"].sharding
 
 
-def test_metadata_comes_back(saved):
+def test_metadata_is_restored(saved):
     assert open_(saved[0], read_only=True).metadata(7) == {"seed": 3}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda block: block.pop("b"), "a tensor params/block/b that this run has not"),
+        (lambda block: block.pop("b"), "a tensor params/block/b that this run does not have"),
         (lambda block: block.update(c=block["b"]), "has no tensor params/block/c"),
         (
             lambda block: block.update(w=jax.ShapeDtypeStruct((8, 4), jnp.float32)),
@@ -108,7 +108,7 @@ def test_a_tensor_that_does_not_fit_is_named(saved, change, message):
         open_(directory, read_only=True).restore({"params": wanted})
 
 
-def test_a_name_or_step_that_was_not_saved_is_said(saved, tmp_path):
+def test_a_name_or_step_that_was_not_saved_is_an_error(saved, tmp_path):
     directory, state = saved
     with pytest.raises(ConfigError, match="holds no 'ema', only optimizer, params, progress"):
         open_(directory, read_only=True).restore({"ema": abstract(state["params"])})
@@ -119,14 +119,14 @@ def test_a_name_or_step_that_was_not_saved_is_said(saved, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_buffers_may_be_donated_straight_after_save(tmp_path):
+def test_buffers_may_be_donated_right_after_save(tmp_path):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(tree):
         return jax.tree.map(lambda x: x + 1, tree)
 
-    shardings = {"split": NamedSharding(mesh, P("fsdp")), "whole": NamedSharding(mesh, P())}
+    shardings = {"split": NamedSharding(mesh, P("fsdp")), "replicated": NamedSharding(mesh, P())}
     tree = {name: jax.device_put(np.zeros((1024, 1024), np.float32), s) for name, s in shardings.items()}
     checkpoints = open_(tmp_path, keep_last=3)
     for step in (1, 2, 3):
@@ -145,9 +145,9 @@ def test_buffers_may_be_donated_straight_after_save(tmp_path):
 
 
 def test_small_tensors_are_saved_without_compiling_anything(tmp_path):
-    """Left alone, Orbax compiles each device's slice of each shape: 88 programs in a first save of tiny.py."""
+    """By default Orbax compiles a program for each slice of each shape: 88 programs in a first save of tiny.py."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-    shapes = [(8, 9), (16, 3), (24, 5, 2)]  # of no other test, so that nothing is compiled already
+    shapes = [(8, 9), (16, 3), (24, 5, 2)]  # in no other test, so that nothing is compiled already
     tree = {str(shape): jax.device_put(np.ones(shape), NamedSharding(mesh, P())) for shape in shapes}
     compiled = []
 
@@ -226,10 +226,10 @@ def test_an_error_of_a_save_surfaces_at_the_next_call(tmp_path, monkeypatch, the
         }
         with pytest.raises(OSError, match="the disk is full"):
             calls[then]()
-    assert open_(tmp_path).steps() == [1]  # and the step before it is still there
+    assert open_(tmp_path).steps() == [1]  # the step before it still exists
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_the_steps_before_it_whole(tmp_path):
+def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_steps_complete(tmp_path):
     script = """
         import os, pathlib, sys, time
         import numpy as np
@@ -253,7 +253,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_steps_before_it_whole(tmp_pat
     wanted = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     step, restored = open_(tmp_path, read_only=True).restore(wanted)
     assert (step, restored["params"]["w"].tolist()) == (1, [0, 1, 2, 3])
-    assert sorted(path.name for path in tmp_path.iterdir()) == left  # a reader touches nothing
+    assert sorted(path.name for path in tmp_path.iterdir()) == left  # a reader changes nothing
     checkpoints = open_(tmp_path)
     checkpoints.save(2, SMALL)
     assert checkpoints.steps() == [2]
@@ -261,7 +261,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_steps_before_it_whole(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_an_old_step_half_deleted_by_a_kill_hides_nothing(tmp_path):
+def test_an_old_step_half_deleted_by_a_kill_hides_no_other(tmp_path):
     checkpoints = open_(tmp_path, keep_last=3, keep_best=1)
     for step in (1, 2, 3):
         checkpoints.save(step, SMALL, metrics={"top1": step / 10})

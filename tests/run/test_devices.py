@@ -1,4 +1,4 @@
-"""Devices: peak rates where they are known, and memory where devices tell."""
+"""Devices: peak rates where they are known, and memory where devices report it."""
 
 import types
 

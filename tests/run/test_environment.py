@@ -1,4 +1,4 @@
-"""The environment: an entry a session, with what a reader needs to explain a difference."""
+"""The environment: an entry for each session, with what a reader needs to explain a difference."""
 
 import datetime
 import json
@@ -14,12 +14,12 @@ from vit_dist.run.environment import _git, check_same_data, describe, write
 def test_a_session_is_described(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-    found = describe(mesh, {"train": "ab12"})
-    assert found["mesh"] == {"data": 2, "fsdp": 4}
-    assert found["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
-    assert found["versions"]["jax"] == jax.__version__
-    assert (found["data"], found["xla_flags"]) == ({"train": "ab12"}, "--xla_dump_to=x")
-    assert datetime.datetime.fromisoformat(found["time"]).utcoffset() == datetime.timedelta(0)
+    session = describe(mesh, {"train": "ab12"})
+    assert session["mesh"] == {"data": 2, "fsdp": 4}
+    assert session["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
+    assert session["versions"]["jax"] == jax.__version__
+    assert (session["data"], session["xla_flags"]) == ({"train": "ab12"}, "--xla_dump_to=x")
+    assert datetime.datetime.fromisoformat(session["time"]).utcoffset() == datetime.timedelta(0)
     assert describe(None, {})["mesh"] is None
 
 
@@ -40,7 +40,7 @@ def test_a_digest_from_before_pixels_were_covered_is_not_compared(tmp_path, capl
         check_same_data(tmp_path, {"train": "pixels:0000", "test": "cd34"})
 
 
-def test_the_commit_is_the_checkouts_own(tmp_path):
+def test_the_commit_is_that_of_the_checkout_that_tracks_the_file(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         command = ["git", "-C", str(tmp_path), *identity, *arguments]

@@ -1,4 +1,4 @@
-"""Metrics: one row a step and split, the same after a kill and resume, and TensorBoard's own reader opens the files."""
+"""Metrics: one row for each step and split, also after a kill and resume; TensorBoard's own reader opens the files."""
 
 import json
 import subprocess
@@ -59,17 +59,17 @@ def test_rows_are_readable_before_the_log_is_closed(tmp_path):
     log.close()
 
 
-def test_a_resume_makes_the_rows_of_a_run_never_killed(tmp_path):
-    train(tmp_path / "whole", None, range(1, 61))
+def test_the_rows_of_a_resumed_run_are_those_of_a_run_never_killed(tmp_path):
+    train(tmp_path / "undisturbed", None, range(1, 61))
     train(tmp_path / "killed", None, range(1, 51))
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write('{"step": 51, "split": "tr')  # killed in the middle of a row
     train(tmp_path / "killed", 40, range(41, 61))
-    whole, killed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed"))
-    assert whole == killed
-    assert [row["step"] for row in read_rows(tmp_path / "whole") if row["split"] == "test"] == [20, 40, 60]
+    undisturbed, killed = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("undisturbed", "killed"))
+    assert undisturbed == killed
+    assert [row["step"] for row in read_rows(tmp_path / "undisturbed") if row["split"] == "test"] == [20, 40, 60]
     for tag in ("train/loss", "test/top1"):
-        assert scalars(tmp_path / "killed", tag) == scalars(tmp_path / "whole", tag)
+        assert scalars(tmp_path / "killed", tag) == scalars(tmp_path / "undisturbed", tag)
 
 
 def test_a_run_without_a_checkpoint_begins_its_rows_anew(tmp_path):
@@ -79,7 +79,7 @@ def test_a_run_without_a_checkpoint_begins_its_rows_anew(tmp_path):
     assert scalars(tmp_path, "train/loss") == [(1, 1.0), (2, 0.5), (3, np.float32(1 / 3))]
 
 
-def test_the_event_files_say_what_the_rows_say(tmp_path):
+def test_the_event_files_hold_the_numbers_of_the_rows(tmp_path):
     train(tmp_path, None, range(1, 21))
     assert scalars(tmp_path, "test/loss") == [(20, np.float32(0.1))]
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == list(range(1, 21))

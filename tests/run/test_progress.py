@@ -1,7 +1,12 @@
-"""Progress: plain lines in a file, a bar on a terminal."""
+"""Progress: plain lines in a file, a bar on a terminal with log lines above it."""
 
 import io
+import logging
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -16,7 +21,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test sets."""
+    """The time in seconds, in a list, which the test sets."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -68,6 +73,89 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "loss 1.93  eta 0:0" in text
     assert "evaluated [test]" in text
     assert capsys.readouterr().out == "a result\n"  # stdout is not the bar's
+
+
+LOGS = """
+import logging, sys
+from absl import flags, logging as absl_logging
+from vit_dist import cli
+from vit_dist.run.progress import Progress
+
+def run(options):
+    flags.FLAGS.mark_as_parsed()  # absl prints a warning otherwise
+    absl = logging.getLogger("absl")
+    absl.addHandler(absl_logging.get_absl_handler())
+    absl.propagate = False
+    log = logging.getLogger("vit_dist.train")
+    log.info("before the bar")
+    progress = Progress(9)
+    progress.update(1, {"loss": 2.5})
+    log.info("first step: %.1f s", 0.5)
+    absl_logging.warning("from absl")
+    log.warning("two\\nlines")
+    progress.update(2, {"loss": 1.5})
+    print("printed", file=sys.stderr)
+    progress.line("test at step 2")
+    progress.close()
+    log.info("after the bar")
+
+cli._VERBS["configs"] = run
+sys.argv = ["vit-dist", "configs"]
+sys.exit(cli.main())
+"""
+
+
+def screen(data):
+    """Returns the lines that a terminal shows after these bytes; knows the sequences of rich's bar."""
+    lines, row, column = [""], 0, 0
+    for sequence, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", data.decode()):
+        if text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        elif sequence == "\r":
+            column = 0
+        elif sequence == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif sequence == "\x1b[2K":
+            lines[row] = ""
+        elif sequence.endswith("A"):
+            row -= int(sequence[2:-1])
+    return lines
+
+
+def test_every_log_line_stands_by_itself_above_the_bar_of_a_terminal():
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-c", LOGS]
+    process = subprocess.Popen(command, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
+    os.close(terminal)
+    data = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            data += chunk
+    except OSError:  # how Linux reports that the terminal has no other end any more
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0
+    lines = [line.rstrip() for line in screen(data) if line.strip()]
+    bar = [line for line in lines if "━" in line]
+    assert len(bar) == 1 and re.fullmatch(r"step 2/9 [━╺╸]+ loss 1.5  eta 0:\d\d", bar[0])
+    lines = [re.sub(r"^W\d{4} .*\] ", "absl: ", line) for line in lines if line not in bar]
+    assert lines == [
+        "before the bar", "first step: 0.5 s", "absl: from absl", "two", "lines", "printed", "test at step 2",
+        "after the bar",
+    ]  # fmt: skip
+
+
+def test_a_plain_stream_leaves_log_handlers_alone(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("vit_dist").addHandler(handler)
+    try:
+        shown = Progress(9)
+        assert handler.stream is sys.stderr
+        shown.close()
+    finally:
+        logging.getLogger("vit_dist").removeHandler(handler)
 
 
 def test_durations_read_as_clocks():

@@ -1,4 +1,4 @@
-"""Whether all processes of a job see one workdir."""
+"""Whether all processes of a job see the same workdir, and when it holds a run."""
 
 import pytest
 
@@ -24,11 +24,11 @@ def test_a_disk_that_shows_another_host_a_checkpoint_late_is_waited_for(run, mon
 
 def test_a_disk_that_the_hosts_do_not_share_is_refused(run, monkeypatch):
     monkeypatch.setattr(processes, "gather", lambda view: [view, view, [False, []]])
-    with pytest.raises(ConfigError, match=f"{run}: process 2 does not see there what process 0 sees"):
+    with pytest.raises(ConfigError, match=f"{run}: process 2 does not see what process 0 sees in it"):
         run_files.check_shared(run)
 
 
-def test_a_first_checkpoint_that_is_half_written_makes_no_run(tmp_path):
+def test_an_incomplete_first_checkpoint_makes_no_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert not run_files.holds_run(tmp_path)
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)

@@ -1,7 +1,8 @@
-"""One process of a launched job, as its launcher sees it: how it is started, heard, signalled and found ended.
+"""One process of a launched job, as its launcher handles it: start, output, signals, end.
 
-A child is the leader of a session of its own, so that a terminal's Ctrl-C reaches the launcher alone, and so that those
-it has started are ended with it. What it prints is shown by whole lines, which the launcher's one thread never mixes.
+A child is the leader of a session of its own. A terminal's Ctrl-C then reaches the launcher alone, and the processes
+that the child started can be ended with it. The launcher's only thread prints the output of all children line by line,
+so lines of different processes never mix.
 """
 
 import collections
@@ -17,103 +18,140 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TextIO
 
 from vit_dist.job.blame import VARIABLE, Blame, read
+from vit_dist.job.exit_codes import MISTAKE
 
-TAIL = 20  # lines kept of each process, to be shown again if it fails
+TAIL = 20  # lines kept of each process, to be printed again if it fails
+HOLD_SECONDS = 6.0  # for which an `error:` line is held back while its process runs; a process that failed ends sooner
 _CHUNK = 1 << 16
-_LONGEST_LINE = 1 << 20  # bytes; what is longer is cut, so that no process can fill the memory
+_LONGEST_LINE = 1 << 20  # bytes; longer lines are cut, so that no process can fill the launcher's memory
 
 
 class Child:
-    """Process `index` of the job, started by its making. `ready` comes to hold its outputs, each to be `read`."""
+    """Process `index` of the job; the constructor starts it and registers its outputs with `ready`, to be `read`.
+
+    Attributes:
+      code: the exit code, -n after signal n; None while the process runs.
+      killed: whether the launcher sent SIGKILL.
+      blame: which process this one reported as the one at fault; None before its end.
+      tail: the last lines that it printed.
+    """
 
     def __init__(
         self, command: Sequence[str], index: int, environment: Mapping[str, str], ready: selectors.BaseSelector
     ) -> None:
         self.index = index
-        self.code: int | None = None  # with which it has ended; -n: by the signal n
-        self.killed = False  # by its launcher, whatever it may have done before
-        self.blame: Blame | None = None  # whom it holds at fault, once it has ended
+        self.code: int | None = None
+        self.killed = False
+        self.blame: Blame | None = None
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL)
-        self._blames, blames = os.pipe()
-        self.process = subprocess.Popen(
-            command,
-            env={**environment, VARIABLE: str(blames)},
-            pass_fds=(blames,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=_end_with_launcher(),
-        )
-        os.close(blames)
-        out, err = (_Output(pipe, self.index, self.tail, ready) for pipe in (self.process.stdout, self.process.stderr))
-        out.is_result = self.index == 0
-        self._outputs = (out, err)
+        read_end, write_end = os.pipe()
+        self._blame_pipe = open(read_end, "rb", buffering=0)
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env={**environment, VARIABLE: str(write_end)},
+                pass_fds=(write_end,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_end_with_launcher(),
+            )
+        except BaseException:
+            self._blame_pipe.close()
+            raise
+        finally:
+            os.close(write_end)
+        self._stdout = _Output(self.process.stdout, index, self.tail, ready, is_result=index == 0)
+        self._stderr = _Output(self.process.stderr, index, self.tail, ready, holds_errors=True)
 
     def signal(self, number: int) -> None:
-        """Sends it to the process or, to kill, to those too that it has started. Nothing where it has ended."""
+        """Sends a signal to the process; SIGKILL also goes to the processes that it started."""
         if self.code is None:
             self.killed = self.killed or number == signal.SIGKILL
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
-    def ended(self) -> bool:
-        """Whether it has; then all that it printed is shown, and none of the processes that it started is left."""
+    def poll(self) -> bool:
+        """Returns whether the process has ended; then prints the rest of its output, and ends those that it started.
+
+        Closes its pipes. After exit code 2 its last `error:` line is not printed yet: see `usage_error`.
+        """
+        if self.code is not None:
+            return True
         if self.process.poll() is None:
+            self._stderr.print_held(HOLD_SECONDS)
             return False
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left, in the words of either system
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left; macOS raises the second
             os.killpg(self.process.pid, signal.SIGKILL)
-        for output in self._outputs:
-            output.finish()
-        self.blame = self._read_blame()
+        os.set_blocking(self._blame_pipe.fileno(), False)  # a process that it started may hold the pipe open
+        self.blame = read(self._blame_pipe.read(_CHUNK) or b"")
         self.code = self.process.returncode
+        self._blame_pipe.close()
+        self._stdout.finish()
+        self._stderr.finish()
+        if self.code != MISTAKE:
+            self._stderr.print_held()
         return True
 
-    def _read_blame(self) -> Blame | None:
-        """What it has written; a process that it started may hold the pipe open, and is not waited for."""
-        os.set_blocking(self._blames, False)
-        try:
-            return read(os.read(self._blames, _CHUNK))
-        except BlockingIOError:
-            return None
-        finally:
-            os.close(self._blames)
+    @property
+    def usage_error(self) -> str | None:
+        """The last line on stderr if it is an `error:` line that was held back."""
+        return self._stderr.held
 
-    def innocence(self) -> int:
-        """Of several that were found ended together the lowest is blamed: one killed from outside, an error, an abort.
+    def print_usage_error(self) -> None:
+        """Prints the `error:` line that was held back, if there is one."""
+        self._stderr.print_held()
 
-        JAX aborts a process that has lost another, so an abort is more likely an effect than a cause.
+    def blame_order(self) -> int:
+        """Sort key: of several processes that were found ended together, the lowest is blamed.
+
+        Processes killed from outside come first, then errors, then aborts: JAX aborts a process that has lost another,
+        so an abort is more likely an effect than a cause.
         """
         assert self.code is not None
         return 2 if self.code == -signal.SIGABRT else 0 if self.code < 0 else 1
 
-    def how(self) -> str:
-        """How it ended, in words."""
+    def describe_end(self) -> str:
+        """Returns how the process ended, as the predicate of a sentence."""
         assert self.code is not None
         if self.killed and self.code == -signal.SIGKILL:
             return "had to be killed"
         if self.code >= 0:
             return f"failed with code {self.code}"
-        name = next((one.name for one in signal.Signals if one == -self.code), f"signal {-self.code}")
+        name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
         return f"was ended by {name}"
 
 
 class _Output:
-    """What a process prints on stdout or stderr: whole lines go to stderr after its number, or, a result's, to stdout.
+    """The stdout or stderr of a process. Lines go to stderr with the process's number, those of a result to stdout.
 
-    A carriage return ends a line too. What is no UTF-8 is escaped on stderr, and untouched on stdout.
+    A carriage return ends a line too. Bytes that are not UTF-8 are escaped on stderr and unchanged on stdout. With
+    `holds_errors`, an `error:` line is held back until another line follows it: processes that end with the same usage
+    error each print one, and the launcher prints it once.
     """
 
-    def __init__(self, pipe: IO[bytes] | None, index: int, tail: collections.deque[str], ready: selectors.BaseSelector):
+    def __init__(
+        self,
+        pipe: IO[bytes] | None,
+        index: int,
+        tail: collections.deque[str],
+        ready: selectors.BaseSelector,
+        *,
+        is_result: bool = False,
+        holds_errors: bool = False,
+    ):
         assert pipe is not None
-        self.is_result = False
+        self.held: str | None = None
+        self._held_since = 0.0
         self._pipe, self._index, self._tail, self._ready = pipe, index, tail, ready
+        self._is_result, self._holds_errors = is_result, holds_errors
         self._unread = b""
         os.set_blocking(pipe.fileno(), False)
         ready.register(pipe, selectors.EVENT_READ, self)
 
     def read(self) -> bool:
-        """Shows what has come since; False where nothing has."""
+        """Prints the lines that have arrived; returns False if nothing has."""
         if self._pipe.closed:
             return False
         try:
@@ -124,54 +162,65 @@ class _Output:
             self._close()
             return False
         lines = (self._unread + data).splitlines(keepends=True)
-        # The last may go on, even after a carriage return: that may be half of an end.
-        whole = lines[-1].endswith(b"\n") or len(lines[-1]) > _LONGEST_LINE
-        self._unread = b"" if whole else lines.pop()
-        self._show(lines)
+        # The last line may continue, even after a carriage return, which may be the first half of \r\n.
+        complete = lines[-1].endswith(b"\n") or len(lines[-1]) > _LONGEST_LINE
+        self._unread = b"" if complete else lines.pop()
+        self._print(lines)
         return True
 
     def finish(self) -> None:
-        """Shows what is left, once the process has ended."""
+        """Prints what is left once the process has ended, and closes the pipe."""
         while self.read():
             pass
         self._close()
+
+    def print_held(self, after_seconds: float = 0.0) -> None:
+        """Prints the line that is held back, if it has been for so long."""
+        if self.held is not None and time.monotonic() - self._held_since >= after_seconds:
+            _write(sys.stderr, f"[{self._index}] {self.held}\n".encode())
+            self.held = None
 
     def _close(self) -> None:
         if not self._pipe.closed:
             self._ready.unregister(self._pipe)
             self._pipe.close()
-            self._show([self._unread] if self._unread else [])
+            self._print([self._unread] if self._unread else [])
 
-    def _show(self, lines: Sequence[bytes]) -> None:
+    def _print(self, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
         lines = [line.rstrip(b"\r\n") for line in lines]
         texts = [line.decode("utf-8", "backslashreplace") for line in lines]
         self._tail.extend(texts)
-        if self.is_result:
+        if self._is_result:
             _write(sys.stdout, b"".join(line + b"\n" for line in lines))
-        else:
-            _write(sys.stderr, "".join(f"[{self._index}] {text}\n" for text in texts).encode())
+            return
+        self.print_held()
+        if self._holds_errors and texts[-1].startswith("error: "):
+            self.held, self._held_since = texts.pop(), time.monotonic()
+        _write(sys.stderr, "".join(f"[{self._index}] {text}\n" for text in texts).encode())
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Prints a line of the launcher's own on stderr."""
     _write(sys.stderr, f"{text}\n".encode())
 
 
 def _write(stream: TextIO, data: bytes) -> None:
-    """Writes all of it, past the stream's own buffer. That nobody reads any more is no reason to end a job."""
+    """Writes all of `data`, past the stream's own buffer. A reader that has gone is no reason to end a job."""
     while data:
         try:
             data = data[os.write(stream.fileno(), data) :]
-        except BlockingIOError:  # whoever shares the terminal has made it so
+        except BlockingIOError:  # another program on this terminal has made it non-blocking
             time.sleep(0.05)
         except OSError:
             return
 
 
 def _end_with_launcher() -> Callable[[], None] | None:
-    """What a child calls before it becomes its program, so that it is killed where the launcher is killed.
+    """Returns what a child calls before it executes its program, so that it is killed when the launcher is killed.
 
-    Linux only. The launcher has a single thread, so that nothing can be locked between its fork and this.
+    Linux only. The launcher has a single thread, so no lock can be held between its fork and this call.
     """
     if sys.platform != "linux":
         return None
@@ -180,7 +229,7 @@ def _end_with_launcher() -> Callable[[], None] | None:
 
     def end_with_launcher() -> None:
         prctl(set_parent_death_signal, int(signal.SIGKILL))
-        if os.getppid() != launcher:  # which was killed before the line above
+        if os.getppid() != launcher:  # the launcher was killed before the line above
             os._exit(1)
 
     return end_with_launcher

@@ -1,8 +1,8 @@
-"""With which codes a verb ends, and what whoever started it may do then."""
+"""The exit codes of the verbs, and what whoever started a verb may do then."""
 
 DONE = 0
-FAILED = 1  # a crash, a lost machine: worth another start
-MISTAKE = 2  # in what was asked; another start would end in the same way
+FAILED = 1  # a crash or a lost machine; another start may succeed
+MISTAKE = 2  # a usage, config or input error; another start would end in the same way
 PREEMPTED = 75  # EX_TEMPFAIL: stopped after a complete save, to be started again
-INTERRUPTED = 130  # what a shell makes of Ctrl-C
-CLEAN = (DONE, PREEMPTED)  # all processes of a job end so together
+INTERRUPTED = 130  # the code that a shell reports after Ctrl-C
+CLEAN = (DONE, PREEMPTED)  # the codes with which all processes of a job end together

@@ -1,8 +1,8 @@
-"""`vit-dist launch`: so many processes of a verb on this host, run as one job.
+"""`vit-dist launch`: starts several processes of a verb on this host and runs them as one job.
 
-One thread does it all in one loop: it reads what the processes print, passes on the signals that it gets, and sees
-which of them ends first. A job is as whole as its processes: the first that fails ends the others, and what is started
-again is all of them, which go on from the last checkpoint.
+A single thread runs one loop: it prints the output of the processes, forwards the signals that it receives, and checks
+which process ends first. The first process that fails ends the others. A restart starts all of them again, and they
+resume from the last checkpoint.
 """
 
 import contextlib
@@ -20,28 +20,36 @@ import time
 from collections.abc import Iterator, Sequence
 
 from vit_dist.config import ConfigError
-from vit_dist.job.child import Child, say
+from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES
 from vit_dist.schema import one_of
 
-VERBS = ("train", "eval", "predict", "bench")  # those that run as several processes
-# How long after the first failure the others have to end by themselves, each with its own words (process 0, if it is at
-# fault, waits until its peers have gone); then come SIGTERM and SIGKILL, and within ten seconds none is left.
+VERBS = ("train", "eval", "predict", "bench")  # the verbs that run as several processes
+# After the first failure the others may end by themselves, each with its own message (process 0, if it is at fault,
+# waits until its peers have ended). They get SIGTERM and SIGKILL after so many seconds: none is left after ten.
 LAST_WORDS_SECONDS = 1.0
 GRACE_SECONDS = 6.0
-STRAGGLER_SECONDS = 120.0  # for the last to end where others have ended well
-LONGEST_PAUSE = 60.0  # seconds before the job is started again; the first time 1, then twice as long each time
+STRAGGLER_SECONDS = 120.0  # for the last process to end when others have ended without a failure
+LONGEST_PAUSE = 60.0  # seconds before a restart; 1 before the first, then twice as long each time
 _POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to start. Raises `ConfigError` where it makes no sense.
+    """What to start.
 
-    devices_per_process: fake CPU devices of each process; None: the real ones, one GPU a process. nodes, node_rank: of
-    how many hosts, each with as many processes, this is which. coordinator: host:port at which process 0 of all is
-    reached; None, on one host: a free port, another for each start.
+    Attributes:
+      command: the command of each process.
+      processes: how many to start on this host.
+      devices_per_process: fake CPU devices of each process; None: the real ones, one GPU for each process.
+      restarts: how often to start again after a crash or a preemption.
+      nodes: hosts of the job, each with as many processes.
+      node_rank: which of them this host is.
+      coordinator: host:port where process 0 of the job listens; None, on one host: a free port, another for each start.
+
+    Raises:
+      ConfigError: for values that contradict each other.
     """
 
     command: tuple[str, ...]
@@ -69,25 +77,25 @@ class Job:
 
     @property
     def total(self) -> int:
-        """Processes on all nodes."""
+        """The number of processes on all nodes."""
         return self.nodes * self.processes
 
     @property
     def indices(self) -> range:
-        """The processes of this host."""
+        """The numbers of this host's processes within the job."""
         return range(self.node_rank * self.processes, (self.node_rank + 1) * self.processes)
 
     def environment(self, index: int, coordinator: str) -> dict[str, str]:
-        """The variables of a process."""
-        ours = dict(zip(VARIABLES, (coordinator, str(self.total), str(index))))
+        """Returns the environment variables of process `index`."""
+        rank = dict(zip(VARIABLES, (coordinator, str(self.total), str(index))))
         if self.devices_per_process is None:
-            return {**os.environ, **ours, LOCAL: str(index - self.indices[0])}
+            return {**os.environ, **rank, LOCAL: str(index - self.indices[0])}
         inherited = {name: value for name, value in os.environ.items() if name != LOCAL}
-        return {**inherited, **ours, FAKE_DEVICES: str(self.devices_per_process)}
+        return {**inherited, **rank, FAKE_DEVICES: str(self.devices_per_process)}
 
 
 def verb_command(words: Sequence[str]) -> tuple[str, ...]:
-    """The command of a verb and its arguments. Raises `ConfigError` for one that is not run by several processes."""
+    """Returns the command of a verb and its arguments. Raises `ConfigError` for a verb that runs as one process."""
     if not words:
         raise ConfigError("launch: no verb is given; put it after --, as in: launch --processes=2 -- train --config=F")
     one_of("launch --", words[0], VERBS)
@@ -95,14 +103,14 @@ def verb_command(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def count_gpus() -> int:
-    """The GPUs that a process on this host sees. Raises `ConfigError` where there are none."""
+    """Returns the number of GPUs that a process on this host sees. Raises `ConfigError` if there are none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        count = len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+        count = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
     else:
         try:
-            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
-            count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
+            output = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+            count = len(re.findall(r"^GPU \d+:", output, re.MULTILINE))
         except (OSError, subprocess.TimeoutExpired):
             count = len(glob.glob("/dev/nvidia[0-9]*"))
     if not count:
@@ -111,81 +119,90 @@ def count_gpus() -> int:
 
 
 def launch(job: Job) -> int:
-    """Runs the job, again after a crash or a preemption up to `job.restarts` times; returns its exit code.
+    """Runs the job, and restarts it after a crash or a preemption up to `job.restarts` times.
 
-    0 if all processes end with 0; 2 if one ends with 2, which no restart would mend; 75 if they were preempted and
-    have saved; 130 after Ctrl-C; else 1. SIGTERM and Ctrl-C go on to the processes, and then there is no restart.
+    SIGTERM and Ctrl-C are forwarded to the processes; after either there is no restart.
+
+    Returns:
+      The exit code: 0 if all processes end with 0; 2 if a process ends with 2, which no restart would mend; 75 if they
+      were preempted and have saved; 130 after Ctrl-C; else 1.
     """
-    asked: list[int] = []
-    with _catching(asked):
+    received: list[int] = []
+    with _record_signals(received):
         for number in range(job.restarts + 1):
-            code = _Attempt(job, asked).run()
-            if asked or number == job.restarts or code in (DONE, MISTAKE, INTERRUPTED):
+            code = _Attempt(job, received).run()
+            if received or number == job.restarts or code in (DONE, MISTAKE, INTERRUPTED):
                 break
             pause = min(2.0**number, LONGEST_PAUSE)
             why = "was preempted" if code == PREEMPTED else "failed"
-            say(f"launch: the job {why}; starting again in {pause:g} s (restart {number + 1} of {job.restarts})")
-            again = time.monotonic() + pause
-            while time.monotonic() < again and not asked:
+            print_line(f"launch: the job {why}; starting again in {pause:g} s (restart {number + 1} of {job.restarts})")
+            restart_at = time.monotonic() + pause
+            while time.monotonic() < restart_at and not received:
                 time.sleep(_POLL_SECONDS)
-            if asked:
+            if received:
                 break
     return code
 
 
 class _Attempt:
-    """One start of the processes, until all have ended. `asked`: the signals that the launcher has got so far."""
+    """One start of the processes, until all have ended. `received`: the signals that the launcher has got so far."""
 
-    def __init__(self, job: Job, asked: list[int]):
-        self.job, self.asked = job, asked
+    def __init__(self, job: Job, received: list[int]):
+        self.job, self.received = job, received
         self.children: list[Child] = []
-        self.first: Child | None = None  # that has failed
+        self.first: Child | None = None  # the first child that failed
         self._first_at, self._all_ran_at = 0.0, time.monotonic()
-        self._passed_on = 0  # of the signals asked
-        self._told_to_end = False
+        self._forwarded = 0  # how many of the signals received
+        self._sent_sigterm = False
 
     def run(self) -> int:
-        """The exit code of the job."""
+        """Returns the exit code of the job."""
         coordinator = self.job.coordinator or f"127.0.0.1:{free_port()}"
         with selectors.DefaultSelector() as ready:
             try:
                 for index in self.job.indices:
                     environment = self.job.environment(index, coordinator)
                     self.children.append(Child(self.job.command, index, environment, ready))
-                while running := [one for one in self.children if one.code is None]:
+                while running := [child for child in self.children if child.code is None]:
                     for key, _ in ready.select(_POLL_SECONDS):
                         key.data.read()
-                    self._pass_on(running)
+                    self._forward_signals(running)
                     self._look_for_failures(running)
+            except BaseException:
+                for child in self.children:
+                    child.print_usage_error()
+                raise
             finally:
                 self._signal(self.children, signal.SIGKILL)
                 for child in self.children:
                     child.process.wait()
+                    child.poll()  # closes its pipes
         return self._conclude()
 
-    def _pass_on(self, running: Sequence[Child]) -> None:
-        for number in self.asked[self._passed_on :]:
-            self._signal(running, signal.SIGKILL if self._insisted() else number)
-        self._passed_on = len(self.asked)
+    def _forward_signals(self, running: Sequence[Child]) -> None:
+        for number in self.received[self._forwarded :]:
+            self._signal(running, signal.SIGKILL if self._second_ctrl_c() else number)
+        self._forwarded = len(self.received)
 
     def _look_for_failures(self, running: Sequence[Child]) -> None:
-        failed = [one for one in running if one.ended() and not self._ended_well(one)]
+        failed = [child for child in running if child.poll() and not self._ended_well(child)]
         if failed and self.first is None:
-            self.first, self._first_at = min(failed, key=Child.innocence), time.monotonic()
-            if any(one.code is None for one in running) and not self._was_stopped(self.first):
-                say(f"launch: {self._name(self.first)} {self.first.how()}; ending the others")
+            self.first, self._first_at = min(failed, key=Child.blame_order), time.monotonic()
+            others_run = any(child.code is None for child in running)
+            if others_run and self.first.code != MISTAKE and not self._was_stopped(self.first):
+                print_line(f"launch: {self._name(self.first)} {self.first.describe_end()}; ending the others")
         if self.first is None:
-            self._look_for_stragglers([one for one in running if one.code is None])
+            self._look_for_stragglers([child for child in running if child.code is None])
             return
-        ago = time.monotonic() - self._first_at
-        if ago > GRACE_SECONDS:
+        elapsed = time.monotonic() - self._first_at
+        if elapsed > GRACE_SECONDS:
             self._signal(running, signal.SIGKILL)
-        elif ago > LAST_WORDS_SECONDS and not self._told_to_end:
+        elif elapsed > LAST_WORDS_SECONDS and not self._sent_sigterm:
             self._signal(running, signal.SIGTERM)
-            self._told_to_end = True
+            self._sent_sigterm = True
 
     def _look_for_stragglers(self, running: Sequence[Child]) -> None:
-        """Kills those that stay when others have ended well: all leave the job together, and have no more to do."""
+        """Kills processes that run on for long after others have ended well: all leave the job together."""
         if len(running) == len(self.children):
             self._all_ran_at = time.monotonic()
         elif running and time.monotonic() - self._all_ran_at > STRAGGLER_SECONDS:
@@ -196,67 +213,87 @@ class _Attempt:
         for child in children:
             child.signal(number)
 
-    def _insisted(self) -> bool:
-        return self.asked.count(signal.SIGINT) > 1  # the second Ctrl-C will not wait
+    def _second_ctrl_c(self) -> bool:
+        return self.received.count(signal.SIGINT) > 1  # it does not wait for a save
 
     def _ended_well(self, child: Child) -> bool:
-        """Whether it has ended as all of its job do: after a Ctrl-C that was passed on, too, when it has saved."""
-        return child.code in CLEAN or (child.code == INTERRUPTED and signal.SIGINT in self.asked)
+        """Returns whether the process did not fail; after Ctrl-C, a process that has saved ends with 130."""
+        return child.code in CLEAN or (child.code == INTERRUPTED and signal.SIGINT in self.received)
 
     def _was_stopped(self, child: Child) -> bool:
-        """Whether it has ended only because the launcher was asked to."""
-        return bool(self.asked) and (self._insisted() or child.code in (INTERRUPTED, *(-one for one in self.asked)))
+        """Returns whether the process ended only because the launcher was told to stop."""
+        stopping = (INTERRUPTED, *(-number for number in self.received))
+        return bool(self.received) and (self._second_ctrl_c() or child.code in stopping)
 
     def _conclude(self) -> int:
+        """Prints why the job failed, if it did; returns its exit code."""
         codes = [child.code for child in self.children]
+        if (usage_error := self._shared_usage_error()) is not None:
+            print_line(usage_error)
+            return MISTAKE
+        for child in self.children:
+            child.print_usage_error()
         if self.first is None:
             return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
         if self._was_stopped(self.first):
-            say("launch: stopped before all had saved")
+            print_line("launch: stopped before all had saved")
         else:
-            self._say_who_failed(self.first)
+            self._report_failure(self.first)
         if MISTAKE in codes:
             return MISTAKE
-        return INTERRUPTED if signal.SIGINT in self.asked or self.first.code == INTERRUPTED else FAILED
+        return INTERRUPTED if signal.SIGINT in self.received or self.first.code == INTERRUPTED else FAILED
 
-    def _say_who_failed(self, first: Child) -> None:
-        """Blames the first that failed, unless that has blamed another process."""
+    def _shared_usage_error(self) -> str | None:
+        """Returns the `error:` line if all processes ended with the same usage error, else None.
+
+        Processes that the launcher ended, perhaps before they reached the error, do not count.
+        """
+        if self.first is None or self.first.code != MISTAKE:
+            return None
+        if any(child.code not in (MISTAKE, -signal.SIGTERM, -signal.SIGKILL) for child in self.children):
+            return None
+        errors = {child.usage_error for child in self.children if child.code == MISTAKE}
+        return errors.pop() if len(errors) == 1 else None
+
+    def _report_failure(self, first: Child) -> None:
+        """Blames the first process that failed, or the process that this one has blamed."""
         blame = first.blame
-        blamed = next((one for one in self.children if blame and one.index == blame.index), None)
+        blamed = next((child for child in self.children if blame and child.index == blame.index), None)
         if blame and blamed is None:  # it ran on another host
-            say(f"error: {blame.reason}; so says {self._name(first)}, which {first.how()}")
+            print_line(f"error: {blame.reason}; reported by {self._name(first)}, which {first.describe_end()}")
             return
         blamed = blamed or first
-        witness = "" if blamed is first or blame is None else f"; of it process {first.index} said: {blame.reason}"
-        said = "".join(f"\n    {line}" for line in blamed.tail) or " nothing"
-        say(f"error: {self._name(blamed)} {blamed.how()}{witness}; the last that it said:{said}")
+        report = "" if blamed is first or blame is None else f"; process {first.index} reported: {blame.reason}"
+        output = "".join(f"\n    {line}" for line in blamed.tail) or " nothing"
+        print_line(f"error: {self._name(blamed)} {blamed.describe_end()}{report}; its last output:{output}")
 
     def _name(self, child: Child) -> str:
         return f"process {child.index} of {self.job.total} (on {socket.gethostname()}, pid {child.process.pid})"
 
 
 @contextlib.contextmanager
-def _catching(asked: list[int]) -> Iterator[None]:
-    """Lists the signals that ask the launcher to stop, a terminal's end among them unless it was to be ignored."""
+def _record_signals(received: list[int]) -> Iterator[None]:
+    """Appends the signals that tell the launcher to stop, SIGHUP as SIGTERM; signals that were ignored stay ignored."""
 
-    def note(number: int, frame: object) -> None:
+    def record(number: int, frame: object) -> None:
         number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
-        if number == signal.SIGINT or number not in asked:
-            asked.append(number)
+        if number == signal.SIGINT or number not in received:
+            received.append(number)
 
-    caught = [one for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
-    before = {one: signal.signal(one, note) for one in caught}
+    stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    caught = [number for number in stopping if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, record) for number in caught}
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens at, below those that the kernel gives to outgoing connections."""
+    """Returns a port of this host that nobody listens at, below those that the kernel uses for outgoing connections."""
     for port in random.sample(range(20000, 32768), 100):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("", port))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
             return port
     raise ConfigError("launch: no free port was found from 20000 to 32767; give one by --coordinator=localhost:PORT")

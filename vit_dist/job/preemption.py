@@ -1,4 +1,4 @@
-"""Stopping when asked to: after the step under way, with everything saved.
+"""Stops a run when asked to: after the step under way, with everything saved.
 
 SIGTERM means that the machine is wanted back, Ctrl-C that the user wants to stop. Both are answered between two steps,
 where nothing is half done. A single process catches the signals itself. In a job of several, a signal may reach one
@@ -18,18 +18,18 @@ from vit_dist.job import processes
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` around a loop that asks `stop.requested(step)` after every step.
+    """Catches the signals during a loop: `with StopRequest() as stop:`, then `stop.requested(step)` after every step.
 
-    A second Ctrl-C does not wait for that. `own_process`: it ends the process at once, by the signal, whatever code is
-    running; to unwind what XLA is compiling can crash. Else it raises `KeyboardInterrupt`.
+    A second Ctrl-C does not wait for the end of the step. With `own_process` it ends the process at once by the signal,
+    whatever code is running: unwinding while XLA compiles can crash. Otherwise it raises `KeyboardInterrupt`.
 
-    The handlers that were there come back at the end. Off the main thread Python lets nobody catch a signal, and a
-    single process is then never asked to stop.
+    The previous handlers are restored at the end. Python catches signals on the main thread only; on another thread a
+    single process is never asked to stop.
     """
 
     def __init__(self, *, own_process: bool = False) -> None:
         self._own_process = own_process
-        self._asked: set[int] = set()
+        self._received: set[int] = set()
         self._previous: dict[int, Any] = {}
         self._alone = jax.process_count() == 1
 
@@ -37,38 +37,40 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             # In a job of several processes JAX's own handler of SIGTERM must stay: it feeds the preemption service.
             caught = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
-            self._previous = {one: signal.signal(one, self._handle) for one in caught}
+            self._previous = {number: signal.signal(number, self._handle) for number in caught}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for one, previous in self._previous.items():
-            # None: the handler before was not made in Python and cannot be put back from here
-            signal.signal(one, signal.SIG_DFL if previous is None else previous)
+        for number, previous in self._previous.items():
+            # None: the previous handler was not set from Python and cannot be restored from here
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def requested(self, step: int) -> bool:
-        """Whether to save and stop after `step`.
+        """Returns whether to save and stop after `step`.
 
-        In a job of several processes each must ask after every step; all are told yes at the same one, and only there.
+        In a job of several processes each must call it after every step. All get True at the same step, and only there.
         """
         if self._alone:
-            return bool(self._asked)
+            return bool(self._received)
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def by_user(self) -> bool:
-        """Whether it was Ctrl-C that asked, on any process; to be asked by all, once a stop was requested."""
-        return any(processes.gather(signal.SIGINT in self._asked))
+        """Returns whether any process received Ctrl-C; all processes call it, once a stop was requested."""
+        return any(processes.gather(signal.SIGINT in self._received))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if number in self._asked:
-                signal.signal(number, signal.SIG_DFL)  # a third ends the process
+            if number in self._received:
+                signal.signal(number, signal.SIG_DFL)  # a third Ctrl-C ends the process
                 raise KeyboardInterrupt
-            bar = b"\n" * os.isatty(2)  # it has a progress bar, which does not end its line
-            os.write(2, bar + b"interrupted: the step under way is finished and saved; Ctrl-C again ends at once\n")
+            end_of_bar = b"\n" * os.isatty(2)  # a progress bar does not end its line
+            os.write(
+                2, end_of_bar + b"interrupted: the step under way is finished and saved; Ctrl-C again ends at once\n"
+            )
             if self._own_process:
                 signal.signal(number, signal.SIG_DFL)
-        self._asked.add(number)
+        self._received.add(number)
         if not self._alone:
-            os.kill(os.getpid(), signal.SIGTERM)  # whose handler is JAX's, and tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's handler of it tells the other processes

@@ -1,9 +1,9 @@
 """The watchdog: a thread that ends its process when the processes of the job cannot go on together.
 
-A process whose peer is gone waits in a collective that never ends, in code that Python cannot interrupt. So this thread
-says what is wrong and ends the process itself. Process 0 receives from all others, and decides: a connection that has
-ended is a process that died, a silent one a machine that is cut off, and where no process gets further while the clock
-of a step runs, one is stuck. The others receive from process 0 alone, and are sent its verdict.
+A process whose peer is lost waits in a collective that never ends, in code that Python cannot interrupt. So this thread
+reports the problem and ends the process itself. Process 0 receives from all others and decides: a closed connection is
+a process that died, a silent one a machine that is cut off; and if no process makes progress while the clock of a step
+runs, one is stuck. The others receive from process 0 alone, which sends them its verdict.
 """
 
 import contextlib
@@ -23,29 +23,36 @@ from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import FAILED
 from vit_dist.job.rendezvous import Peer, encode
 
-GRACE_SECONDS = 3.0  # for a process to end by itself, with its own words, when a peer says that it has failed
-_BEATS = 10  # in the time after which silence means that a peer is lost
+GRACE_SECONDS = 3.0  # in which a process may end by itself, with its own message, when a peer reports a failure
+_HEARTBEATS = 10  # within `deadlines.peer_seconds`
 _MOST_NAMED = 8
 
 
 class Watchdog:
-    """The thread; runs from its making until `stop`. peers: by index, none for a process that is alone.
+    """The thread; it runs from its construction until `stop`.
 
-    The clock of a step runs from the first call of `alive` until `rest`.
+    The clock of a step runs from the first call of `alive` until `stop_clock`.
     """
 
     def __init__(self, index: int, peers: Mapping[int, Peer], deadlines: config.Deadlines):
+        """Starts the thread.
+
+        Args:
+          index: the number of this process.
+          peers: the processes that it is connected to, by number; none for a process that is alone.
+          deadlines: after which silence a peer is lost, and after which time a step is stuck.
+        """
         self.index, self.peers, self.deadlines = index, dict(peers), deadlines
-        self._beat = max(0.1, min(5.0, deadlines.peer_seconds / _BEATS))
+        self._heartbeat_seconds = max(0.1, min(5.0, deadlines.peer_seconds / _HEARTBEATS))
         self._step = 0
-        self._stepped: float | None = None  # when it began; None: the clock stands
-        self._gathered: dict[int, dict[int, Any]] = {}  # number of the gathering -> index -> value
-        self._answered: dict[int, list[Any]] = {}  # number of the gathering -> the value of each process
-        self._gatherings = 0
-        self._news = threading.Condition()
+        self._step_began: float | None = None  # None: the clock is stopped
+        self._gathered: dict[int, dict[int, Any]] = {}  # call number of `gather` -> index -> value
+        self._answered: dict[int, list[Any]] = {}  # call number of `gather` -> the value of each process
+        self._gather_calls = 0
+        self._arrived = threading.Condition()  # notified when a message of `gather` has arrived
         self._verdict = threading.Event()
         self._stopping = threading.Event()
-        self._last_word = threading.Lock()  # whoever holds it says why this process ends
+        self._reporting = threading.Lock()  # whoever acquires it reports why this process ends
         self._ready = selectors.DefaultSelector()
         for peer in self.peers.values():
             self._ready.register(peer.connection, selectors.EVENT_READ, peer)
@@ -53,55 +60,58 @@ class Watchdog:
         self._thread.start()
 
     def alive(self, step: int | None = None) -> None:
-        """The main thread has begun `step`, or (None) another part of the one it is at."""
+        """Restarts the clock: the main thread has begun `step`, or (None) the next stage of the current step."""
         self._step = self._step if step is None else step
-        self._stepped = time.monotonic()
+        self._step_began = time.monotonic()
 
-    def rest(self) -> None:
-        """Stops the clock: what comes now may take as long as it likes."""
-        self._stepped = None
+    def stop_clock(self) -> None:
+        """Stops the clock: what follows may take any time."""
+        self._step_began = None
 
     def gather(self, value: Any) -> list[Any]:
-        """What JSON can hold -> the value of each process; all must call it, and none returns before the last has."""
-        self._gatherings += 1
-        number = self._gatherings
+        """Returns the values of all processes by number; each must call it, and it returns once all have.
+
+        `value` is anything that JSON can hold.
+        """
+        self._gather_calls += 1
+        call = self._gather_calls
         if self.index:
-            self.peers[0].send_all(encode(gather=number, value=value))
-            with self._news:
-                self._news.wait_for(lambda: number in self._answered)
-                return self._answered.pop(number)
-        with self._news:
-            given = self._gathered.setdefault(number, {})
-            self._news.wait_for(lambda: len(given) == len(self.peers))
-            del self._gathered[number]
-        values = [value, *(given[index] for index in sorted(given))]
-        line = encode(gathered=number, values=values)
+            self.peers[0].send_all(encode(gather=call, value=value))
+            with self._arrived:
+                self._arrived.wait_for(lambda: call in self._answered)
+                return self._answered.pop(call)
+        with self._arrived:
+            received = self._gathered.setdefault(call, {})
+            self._arrived.wait_for(lambda: len(received) == len(self.peers))
+            del self._gathered[call]
+        values = [value, *(received[index] for index in sorted(received))]
+        answer = encode(gathered=call, values=values)
         for peer in self.peers.values():
-            peer.send_all(line)
+            peer.send_all(answer)
         return values
 
     def report_failure(self, text: str, code: int) -> None:
         """Tells the peers that this process ends with an error of its own."""
-        self._last_word.acquire()
+        self._reporting.acquire()
         self._stopping.set()
         for peer in self.peers.values():
             peer.send(failed=text, code=code)
         self._wait_for_others()
 
     def wait_for_verdict(self) -> None:
-        """Returns if in the time that a silence may last no peer is found lost; else the process ends meanwhile."""
-        if self.peers and self._verdict.wait(self.deadlines.peer_seconds * (1 + 1 / _BEATS)):
+        """Returns if no peer is found lost within `deadlines.peer_seconds`; otherwise the process ends meanwhile."""
+        if self.peers and self._verdict.wait(self.deadlines.peer_seconds * (1 + 1 / _HEARTBEATS)):
             time.sleep(2 * GRACE_SECONDS)
 
     def stop(self) -> None:
-        """Says goodbye: whatever this process does from here on is no failure."""
+        """Leaves the job: whatever this process does from now on is no failure."""
         for peer in self.peers.values():
-            peer.send(bye=True)
+            peer.send(leaving=True)
         self._stopping.set()
         self._thread.join()
 
     def _run(self) -> None:
-        """All that the thread does. A fault of its own ends the process, which unwatched might wait for ever."""
+        """Runs the thread. An error in it ends the process, which might wait forever without a watchdog."""
         ended_well = False
         try:
             self._watch()
@@ -112,33 +122,33 @@ class Watchdog:
                 end_now(FAILED)
 
     def _watch(self) -> None:
-        looked = next_beat = time.monotonic()
+        last_look = next_heartbeat = time.monotonic()
         while not self._stopping.is_set():
             for key, _ in self._ready.select(0) or self._wait():
                 self._receive(key.data)
             now = time.monotonic()
-            if now - looked > self.deadlines.peer_seconds / 2:
-                self._forgive(now)
-            looked = now
-            if now >= next_beat:
-                next_beat = now + self._beat
-                ago = None if self._stepped is None else round(now - self._stepped, 1)
+            if now - last_look > self.deadlines.peer_seconds / 2:
+                self._restart_clocks(now)
+            last_look = now
+            if now >= next_heartbeat:
+                next_heartbeat = now + self._heartbeat_seconds
+                ago = None if self._step_began is None else round(now - self._step_began, 1)
                 for peer in self.peers.values():
                     peer.send(step=self._step, ago=ago)
                 self._check_peers(now)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         if self._ready.get_map():
-            return self._ready.select(min(0.25, self._beat))
-        self._stopping.wait(min(0.25, self._beat))
+            return self._ready.select(min(0.25, self._heartbeat_seconds))
+        self._stopping.wait(min(0.25, self._heartbeat_seconds))
         return []
 
-    def _forgive(self, now: float) -> None:
-        """After a time in which this process itself stood still, with its job or its machine: no silence counts."""
+    def _restart_clocks(self, now: float) -> None:
+        """Ignores silences so far, after this process itself was suspended, with its job or its machine."""
         for peer in self.peers.values():
-            peer.heard = now
-        if self._stepped is not None:
-            self._stepped = now
+            peer.last_heard = now
+        if self._step_began is not None:
+            self._step_began = now
 
     def _receive(self, peer: Peer) -> None:
         messages = peer.receive()
@@ -146,10 +156,10 @@ class Watchdog:
             self._ready.unregister(peer.connection)
             left, peer.left = peer.left, True
             if not left and not self._stopping.is_set():
-                self._lost(peer, "its connection has closed without a word; it was killed, or has crashed")
+                self._report_lost(peer, "its connection has closed without a message; it was killed, or has crashed")
             return
         for message in messages:
-            if "bye" in message:
+            if "leaving" in message:
                 peer.left = True
             elif "verdict" in message:
                 self._conclude(**message["verdict"])
@@ -157,25 +167,25 @@ class Watchdog:
                 peer.left = True
                 self._decide(f"{peer} failed: {message['failed']}", message["code"], peer.index, GRACE_SECONDS)
             elif "gather" in message:
-                with self._news:
+                with self._arrived:
                     self._gathered.setdefault(message["gather"], {})[peer.index] = message["value"]
-                    self._news.notify_all()
+                    self._arrived.notify_all()
             elif "gathered" in message:
-                with self._news:
+                with self._arrived:
                     self._answered[message["gathered"]] = message["values"]
-                    self._news.notify_all()
+                    self._arrived.notify_all()
             elif "step" in message:
                 ago = message["ago"]
-                peer.step, peer.stepped = message["step"], None if ago is None else time.monotonic() - ago
+                peer.step, peer.step_began = message["step"], None if ago is None else time.monotonic() - ago
 
     def _check_peers(self, now: float) -> None:
         """Looks for peers that have fallen silent and, on process 0, for processes that are stuck."""
         for peer in self.peers.values():
-            silent = now - peer.heard
-            if not peer.left and silent > self.deadlines.peer_seconds:
-                self._lost(
+            silence = now - peer.last_heard
+            if not peer.left and silence > self.deadlines.peer_seconds:
+                self._report_lost(
                     peer,
-                    f"it has said nothing for {silent:.0f} s, so it, its machine or the network to it is gone "
+                    f"it has sent nothing for {silence:.0f} s, so it, its machine or the network to it is down "
                     "(deadlines.peer_seconds)",
                 )
         if self.index == 0:
@@ -184,26 +194,26 @@ class Watchdog:
     def _check_steps(self, now: float) -> None:
         steps = {self.index: self._step} | {index: peer.step for index, peer in self.peers.items()}
         names = {self.index: f"process {self.index}"} | {index: str(peer) for index, peer in self.peers.items()}
-        begun = [self._stepped, *(peer.stepped for peer in self.peers.values())]
-        running = [moment for moment in begun if moment is not None]
-        if len(running) < len(begun) or now - max(running) <= self.deadlines.step_seconds:
+        clocks = [self._step_began, *(peer.step_began for peer in self.peers.values())]
+        running = [began for began in clocks if began is not None]
+        if len(running) < len(clocks) or now - max(running) <= self.deadlines.step_seconds:
             return
         last = max(steps.values())
         behind = [index for index, step in steps.items() if step < last]
-        named = [f"{names[index]} did not come further than step {steps[index]}" for index in behind[:_MOST_NAMED]]
-        more = [f"{len(behind) - _MOST_NAMED} more neither"] if len(behind) > _MOST_NAMED else []
+        named = [f"{names[index]} did not get past step {steps[index]}" for index in behind[:_MOST_NAMED]]
+        more = [f"nor did {len(behind) - _MOST_NAMED} more"] if len(behind) > _MOST_NAMED else []
         self._decide(
-            f"no process has come further for {now - max(running):.0f} s, since step {last} began; "
+            f"no process has made progress for {now - max(running):.0f} s, since step {last} began; "
             + "".join(f"{text}; " for text in named + more)
-            + "what every thread was doing stands above (deadlines.step_seconds)",
+            + "above is what every thread was doing (deadlines.step_seconds)",
             FAILED, behind[0] if behind else None, grace=0.0, stuck=True,
         )  # fmt: skip
 
-    def _lost(self, peer: Peer, how: str) -> None:
-        self._decide(f"{peer} was lost: {how}", FAILED, peer.index, grace=0.0)
+    def _report_lost(self, peer: Peer, why: str) -> None:
+        self._decide(f"{peer} was lost: {why}", FAILED, peer.index, grace=0.0)
 
     def _decide(self, text: str, code: int, blamed: int | None, grace: float, stuck: bool = False) -> None:
-        """Process 0 tells the rest; any other process has nobody left to tell."""
+        """Sends the verdict to the peers that are left, from process 0 all others, and ends this process."""
         verdict: dict[str, Any] = {"text": text, "code": code, "blamed": blamed, "grace": grace, "stuck": stuck}
         for peer in self.peers.values():
             if not peer.left:
@@ -214,14 +224,14 @@ class Watchdog:
         """Ends this process.
 
         Args:
-          text: why, for people.
-          code: its exit code.
-          blamed: the process that is at fault; None: several, or none that is known.
-          grace: seconds in which it may still end by itself.
-          stuck: show what every thread is doing.
+          text: the reason, for people.
+          code: the exit code.
+          blamed: the process at fault; None: several, or unknown.
+          grace: seconds in which the main thread may still end the process by itself.
+          stuck: print what every thread is doing.
         """
         self._verdict.set()
-        if self._stopping.wait(grace) or not self._last_word.acquire(blocking=False):
+        if self._stopping.wait(grace) or not self._reporting.acquire(blocking=False):
             return
         if stuck:
             with contextlib.suppress(OSError):
@@ -234,7 +244,7 @@ class Watchdog:
         end_now(code)
 
     def _wait_for_others(self) -> None:
-        """Process 0 waits until the others have ended: with it ends jax's service, at which jax aborts them."""
+        """Waits, on process 0, until the others have ended: jax's service ends with it, and jax then aborts them."""
         if self.index:
             return
         deadline = time.monotonic() + GRACE_SECONDS + 1
@@ -248,15 +258,15 @@ class Watchdog:
 
 
 def end_now(code: int) -> None:
-    """Ends the process and those that it has started, without the farewells in which jax waits for its peers."""
+    """Ends the process and those that it has started, without jax's shutdown, which waits for its peers."""
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or its disk is full
+        with contextlib.suppress(OSError, ValueError):  # it has no reader any more, or its disk is full
             stream.flush()
     os._exit(code)
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # as in `end_now`: what cannot be said must not keep it from ending
+    with contextlib.suppress(OSError, ValueError):  # as in `end_now`: the process must end all the same
         print(text, file=sys.stderr, flush=True)

@@ -109,7 +109,7 @@ def _devices(where: Target) -> list[jax.Device]:
     if where.chip.platform != "cpu":
         jax.config.update("jax_enable_compilation_cache", False)  # jax can keep what it cannot run, but not read it
     with contextlib.suppress(ConfigError):  # jax runs already, perhaps with as many as are needed
-        processes.pretend(count)
+        processes.make_fake_devices(count)
     return targets.devices(where)
 
 

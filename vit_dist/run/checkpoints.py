@@ -1,9 +1,9 @@
 """Checkpoints of a run, saved while the training goes on (Orbax).
 
-A checkpoint is a few named trees of arrays, such as `parameters`, `ema` and `optimizer`, each saved under its
-own name, so that evaluation reads the parameters and leaves the optimizer on the disk. The shapes, types and shardings
-wanted are given as `jax.ShapeDtypeStruct`s, and may lie on another mesh than the one that saved. What is on the disk is
-always whole: a save that was cut short leaves only a temporary folder, which the next run that saves clears away.
+A checkpoint is a few named trees of arrays, such as `parameters`, `ema` and `optimizer`, each saved under its own name,
+so that evaluation reads the parameters and leaves the optimizer on the disk. `restore` takes the shapes, types and
+shardings as `jax.ShapeDtypeStruct`s, which may be on another mesh than the one that saved. A checkpoint on the disk is
+always complete: an interrupted save leaves only a temporary folder, which the next run that saves removes.
 """
 
 import math
@@ -18,24 +18,24 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_dist.config import ConfigError
 
-Trees = Mapping[str, Any]  # name -> a tree of arrays, or of jax.ShapeDtypeStructs
+Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
 
-# Where several devices hold an array whole, Orbax lets each device write a slice of it, and compiles a function for
-# each slice of each shape. With slices below so many bytes, compiling takes longer than one device takes to write all.
+# If several devices hold copies of an array, Orbax lets each device write a slice of it, and compiles a function for
+# each slice of each shape. For slices of fewer bytes, compiling takes longer than one device takes to write the array.
 SMALLEST_SLICE = 2**18
 
 
 class Checkpoints:
     """The steps saved in one directory. In a job of several processes, each calls every method.
 
-    The newest `keep_last` steps are kept, and besides them the `keep_best` of the highest `best_metric`; a NaN ranks
-    below every number. The newest step is never deleted, and an old one only once the newer is whole.
+    It keeps the newest `keep_last` steps, and also the `keep_best` steps with the highest `best_metric`; a NaN ranks
+    below every number. It never deletes the newest step, and an old step only once the newer one is complete.
     """
 
     def __init__(
         self, directory: Path, *, keep_last: int, keep_best: int, best_metric: str = "top1", read_only: bool = False
     ):
-        """Opens `directory`, which is made where there is none; `read_only` refuses that, and touches nothing."""
+        """Opens `directory`, and makes it if it is missing; with `read_only` raises `ConfigError` and never writes."""
         if read_only and not directory.is_dir():
             raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
         self._directory = directory
@@ -63,10 +63,16 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begins to save, and returns once `state` is copied: the caller may donate its buffers at once.
+        """Begins to save, and returns once `state` is copied: the caller may then donate its buffers.
 
-        Waits for the save before it, and raises what went wrong in that one. A step that is already saved is left as
-        it is: a resumed run reaches it with the same state. `metadata` is anything that JSON can hold.
+        Waits for the previous save, and raises its error if it failed. Does nothing for a step that is already saved: a
+        resumed run reaches it with the same state.
+
+        Args:
+          step: the number of the step.
+          state: the trees to save, by name.
+          metrics: the step's evaluation, which decides whether it is among the best; None: it was not evaluated.
+          metadata: anything that JSON can hold.
         """
         if step in self.steps():
             return
@@ -79,44 +85,52 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when nothing is being saved; raises what went wrong in the last save."""
+        """Waits for the last save, and raises its error if it failed."""
         self._checkpointer.wait()
 
     def steps(self) -> list[int]:
-        """The steps that are whole on the disk, in order; waits for one that is being saved."""
+        """Returns the steps that are complete on the disk, in order; waits for a save under way."""
         self.wait()
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def latest(self) -> int | None:
+        """Returns the newest step; None if there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the highest `best_metric`, the later of equals; None where no step has been measured."""
+        """Returns the step with the highest `best_metric`, the later of equals; None if no step was evaluated."""
         self.wait()
         scores = [(self._score(checkpoint.metrics), checkpoint.step) for checkpoint in self._checkpointer.checkpoints]
         measured = [(score, step) for score, step in scores if score > -math.inf]
         return max(measured)[1] if measured else None
 
     def would_keep(self, metrics: Mapping[str, float] | None) -> bool:
-        """Whether a step of these metrics, were it saved, would be kept as one of the best."""
+        """Returns whether a step with these metrics, if it were saved, would be kept as one of the best."""
         if not self._keep_best:
             return False
         self.wait()
         score = self._score(metrics)
-        as_good = [one for one in self._checkpointer.checkpoints if self._score(one.metrics) >= score]
+        as_good = [saved for saved in self._checkpointer.checkpoints if self._score(saved.metrics) >= score]
         return score > -math.inf and len(as_good) < self._keep_best
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `metadata`."""
+        """Returns the `metadata` with which the step was saved."""
         return dict(self._checkpointer.checkpointables_metadata(self._existing(step)).custom_metadata or {})
 
     def restore(self, abstract: Trees, step: int | None = None) -> tuple[int, dict[str, Any]]:
-        """The step (None: the newest) and the trees named in `abstract`, laid out as its shardings say.
+        """Reads a step, with the shapes, types and shardings of `abstract`.
 
-        `abstract` is name -> tree of `jax.ShapeDtypeStruct`, for some or all of the names that were saved. What
-        `jax.eval_shape` returns will do under `jax.set_mesh`: its abstract mesh stands for the one that is set, and
-        a tensor of no sharding is put whole on every device. Raises `ConfigError` naming the tensor that is missing,
-        that nobody asked for, or that has another shape or type.
+        Args:
+          abstract: name -> tree of `jax.ShapeDtypeStruct`, for some or all of the names that were saved. Under
+            `jax.set_mesh` this may be what `jax.eval_shape` returns: its abstract mesh stands for the one that is set,
+            and a tensor without a sharding is replicated on every device.
+          step: the step to read; None: the newest.
+
+        Returns:
+          The step, and name -> tree of arrays.
+
+        Raises:
+          ConfigError: names a tensor that is missing, that is not in `abstract`, or that has another shape or type.
         """
         step = self._existing(step)
         saved = self._checkpointer.checkpointables_metadata(step).metadata
@@ -130,10 +144,10 @@ class Checkpoints:
                 raise ConfigError(
                     f"{where}: {differences[0]}{more}; use the config it was saved with, or another workdir"
                 )
-        return step, self._checkpointer.load_checkpointables(step, jax.tree.map(_placed, dict(abstract)))
+        return step, self._checkpointer.load_checkpointables(step, jax.tree.map(_with_sharding, dict(abstract)))
 
     def close(self) -> None:
-        """Waits like `wait`, and lets go of the directory."""
+        """Waits like `wait`, and releases the directory."""
         self._checkpointer.close()
 
     def _existing(self, step: int | None) -> int:
@@ -143,8 +157,8 @@ class Checkpoints:
         if step is None:
             return steps[-1]
         if step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ConfigError(f"{self._directory}: no checkpoint of step {step}; there are {there}")
+            existing = ", ".join(map(str, steps))
+            raise ConfigError(f"{self._directory}: no checkpoint of step {step}; there are {existing}")
         return step
 
     def _score(self, metrics: Mapping[str, float] | None) -> float:
@@ -152,17 +166,17 @@ class Checkpoints:
         return -math.inf if math.isnan(value) else value
 
 
-def _placed(wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """With a sharding of this run's devices in any case; without, Orbax would look for the devices that saved."""
-    if wanted.sharding is not None:
-        return wanted
+def _with_sharding(tensor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Adds a sharding on this run's devices where there is none: Orbax would look for the devices that saved."""
+    if tensor.sharding is not None:
+        return tensor
     mesh = jax.sharding.get_mesh()
     sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding)
 
 
 def _tensors(name: str, tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Path, such as `parameters/head/kernel` -> (shape, type)."""
+    """Returns path, such as `parameters/head/kernel` -> (shape, type)."""
     leaves = jax.tree.flatten_with_path(tree)[0]
     return {
         "/".join((name, jax.tree_util.keystr(path, simple=True, separator="/"))): (
@@ -176,17 +190,17 @@ def _tensors(name: str, tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 def _differences(
     saved: dict[str, tuple[tuple[int, ...], str]], wanted: dict[str, tuple[tuple[int, ...], str]]
 ) -> list[str]:
-    """A sentence for each tensor that keeps `saved` from being read as `wanted`."""
+    """Returns a phrase for each tensor that keeps `saved` from being read as `wanted`."""
     missing = [f"has no tensor {path}" for path in wanted if path not in saved]
-    extra = [f"has a tensor {path} that this run has not" for path in saved if path not in wanted]
+    extra = [f"has a tensor {path} that this run does not have" for path in saved if path not in wanted]
     other = [
-        f"tensor {path} is {_say(saved[path])}, expected {_say(wanted[path])}"
+        f"tensor {path} is {_format(saved[path])}, expected {_format(wanted[path])}"
         for path in wanted
         if path in saved and saved[path] != wanted[path]
     ]
     return missing + other + extra
 
 
-def _say(tensor: tuple[tuple[int, ...], str]) -> str:
+def _format(tensor: tuple[tuple[int, ...], str]) -> str:
     shape, dtype = tensor
     return f"{dtype}[{', '.join(map(str, shape))}]"

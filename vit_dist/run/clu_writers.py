@@ -1,8 +1,8 @@
 """CLU's metric writers and periodic actions without TensorFlow.
 
-CLU imports TensorFlow in one module, `clu.metric_writers.summary_writer`. A module of that name, holding a writer
-built on tensorboardX, is put in its place here before CLU is first imported; import CLU from this module and nowhere
-else. If some other code has imported CLU's own writer before, that one stays where it is: it is not used here.
+CLU imports TensorFlow in one module, `clu.metric_writers.summary_writer`. This module registers a replacement for it,
+with a writer built on tensorboardX, and then imports CLU; import CLU from this module only. If other code has already
+imported CLU's own writer, that one stays registered, but is not used here.
 """
 
 import sys
@@ -18,9 +18,12 @@ class SummaryWriter:
     """A `clu.metric_writers.MetricWriter` of TensorBoard event files."""
 
     def __init__(self, logdir: str | Path, *, purge_step: int | None = None, filename_suffix: str = ""):
-        """Events of earlier files at `purge_step` or later are hidden from readers.
+        """Opens an event file in `logdir`.
 
-        `filename_suffix` tells files begun in the same second apart: one would overwrite the other.
+        Args:
+          logdir: the folder.
+          purge_step: readers ignore events of earlier files at this step or later.
+          filename_suffix: distinguishes files opened in the same second, of which the later would overwrite the first.
         """
         self._writer = tensorboardX.SummaryWriter(str(logdir), purge_step=purge_step, filename_suffix=filename_suffix)
 
@@ -44,9 +47,9 @@ class SummaryWriter:
         self._writer.close()
 
 
-_stand_in = types.ModuleType("clu.metric_writers.summary_writer", "Stands in for CLU's, which needs TensorFlow.")
-vars(_stand_in)["SummaryWriter"] = SummaryWriter
-sys.modules.setdefault(_stand_in.__name__, _stand_in)
+_replacement = types.ModuleType("clu.metric_writers.summary_writer", "Replaces CLU's module, which needs TensorFlow.")
+vars(_replacement)["SummaryWriter"] = SummaryWriter
+sys.modules.setdefault(_replacement.__name__, _replacement)
 
 from clu import metric_writers, periodic_actions  # noqa: E402
 

@@ -1,6 +1,6 @@
-"""`curves.svg`: loss and accuracy against the step, so that a person sees what happened.
+"""`curves.svg`: loss and accuracy against the step.
 
-It is drawn from the rows of `metrics.jsonl` alone, and the same rows give the same bytes.
+The file depends on the rows of `metrics.jsonl` alone; the same rows give the same bytes.
 """
 
 import io
@@ -10,13 +10,13 @@ from typing import Any
 from vit_dist.run.files import write_atomically
 from vit_dist.run.metrics import read_rows
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers too
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for colour-blind readers too
 PANELS = {"loss": "loss", "top1": "accuracy (top-1)"}
 
 
 def draw(workdir: Path) -> Path:
-    """Writes `workdir/curves.svg`, whole or not at all, and returns its path."""
-    import matplotlib  # takes a second to import, and only here is it wanted
+    """Writes `workdir/curves.svg`, completely or not at all, and returns its path."""
+    import matplotlib  # takes a second to import, and only this function needs it
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "vit_dist", "svg.fonttype": "none", "font.size": 10}):
@@ -26,19 +26,19 @@ def draw(workdir: Path) -> Path:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Any:
-    """A matplotlib Figure with a panel for each of loss and accuracy that some row holds."""
+    """Returns a matplotlib Figure with a panel for loss and one for accuracy, if any row holds them."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     panels = [name for name in PANELS if any(name in row for row in rows)] or ["loss"]
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
     FigureCanvasSVG(figure)
-    for place, name in enumerate(panels, 1):
-        _panel(figure.add_subplot(1, len(panels), place), name, rows)
+    for number, name in enumerate(panels, 1):
+        _draw_panel(figure.add_subplot(1, len(panels), number), name, rows)
     return figure
 
 
-def _panel(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
+def _draw_panel(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
     axes.set_title(PANELS[name], loc="left", fontsize=11)
     axes.set_xlabel("step")
     axes.spines[["top", "right"]].set_visible(False)
@@ -51,7 +51,7 @@ def _panel(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
             continue
         steps = [row["step"] for row in shown]
         values = [float("nan") if row[name] is None else row[name] for row in shown]  # a NaN leaves a gap in the line
-        label = f"{split}  {values[-1]:.4g}"  # the last value: what one looks for first
+        label = f"{split}  {values[-1]:.4g}"  # the last value, which readers look for first
         if split == "train":
             axes.plot(steps, values, color="#8c8c8c", linewidth=1.2, label=label)
         else:

@@ -1,12 +1,12 @@
-"""What the devices can do and what they hold: peak arithmetic rates by device kind, and memory in use."""
+"""Peak arithmetic rates by device kind, and memory in use."""
 
 from collections.abc import Iterable
 
 import jax
 
 # FLOP/s of one device as JAX counts devices, for dense matrix products: (bfloat16, float32). A float32 product runs as
-# TF32 on NVIDIA's tensor cores unless asked otherwise; TPUs publish no float32 rate. Vendors' figures "with sparsity"
-# are halved. A V100 has no bfloat16; its float32 units are meant.
+# TF32 on NVIDIA's tensor cores by default; TPUs publish no float32 rate. Vendors' figures "with sparsity" are halved. A
+# V100 has no bfloat16; its rate is that of its float32 units.
 PEAK_FLOPS: dict[str, tuple[float | None, float | None]] = {
     # Google Cloud documentation, "System architecture" page of each TPU version, peak compute per chip. A device of
     # v2 and v3 is one core, half a chip.
@@ -43,14 +43,14 @@ PEAK_FLOPS: dict[str, tuple[float | None, float | None]] = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device in `bfloat16` or `float32` arithmetic; None where it is not known, as on a CPU."""
+    """Returns the peak FLOP/s of one device in `bfloat16` or `float32` arithmetic; None if unknown, as for a CPU."""
     bfloat16, float32 = PEAK_FLOPS.get(device_kind, (None, None))
     return {"bfloat16": bfloat16, "float32": float32}[dtype]
 
 
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:
-    """The most bytes that any of this process's devices has held at once; None where they do not tell, as on a CPU."""
-    here = jax.process_index()
-    stats = [device.memory_stats() for device in devices if device.process_index == here]
-    peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
+    """Returns the most bytes that any device of this process has held at once; None if unknown, as for a CPU."""
+    process = jax.process_index()
+    all_stats = [device.memory_stats() for device in devices if device.process_index == process]
+    peaks = [stats["peak_bytes_in_use"] for stats in all_stats if stats and "peak_bytes_in_use" in stats]
     return max(peaks, default=None)

@@ -1,6 +1,6 @@
-"""`environment.json`: what a run ran on, an entry for each session that worked on it.
+"""`environment.json`: what each session of a run ran on.
 
-Two runs that differ where they should not are explained here first: versions, devices, mesh, code, data.
+It is the first thing to compare when two runs differ unexpectedly: versions, devices, mesh, code, data.
 """
 
 import datetime
@@ -27,19 +27,25 @@ _log = logging.getLogger(__name__)
 
 
 def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Plain values for JSON: `time, host, python, versions, devices, mesh, git, data, xla_flags`.
+    """Describes this session.
 
-    `data_fingerprints` is split -> digest. A version is None where the package runs from a folder, uninstalled.
+    Args:
+      mesh: the mesh of the run, if it has one.
+      data_fingerprints: split -> digest.
+
+    Returns:
+      Values for JSON: `time, host, python, versions, devices, mesh, git, data, xla_flags`. A version is None for a
+      package that runs from a folder without being installed.
     """
-    first = jax.devices()[0]
+    device = jax.devices()[0]
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "devices": {
-            "platform": first.platform,
-            "kind": first.device_kind,
+            "platform": device.platform,
+            "kind": device.device_kind,
             "count": jax.device_count(),
             "processes": jax.process_count(),
         },
@@ -51,23 +57,23 @@ def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str
 
 
 def check_same_data(workdir: Path, data_fingerprints: Mapping[str, str]) -> None:
-    """Raises `ConfigError` where a split is not the one that the newest session in `workdir` read."""
+    """Raises `ConfigError` if a split differs from the one that the newest session in `workdir` read."""
     sessions = read_json(workdir / FILE, list)
-    before = sessions[-1]["data"] if sessions else {}
+    earlier = sessions[-1]["data"] if sessions else {}
     for split, digest in data_fingerprints.items():
-        if digest.startswith(PIXELS) and not before.get(split, digest).startswith(PIXELS):
+        if digest.startswith(PIXELS) and not earlier.get(split, digest).startswith(PIXELS):
             _log.warning(
                 "data: the run in %s has a digest of the %s split without its pixels; not compared", workdir, split
             )
-        elif before.get(split, digest) != digest:
+        elif earlier.get(split, digest) != digest:
             raise ConfigError(
                 f"data: the {split} split has another content (digest {digest}) than the run in {workdir} was trained "
-                f"with ({before[split]}); give it that data or choose another --workdir"
+                f"with ({earlier[split]}); give it that data or choose another --workdir"
             )
 
 
 def write(workdir: Path, session: Mapping[str, Any]) -> None:
-    """Adds a session to the list in `workdir/environment.json`, the newest last. Process 0 alone calls it."""
+    """Appends a session to the list in `workdir/environment.json`. Only process 0 calls it."""
     path = workdir / FILE
     sessions = read_json(path, list) if path.exists() else []
     write_atomically(path, json.dumps([*sessions, dict(session)], indent=2) + "\n")
@@ -81,13 +87,13 @@ def _version(package: str) -> str | None:
 
 
 def _git(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that `file` belongs to, and whether anything differs from it; None outside a checkout."""
+    """Returns the commit of the checkout that tracks `file`, and whether files differ from it; None if none does."""
     try:
-        # asked first, because an installed copy may lie in the checkout of some other project
+        # first, because an installed copy may be inside the checkout of another project
         _run_git(file.parent, "ls-files", "--error-unmatch", file.name)
         commit = _run_git(file.parent, "rev-parse", "HEAD")
         return {"commit": commit, "dirty": bool(_run_git(file.parent, "status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):  # no git here, or no checkout, or one without a commit
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one without a commit
         return None
 
 

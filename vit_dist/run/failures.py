@@ -1,8 +1,8 @@
-"""`failures/bad_images.jsonl`: every example of a run that could not be read or decoded, a row each, once.
+"""`failures/bad_images.jsonl`: one row for each example of a run that could not be read or decoded.
 
-A row is `{"step", "split", "id", "name", "reason"}`, the step being that at which it was first noted. Each process
-meets only the bad files among its own rows; they tell each other, so that the list, the count, and the step at which it
-is too many are the same on any number of hosts, and the same after a kill and a resume.
+A row is `{"step", "split", "id", "name", "reason"}`, with the step at which the example was first noted. Each process
+finds only the bad files among its own rows of the batch. The processes gather them, so that the list, the count, and
+the step at which there are too many are the same on any number of hosts, and after a kill and a resume.
 """
 
 import json
@@ -21,44 +21,50 @@ _log = logging.getLogger(__name__)
 
 
 class BadExampleList:
-    """The bad examples of a run, over all processes; process 0 writes them down."""
+    """The bad examples of a run, over all processes; process 0 writes the file."""
 
     def __init__(self, workdir: Path, *, resume_step: int):
-        """Keeps what earlier sessions noted up to `resume_step`; all processes read it."""
+        """Reads what earlier sessions noted up to `resume_step`, on every process."""
         self._file = workdir / FILE
-        self._noted: dict[str, dict[int, tuple[int, BadExample]]] = {}  # split -> id -> the step, and what was wrong
+        self._noted: dict[str, dict[int, tuple[int, BadExample]]] = {}  # split -> id -> (step, example)
         lines = self._file.read_text().split("\n") if self._file.exists() else []
         for row in map(json.loads, filter(None, lines)):
             if row["step"] <= resume_step:
-                found = BadExample(row["id"], row["name"], row["reason"])
-                self._noted.setdefault(row["split"], {})[found.id] = row["step"], found
+                example = BadExample(row["id"], row["name"], row["reason"])
+                self._noted.setdefault(row["split"], {})[example.id] = row["step"], example
 
     def note(self, step: int, split: str, bad: Sequence[BadExample]) -> int:
-        """Adds what this process has skipped of a split; returns how many examples of it all have skipped so far.
+        """Adds the examples of a split that this process skipped; all processes call it together.
 
-        To be called by all processes together.
+        Args:
+          step: the step at which they are noted.
+          split: the name of the split.
+          bad: the examples; those noted before are ignored.
+
+        Returns:
+          The number of examples of the split that all processes have skipped so far.
         """
         known = self._noted.setdefault(split, {})
-        new = everyones([one for one in bad if one.id not in known])
-        for one in new:
-            _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
-            known[one.id] = step, one
+        new = gather_bad_examples([example for example in bad if example.id not in known])
+        for example in new:
+            _log.warning("%s: skipped %s: %s", split, example.name, example.reason)
+            known[example.id] = step, example
         if new and jax.process_index() == 0:
             self._file.parent.mkdir(exist_ok=True)
             rows = [
-                json.dumps({"step": when, "split": name, **one._asdict()})
+                json.dumps({"step": first_step, "split": name, **example._asdict()})
                 for name, noted in self._noted.items()
-                for when, one in noted.values()
+                for first_step, example in noted.values()
             ]
             write_atomically(self._file, "\n".join(rows) + "\n")
         return len(known)
 
     def check(self, split: str, max_bad_fraction: float, examples: int) -> None:
-        """Raises `ConfigError`, on all processes alike, where more of a split was skipped than may be."""
-        check_bad([bad for _, bad in self._noted.get(split, {}).values()], max_bad_fraction, examples)
+        """Raises `ConfigError`, on all processes alike, if too large a share of the split's `examples` was skipped."""
+        check_bad([example for _, example in self._noted.get(split, {}).values()], max_bad_fraction, examples)
 
 
-def everyones(bad: Sequence[BadExample]) -> list[BadExample]:
-    """What all processes have skipped, each example once, in the order of ids. To be called by all together."""
+def gather_bad_examples(bad: Sequence[BadExample]) -> list[BadExample]:
+    """Returns the bad examples of all processes, each once, in the order of ids; all processes call it together."""
     examples = {row[0]: BadExample(*row) for rows in processes.gather(list(bad)) for row in rows}
-    return [examples[number] for number in sorted(examples)]
+    return [examples[id_] for id_ in sorted(examples)]

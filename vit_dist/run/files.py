@@ -1,6 +1,6 @@
-"""Writing a file of the working directory whole or not at all, and reading one that a person may have touched.
+"""Writes a file of the working directory atomically, and reads one that a person may have edited.
 
-A reader, or a run that takes up after a kill, then sees the old text or the new one and never half of either.
+A reader, or a run that resumes after a kill, sees the old text or the new text, never a part of either.
 """
 
 import json
@@ -12,13 +12,13 @@ from vit_dist.data.files import replacing
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` in `path`: written beside it, forced to the disk, then renamed over it."""
+    """Replaces the file by `text`: writes a file beside it, syncs it to the disk, then renames it."""
     with replacing(path) as stream:
         stream.write(text.encode())
 
 
 def read_json(file: Path, kind: type) -> Any:
-    """What a JSON file holds. Raises `ConfigError` where it is missing, damaged or not of this kind (dict or list)."""
+    """Returns the content of a JSON file. Raises `ConfigError` if it is missing, damaged or no `kind` (dict, list)."""
     advice = "restore it or choose another --workdir"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
-"""What a run measures: rows of `metrics.jsonl`, TensorBoard's event files, and a profile on request.
+"""The measurements of a run: rows of `metrics.jsonl`, TensorBoard's event files, and a profile on request.
 
-One row a step and split, in the order of writing. The file is the run's record, so a resume makes it say what a run
-never interrupted would have written: rows past the step resumed from are cut before the first new one.
+The file holds one row for each step and split, in the order of writing. After a resume it reads as if the run had never
+been interrupted: rows past the step that the run resumes from are removed before the first new row.
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -20,14 +21,15 @@ from vit_dist.run.clu_writers import SummaryWriter, metric_writers, periodic_act
 from vit_dist.run.files import write_atomically
 
 ROWS = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Rows and event files of one run. Only process 0 makes one."""
+    """The rows and event files of one run. Only process 0 makes one."""
 
     def __init__(self, workdir: Path, *, resume_step: int | None):
-        """Keeps what an earlier session wrote up to `resume_step`, and nothing of it where that is None."""
-        _cut(workdir / ROWS, resume_step)
+        """Keeps the rows of earlier sessions up to `resume_step`; None: no row."""
+        _remove_rows_after(workdir / ROWS, resume_step)
         self._rows = JsonLinesWriter(workdir / ROWS)
         events = SummaryWriter(
             workdir / "tensorboard",
@@ -37,9 +39,13 @@ class MetricLog:
         self._all = metric_writers.MultiWriter([events, self._rows])
 
     def write(self, step: int, split: str, values: Mapping[str, float | int | str | list | None]) -> None:
-        """One row; its numbers go to TensorBoard too, as `split/name`. A None is left out: it is not known.
+        """Writes one row.
 
-        Names hold no `/`. An array or list of several numbers goes to the row alone, as text does.
+        Args:
+          step: the number of the step.
+          split: the split that the values are of.
+          values: by name, which holds no `/`. Numbers also go to TensorBoard, as `split/name`; texts, lists and arrays
+            only to the row. A None is left out: the value is unknown.
         """
         tagged = {f"{split}/{name}": value for name, value in values.items() if value is not None}
         texts = {tag: value for tag, value in tagged.items() if isinstance(value, str)}
@@ -51,7 +57,7 @@ class MetricLog:
         self._rows.end_row()
 
     def flush(self) -> None:
-        """Returns when every row is on the disk, so that a checkpoint saved next has its rows."""
+        """Waits until every row is on the disk, so that the next checkpoint has its rows."""
         self._all.flush()
 
     def close(self) -> None:
@@ -61,8 +67,8 @@ class MetricLog:
 class JsonLinesWriter(metric_writers.MetricWriter):
     """A CLU metric writer of JSON rows `{"step": 20, "split": "train", "loss": 1.93}` from tags such as `train/loss`.
 
-    What is written for one step and split, call after call, makes one row. JSON has no word for a number that is not
-    finite: it is written as null, and said in the row's `non_finite`: `{"loss": "nan"}`.
+    Consecutive writes for one step and split make one row. JSON cannot express a number that is not finite: it is
+    written as null, and named in the row's `non_finite`: `{"loss": "nan"}`.
     """
 
     def __init__(self, path: Path):
@@ -84,7 +90,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
             row[name] = text
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Lists and arrays, such as a number a class; a None in a list is written as null: it is not known."""
+        """Writes lists and arrays, such as a number for each class; a None in a list (unknown) becomes null."""
         for tag, value in values.items():
             row, name = self._row_of(step, tag)
             numbers = np.array(value, object)
@@ -95,14 +101,14 @@ class JsonLinesWriter(metric_writers.MetricWriter):
             row[name] = numbers.tolist()
 
     def end_row(self) -> None:
-        """Hands the row to the operating system: it outlives a kill of this process."""
+        """Passes the row to the operating system, so that it survives a kill of this process."""
         if self._row:
             self._file.write(json.dumps(self._row, allow_nan=False) + "\n")
             self._file.flush()
             self._row = {}
 
     def flush(self) -> None:
-        """Returns when every row is on the disk."""
+        """Waits until every row is on the disk."""
         self.end_row()
         os.fsync(self._file.fileno())
 
@@ -124,12 +130,12 @@ class JsonLinesWriter(metric_writers.MetricWriter):
 
 
 class StepProfile(periodic_actions.PeriodicAction):
-    """Traces a few steps into `workdir/profile`, for TensorBoard or Perfetto; called with a step once it is done.
+    """Traces a few steps into `workdir/profile`, for TensorBoard or Perfetto.
 
-    To be called after the steps of `edges`, when all that was dispatched has been waited for; other steps do nothing.
+    The loop calls it with a step of `edges` after that step has finished on the devices; other steps have no effect. A
+    run that resumes past `start_step` traces nothing.
 
-    CLU's own `Profile` logs an error and goes on, and loses the trace of a run that ends before it; hence this one.
-    A run that resumes past `start_step` traces nothing.
+    CLU's own `Profile` only logs errors, and loses the trace of a run that ends inside it.
     """
 
     def __init__(self, workdir: Path, start_step: int, steps: int):
@@ -147,32 +153,33 @@ class StepProfile(periodic_actions.PeriodicAction):
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is under way; the last step must have been waited for, or the trace lacks it."""
+        """Ends the trace, if one is under way; it lacks steps that have not finished on the devices."""
         if self._tracing:
             jax.profiler.stop_trace()
+            _log.info("the profile is in %s", self._directory)
             self._tracing = False
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run, in order; none where there is no file. A last line that is being written is not a row yet."""
+    """Returns the rows of a run in order, none if there is no file; ignores a last line that is incomplete."""
     return [row for _, row in _lines(workdir / ROWS)]
 
 
-def _cut(path: Path, last_step: int | None) -> None:
-    """Leaves the rows up to `last_step`, and whole ones only."""
+def _remove_rows_after(path: Path, last_step: int | None) -> None:
+    """Keeps the complete rows up to `last_step`; None: no row."""
     if path.exists():
         kept = [line for line, row in _lines(path) if last_step is not None and row["step"] <= last_step]
         write_atomically(path, "".join(kept))
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each whole line and the row that it holds. Raises `ConfigError` for a line that is no row."""
+    """Returns each complete line and its row. Raises `ConfigError` for a line that is not JSON."""
     if not path.exists():
         return []
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
-            break  # the torn last line of a run that was killed in the middle of it
+            break  # a run was killed while it wrote its last line
         try:
             rows.append((line, json.loads(line)))
         except json.JSONDecodeError as error:

@@ -1,8 +1,10 @@
-"""How far a run is, for whoever watches it: a bar on a terminal, plain lines everywhere else.
+"""How far a run is: a progress bar on a terminal, plain lines everywhere else.
 
-Both go to stderr, so that stdout carries results and nothing besides.
+Both go to stderr, so that stdout carries results only. While the bar is shown, everything else that Python writes to
+stderr, log records included, is printed above it line by line.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -16,15 +18,17 @@ Values = Mapping[str, float | int | str]
 
 
 class Progress:
-    """Steps done out of `total_steps`, the last values seen, and the time left."""
+    """Shows the steps done out of `total_steps`, the latest values, and the time left."""
 
     def __init__(self, total_steps: int, start_step: int = 0, *, stream: TextIO | None = None):
-        """`stream` is stderr unless given; it gets the bar if it is a terminal."""
+        """Shows the bar if `stream` (None: stderr) is a terminal."""
         self._total = total_steps
-        self._begun_at = (start_step, time.monotonic())
-        self._first_done: tuple[int, float] | None = None
+        self._started = (start_step, time.monotonic())
+        self._first_update: tuple[int, float] | None = None
         self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._bar = None
+        self._stderr = sys.stderr
+        self._redirected: list[logging.StreamHandler] = []
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("step {task.completed}/{task.total}", markup=False),
@@ -32,17 +36,20 @@ class Progress:
                 TextColumn("{task.fields[text]}", markup=False),
                 console=self._console,
                 refresh_per_second=4,
-                redirect_stdout=False,  # what is printed there is a result, and may go to a file
+                redirect_stdout=False,  # results are printed there, and may go to a file
             )
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, text="")
-            self._bar.start()
+            self._bar.start()  # replaces sys.stderr by a stream that prints above the bar
+            self._redirected = _handlers_of(self._stderr)
+            for handler in self._redirected:
+                handler.setStream(sys.stderr)
 
     def update(self, step: int, values: Values | str | None = None) -> None:
-        """`step` steps are done. Values are shown; without any, the bar moves and a plain stream stays quiet."""
+        """Shows that `step` steps are done, with these values; without values a plain stream gets no line."""
         now = time.monotonic()
-        shown = values if isinstance(values, str) else "  ".join(_say(*item) for item in (values or {}).items())
-        text = "  ".join(part for part in (shown, self._eta(step, now)) if part)
-        self._first_done = self._first_done or (step, now)
+        shown = values if isinstance(values, str) else "  ".join(_format(*item) for item in (values or {}).items())
+        text = "  ".join(filter(None, (shown, self._eta(step, now))))
+        self._first_update = self._first_update or (step, now)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if values:
@@ -51,32 +58,42 @@ class Progress:
             self.line(f"step {step}/{self._total}  {text}")
 
     def line(self, text: str) -> None:
-        """One line of its own, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar, and leaves it on the screen as it is."""
+        for handler in self._redirected:
+            handler.setStream(self._stderr)
         if self._bar is not None:
             self._bar.stop()
 
     def _eta(self, step: int, now: float) -> str:
-        """Time left at the mean rate since the first update: what came before it holds the compilation."""
-        first_step, first_time = self._first_done or self._begun_at
+        """Returns the time left at the mean rate since the first update; the time before it includes compilation."""
+        first_step, first_time = self._first_update or self._started
         if step <= first_step:
             return ""
         seconds = (now - first_time) / (step - first_step) * (self._total - step)
         return f"eta {duration(seconds)}"
 
 
+def _handlers_of(stream: TextIO) -> list[logging.StreamHandler]:
+    """Returns the logging handlers that write to `stream`, at any logger."""
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    writers = [getattr(handler, "python_handler", handler) for handler in handlers]  # absl's handler contains another
+    return [writer for writer in writers if isinstance(writer, logging.StreamHandler) and writer.stream is stream]
+
+
 def duration(seconds: float) -> str:
-    """`0:41`, `12:05` or `3:00:59`."""
+    """Returns `0:41`, `12:05` or `3:00:59`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _say(name: str, value: float | int | str) -> str:
-    """`loss 1.93`, `lr 8.1e-4`, `4,312 img/s`."""
+def _format(name: str, value: float | int | str) -> str:
+    """Returns `loss 1.93`, `lr 8.1e-4` or `4,312 img/s`."""
     if name == "images_per_second":
         return f"{value:,.0f} img/s"
     if name == "learning_rate":

@@ -1,7 +1,7 @@
 """The small files of a working directory: the config of the run, its class names, its summary.
 
-A directory holds a run when it has a `config.json` and a checkpoint. A later call may change what does not change the
-run, such as the mesh; anything else is refused, and what did change is said.
+A directory holds a run if it has a `config.json` and a checkpoint. A later call may change keys that do not change what
+the run is, such as the mesh, and logs them; a change of any other key is refused.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from vit_dist.job import processes
 from vit_dist.run.files import read_json, write_atomically
 from vit_dist.schema import flatten
 
-# What a resumed run may set anew: where and how it runs, what it writes and when. Its curve stays the same but for
-# rounding, save that a new length bends the rest of the schedule and that another number of micro-batches draws other
-# dropout. (That the data are the same, its digest says.)
+# Keys that a resumed run may change: where and how it runs, what it writes and when. Its curve stays the same up to
+# rounding, with two exceptions: a new length changes the rest of the schedule, and another number of micro-batches
+# draws other dropout masks. (Whether the data are the same is checked by their digest.)
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
     "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",
@@ -28,37 +28,37 @@ MAY_CHANGE = (
     "data.max_bad_fraction", "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
-_LATE_SECONDS = 60  # a network's disk may show one host later what another has written
+_LATE_SECONDS = 60  # a network disk may show one host late what another has written
 
 _log = logging.getLogger(__name__)
 
 
 def holds_run(workdir: Path) -> bool:
-    """Whether there is something to go on from: a start that failed before its first checkpoint is no run yet."""
+    """Returns whether there is a run to resume; one that failed before its first checkpoint does not count."""
     return (workdir / "config.json").is_file() and bool(checkpoint_steps(workdir))
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
-    """The steps whose checkpoints are whole, in order; one that is half-written lies under a longer name."""
-    return sorted(int(one.name) for one in (workdir / "checkpoints").glob("[0-9]*") if one.name.isdecimal())
+    """Returns the steps with a complete checkpoint, in order; an incomplete one has a longer name."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises `ConfigError` where not all processes see the same run in `workdir`; all call it, after `write_run`."""
-    for _ in range(_LATE_SECONDS):  # counted, not timed, so that all give up at the same look
+    """Raises `ConfigError` if not all processes see the same run in `workdir`; all call it, after `write_run`."""
+    for _ in range(_LATE_SECONDS):  # counted, not timed, so that all processes give up together
         views = processes.gather([(workdir / "config.json").is_file(), checkpoint_steps(workdir)])
-        blind = [index for index, view in enumerate(views) if view != views[0]]
-        if not blind:
+        different = [index for index, view in enumerate(views) if view != views[0]]
+        if not different:
             return
         time.sleep(1)
     raise ConfigError(
-        f"{workdir}: process {blind[0]} does not see there what process 0 sees; give a --workdir on a disk that all "
-        "hosts share"
+        f"{workdir}: process {different[0]} does not see what process 0 sees in it; give a --workdir on a disk that "
+        "all hosts share"
     )
 
 
 def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
-    """The run's config, with overrides such as `mesh.data=4` that do not change what the run is."""
+    """Returns the run's config with overrides, such as `mesh.data=4`, that do not change what the run is."""
     file = workdir / "config.json"
     if not file.is_file():
         raise ConfigError(f"{workdir}: holds no run ({file.name} is missing); give the --workdir of a training run")
@@ -73,49 +73,50 @@ def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
-    """Raises `ConfigError` where `wanted` is another run than the one saved here; says what else has changed."""
+    """Raises `ConfigError` if `wanted` is another run than the one saved in `workdir`; logs permitted changes."""
     for change in _refuse_other_runs(workdir, saved, wanted):
         _log.warning("%s: resuming with another %s", workdir, change)
 
 
 def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> None:
-    """Makes the directory and the files that say which run it holds. Raises `ConfigError` where that cannot be done."""
-    missing = [place for place in (workdir, *workdir.parents) if not place.exists()]
+    """Makes the directory, with the run's config and class names. Raises `ConfigError` if that cannot be done."""
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
     except OSError as error:
-        for place in missing:
+        for folder in missing:
             with contextlib.suppress(OSError):  # not made, or no longer empty
-                place.rmdir()
+                folder.rmdir()
         raise ConfigError(f"{workdir}: cannot write there ({error.strerror}); choose another --workdir") from error
 
 
 def class_names(workdir: Path) -> tuple[str, ...]:
-    """The names of the classes, in the order of the logits."""
+    """Returns the names of the classes, in the order of the logits."""
     return tuple(map(str, read_json(workdir / "classes.json", list)))
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
+    """Writes `summary.json`, which marks a finished run."""
     write_atomically(workdir / "summary.json", json.dumps(summary) + "\n")
 
 
 def summary(workdir: Path) -> dict[str, Any] | None:
-    """What a finished run printed; None for one that has not finished."""
+    """Returns the summary of a finished run; None if the run has not finished."""
     file = workdir / "summary.json"
     return read_json(file, dict) if file.is_file() else None
 
 
 def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str]:
-    """What `wanted` changes of the run, in words; raises `ConfigError` for what may not change."""
+    """Returns a description of each changed key; raises `ConfigError` for keys that may not change."""
     changed = config.differences(saved, wanted)
     refused = [key for key in changed if not {key, key.partition(".")[0]} & set(MAY_CHANGE)]
-    old, new = (flatten(config.to_dict(one)) for one in (saved, wanted))
-    said = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
+    old, new = flatten(config.to_dict(saved)), flatten(config.to_dict(wanted))
+    descriptions = {key: f"{key} (was {old.get(key)!r}, now {new.get(key)!r})" for key in changed}
     if refused:
         raise ConfigError(
-            f"{workdir} holds a run of another config: {', '.join(said[key] for key in refused)}; "
+            f"{workdir} holds a run of another config: {', '.join(descriptions[key] for key in refused)}; "
             "put them back or choose another --workdir"
         )
-    return list(said.values())
+    return list(descriptions.values())

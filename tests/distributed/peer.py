@@ -1,9 +1,9 @@
-"""One process of a job that only waits for its peers, for tests of what happens when one of them does not come.
+"""One process of a job that only waits for its peers, for tests of what happens when one of them fails.
 
-    python part.py WHAT INDEX, with the variables of the job
+    python peer.py WHAT INDEX, with the environment variables of the job
 
-The process of that index does one of `FAULTS` while the others wait for it for ever; or it lingers before its first
-step; or all end well.
+The process with that index does one of `FAULTS` while the others wait for it forever; or, for "linger", it waits before
+its first step; for any other WHAT all end without a failure.
 """
 
 import os
@@ -47,27 +47,27 @@ FAULTS = {"die": die, "stop": stop, "fail": fail, "crash": crash, "exhaust": exh
 
 def main(what, at_fault):
     deadlines = Deadlines(start_seconds=int(os.environ.get("START_SECONDS", "60")), peer_seconds=8, step_seconds=8)
-    code, said = 1, "an error of the program"
+    code, text = 1, "an error of the program"
     try:
         processes.start(1, deadlines)
         if what == "linger" and processes.index() == at_fault:
             time.sleep(deadlines.step_seconds + 3)  # opening its data; no step has begun yet
-        processes.gather("all are here")
+        processes.gather("all have started")
         processes.alive(1)
-        print("here", flush=True)
+        print("started", flush=True)
         if processes.index() == at_fault:
             FAULTS.get(what, lambda: None)()
         else:
             processes.alive(2)
-        processes.gather("and again")
+        processes.gather("all have done their step")
         code = 0
     except ConfigError as error:
-        code, said = 2, str(error)
+        code, text = 2, str(error)
         print(f"error: {error}", file=sys.stderr)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
     finally:
-        processes.leave(code, said, together=code == 0)
+        processes.leave(code, text, together=code == 0)
     return code
 
 
