@@ -33,7 +33,7 @@ from PIL import Image
 
 from vit_dist import config
 from vit_dist.data.pictures import augment, crop
-from vit_dist.data.prepare.convert import prepare
+from vit_dist.data.prepare.convert import ImageOptions, prepare
 from vit_dist.data.sets.examples import ArraySource, Source
 from vit_dist.data.sets.sources import open_source
 from vit_dist.data.stream.loader import train_batches
@@ -149,7 +149,7 @@ def photo_sides(
     if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.nvimgcodec"):
         sets["originals, crop_decode"] = dataclasses.replace(sets["originals"][0], crop_decode=True), 1
     for encode in encodings:
-        prepare(str(folder / "photos"), str(folder / encode), kind="folder", resize=256, encode=encode)
+        prepare(str(folder / "photos"), str(folder / encode), kind="folder", images=ImageOptions(256, encode))
         sets[f"prepared {encode} 256"] = config.Data(source="array_record", path=str(folder / encode)), _MORE[encode]
     for name, (data, more) in sets.items():
         data = dataclasses.replace(data, crop_area=AREA, crop_aspect=ASPECT, flip=True)

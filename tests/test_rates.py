@@ -154,7 +154,7 @@ def test_windows_do_not_overlap():
         for _ in range(4):
             next(placed)
         second = window.rates(8)
-        read, waited = host.stages.read, placed.waited
+        read, waited = host.timings.read, placed.waited
     assert first.steps == second.steps == 4
     assert min(first.data.read, second.data.read, first.data.copy, first.waited, second.waited) > 0
     assert first.data.read + second.data.read <= read and first.waited + second.waited <= waited

@@ -255,12 +255,10 @@ def _prepare(options: argparse.Namespace) -> None:
         dest,
         kind=options.source,
         splits=options.split,
-        resize=options.resize,
-        encode=options.encode,
+        images=convert.ImageOptions(options.resize, options.encode, options.on_bad == "skip"),
         shards=options.shards,
         shard_range=options.shard_range,
         workers=options.workers,
-        keep_bad=options.on_bad == "skip",
         data=settings.data,
     )
     _print_json(summary)

@@ -91,7 +91,7 @@ class Window:
         )
 
     def _data_timings(self) -> Timings:
-        host = self._host.stages
+        host = self._host.timings
         return dataclasses.replace(host, copy=host.copy + self._batches.copied)
 
 

@@ -1,4 +1,4 @@
-"""Locations: what is on a disk and what fsspec reaches are read alike."""
+"""Files on a disk and files that fsspec reaches are read in the same way."""
 
 import os
 import pickle
@@ -15,38 +15,38 @@ from vit_dist.data import files
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     text = str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
-    folder = files.location(text)
+    root = files.location(text)
     for name in ("train/dog", "train/cat", "train/cat/empty"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "train/cat/b.jpg").write_bytes(b"0123456789")
-    (folder / "train/cat/a.jpg").write_bytes(b"abc")
-    return folder
+        (root / name).mkdir(parents=True, exist_ok=True)
+    (root / "train/cat/b.jpg").write_bytes(b"0123456789")
+    (root / "train/cat/a.jpg").write_bytes(b"abc")
+    return root
 
 
-def test_entries_are_sorted_and_tell_folders(place: Path) -> None:
-    assert files.entries(place / "train") == [("cat", True), ("dog", True)]
-    assert files.entries(place / "train/cat") == [("a.jpg", False), ("b.jpg", False), ("empty", True)]
+def test_entries_are_sorted_and_marked_as_folders_or_files(folder: Path) -> None:
+    assert files.entries(folder / "train") == [("cat", True), ("dog", True)]
+    assert files.entries(folder / "train/cat") == [("a.jpg", False), ("b.jpg", False), ("empty", True)]
 
 
-def test_a_file_is_read_by_position_after_pickling_too(place: Path) -> None:
-    file = files.open_file(place / "train/cat/b.jpg")
-    for one in (file, pickle.loads(pickle.dumps(file))):
-        assert one.read(2, 3) == b"234" and one.read(8, 10) == b"89" and one.read(0, 10) == b"0123456789"
-    with files.open_stream(place / "train/cat/b.jpg") as stream:
+def test_a_file_is_read_at_any_offset_and_after_pickling(folder: Path) -> None:
+    file = files.open_file(folder / "train/cat/b.jpg")
+    for copy in (file, pickle.loads(pickle.dumps(file))):
+        assert copy.read(2, 3) == b"234" and copy.read(8, 10) == b"89" and copy.read(0, 10) == b"0123456789"
+    with files.open_stream(folder / "train/cat/b.jpg") as stream:
         assert stream.seek(4) == 4 and stream.read(2) == b"45"
 
 
-def test_a_stamp_changes_when_a_file_is_written_anew(place: Path) -> None:
-    file = place / "train/cat/a.jpg"
+def test_a_stamp_changes_when_a_file_is_written_again(folder: Path) -> None:
+    file = folder / "train/cat/a.jpg"
     before = files.stamp(file)
     assert files.stamp(file) == before
     file.write_bytes(b"another")
     assert files.stamp(file) != before
 
 
-def test_a_local_folders_stamp_changes_when_an_entry_comes_or_goes(tmp_path: Path) -> None:
+def test_a_local_folders_stamp_changes_when_an_entry_is_added(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -76,13 +76,13 @@ def test_many_threads_read_one_file_by_one_descriptor(tmp_path: Path) -> None:
     assert wrong == [] and len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-@pytest.mark.parametrize(("text", "said"), [("gs://bucket/x", "gcsfs"), ("s3://bucket/x", "s3fs"), ("no://x", "no")])
-def test_an_address_that_cannot_be_reached_names_what_is_missing(text: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"data.path: {text} cannot be reached .*{said}"):
+@pytest.mark.parametrize(("text", "plug_in"), [("gs://bucket/x", "gcsfs"), ("s3://bucket/x", "s3fs"), ("no://x", "no")])
+def test_an_address_that_cannot_be_reached_names_what_is_missing(text: str, plug_in: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.path: {text} cannot be reached .*{plug_in}"):
         files.location(text)
 
 
-def test_a_home_folder_is_written_out() -> None:
+def test_a_home_folder_is_expanded() -> None:
     assert files.location("~/images") == Path.home() / "images"
     with pytest.raises(ConfigError, match="data.path: ~no such user/images: no home folder of that user is known"):
         files.location("~no such user/images")
@@ -93,7 +93,7 @@ def test_addresses_of_local_files_are_paths() -> None:
         assert files.location(f"{scheme}/data/a%20b") == Path("/data/a%20b")
 
 
-def test_a_place_that_does_not_answer_is_an_error_of_the_config(tmp_path: Path) -> None:
+def test_an_address_that_does_not_answer_is_an_error_of_the_config(tmp_path: Path) -> None:
     for text in ("ftp://localhost:1/images", f"zip://{tmp_path}/none.zip"):
         with pytest.raises(ConfigError, match=f"SOURCE: {text} cannot be reached .*check address") as caught:
             files.location(text, "SOURCE")
@@ -111,12 +111,12 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
                 read(tmp_path / name)
 
 
-def test_open_files_are_counted_for_all_who_hold_some_while_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_files_of_all_living_holders_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     class Holder:
         pass
 
     limits = [(300, 1000)]
-    monkeypatch.setattr(files, "_may_open", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(files, "_open_files", weakref.WeakKeyDictionary())
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
     first, second, third = Holder(), Holder(), Holder()

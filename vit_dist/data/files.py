@@ -1,7 +1,8 @@
-"""Where bytes lie: on a disk that is mounted here, or wherever fsspec reaches (`gs://`, `s3://`, ...).
+"""Reads files on a mounted disk and files that fsspec can reach (`gs://`, `s3://`, ...) in the same way.
 
-A location is a `pathlib.Path`, or universal_pathlib's likeness of one over fsspec; the rest of the room speaks pathlib
-and does not ask which. What pathlib has no quick word for is here: listing a large folder, reading a file by position.
+A location is a `pathlib.Path`, or the object of the same interface that universal_pathlib makes for an fsspec address;
+the rest of `data/` uses pathlib's methods and does not check which of the two it has. This module adds what pathlib
+does slowly or not at all: listing a large folder, reading a file at an offset, replacing a file atomically.
 """
 
 import contextlib
@@ -20,14 +21,15 @@ from upath import UPath
 
 from vit_dist.config import ConfigError
 
-_SETTLED_NS = 2_000_000_000  # a clock's tick, and some more for a network
-_OTHER_FILES = 256  # that a process has open: libraries, pipes, connections
+_SETTLED_NS = 2_000_000_000  # the tick of a file system's clock, with room for that of a network file system
+_OTHER_FILES = 256  # open files of a process that are no data: libraries, pipes, connections
 
 
 def location(text: str, key: str = "data.path") -> Path:
-    """The place that a config or command names: `~/images`, `/data/train.tar`, `gs://bucket/images`.
+    """Returns the path that `text` names: `~/images`, `/data/train.tar`, `gs://bucket/images`.
 
-    Raises `ConfigError` where fsspec knows no such scheme or lacks its plug-in, and where the place does not answer.
+    Raises `ConfigError`, which begins with `key`, if fsspec does not know the scheme or lacks the plug-in for it, if
+    the address does not answer, or if the home folder of `~user` is unknown.
     """
     text = text.removeprefix("file://").removeprefix("local://")
     if "://" not in text:
@@ -37,31 +39,32 @@ def location(text: str, key: str = "data.path") -> Path:
             raise ConfigError(f"{key}: {text}: no home folder of that user is known; write the path out") from error
     try:
         remote = cast(Path, UPath(text))
-        remote.exists()  # the first contact: without a network or the right credentials it fails here
+        remote.exists()  # the first request: it fails without a network or the right credentials
         return remote
     except (ImportError, OSError, ValueError) as error:
-        said = first_line(error)
+        reason = first_line(error)
         raise ConfigError(
-            f"{key}: {text} cannot be reached ({said}); check address, network and credentials"
+            f"{key}: {text} cannot be reached ({reason}); check address, network and credentials"
         ) from error
 
 
 def is_remote(path: Path) -> bool:
+    """Returns whether fsspec reads this path, not the operating system."""
     return not isinstance(path, Path)
 
 
 def entries(folder: Path) -> list[tuple[str, bool]]:
-    """`(name, is a folder)` of all that lies in a folder, sorted; one request where the folder is remote."""
+    """Returns `(name, is a folder)` of every entry of a folder, sorted. Sends one request if the folder is remote."""
     if is_remote(folder):
         remote = cast(Any, folder)
-        listed = remote.fs.ls(remote.path, detail=True)
-        return sorted((one["name"].rstrip("/").rpartition("/")[2], one["type"] == "directory") for one in listed)
-    with os.scandir(folder) as found:
-        return sorted((entry.name, entry.is_dir()) for entry in found)
+        listing = remote.fs.ls(remote.path, detail=True)
+        return sorted((entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in listing)
+    with os.scandir(folder) as listing:
+        return sorted((entry.name, entry.is_dir()) for entry in listing)
 
 
 def stamp(file: Path) -> str:
-    """A text that changes when a file is written anew."""
+    """Returns a text that changes when the file is written again."""
     if is_remote(file):
         remote = cast(Any, file)
         return str(remote.fs.ukey(remote.path))
@@ -70,22 +73,23 @@ def stamp(file: Path) -> str:
 
 
 def folders_stamp(folders: Sequence[Path]) -> str | None:
-    """A text that changes when an entry of one of these folders comes or goes.
+    """Returns a text that changes when an entry is added to one of these folders or removed from it.
 
-    None where there is no telling: folders of an object store have no date of their own, and in one that changed in
-    the last seconds something more may change within the same tick of its clock.
+    Returns None if the dates of the folders cannot show it: a folder of an object store has no date, and a folder that
+    changed in the last two seconds can change again within the same tick of the file system's clock.
     """
     if any(map(is_remote, folders)):
         return None
-    times = [folder.stat().st_mtime_ns for folder in folders]
-    return None if max(times) > time.time_ns() - _SETTLED_NS else " ".join(map(str, times))
+    dates = [folder.stat().st_mtime_ns for folder in folders]
+    return None if max(dates) > time.time_ns() - _SETTLED_NS else " ".join(map(str, dates))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes the local file `path` at the end of the block: all of it, or none on an error.
+    """Yields a stream whose content replaces the local file `path` when the block ends without an error.
 
-    A reader, or a run that takes up after a kill, sees the old file or the new one and never half of either.
+    The replacement is atomic: a reader, or a run that resumes after a kill, sees the complete old file or the complete
+    new one.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -100,23 +104,25 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def printable(name: str) -> str:
-    """A name for people: file names are bytes, and what of them is no UTF-8 is written as escapes."""
+    """Returns a file name as text that can be printed: bytes of it that are no UTF-8 are written as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def first_line(error: Exception) -> str:
-    """What a library says of an error, in a few words: some say it in pages."""
+    """Returns the first line of an error's message up to a semicolon: the messages of some libraries fill pages."""
     return (str(error) or type(error).__name__).splitlines()[0].split(";")[0]
 
 
 class File(Protocol):
-    """Bytes that are read by position, by any number of threads at once; what is pickled is the way to them."""
+    """A file that any number of threads can read at once. Pickling one keeps its path, not its content."""
 
-    def read(self, offset: int, size: int) -> bytes: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """Returns `size` bytes from `offset` on; fewer at the end of the file."""
+        ...
 
 
 class LocalFile:
-    """A file on a mounted disk, opened at the first read."""
+    """A file on a mounted disk, which is opened at the first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,7 +145,7 @@ class LocalFile:
 
 
 class RemoteFile:
-    """A file that fsspec reads, a range at a time."""
+    """A file that fsspec reads, with one request for each read."""
 
     def __init__(self, path: Path) -> None:
         self.path = cast(Any, path)
@@ -149,25 +155,25 @@ class RemoteFile:
 
 
 def open_file(path: Path) -> File:
-    """The file at `path`, to be read by position."""
+    """Returns the file at `path`, to be read at any offset."""
     return RemoteFile(path) if is_remote(path) else LocalFile(path)
 
 
 def open_stream(path: Path) -> IO[bytes]:
-    """The file at `path`, to be read from its beginning; seeks are cheap on both kinds."""
+    """Opens the file at `path` as a stream. Seeking is cheap, for local and for remote files."""
     return cast(IO[bytes], path.open("rb")) if is_remote(path) else open(path, "rb", opener=_open_regular)
 
 
 def read_file(path: Path) -> bytes:
-    """All of the file at `path`."""
+    """Returns the content of the file at `path`."""
     if is_remote(path):
-        return path.read_bytes()  # one request, where a stream would make two
+        return path.read_bytes()  # one request; a stream would send two
     with open_stream(path) as stream:
         return stream.read()
 
 
 def _open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a file of a disk. Of a pipe or device, which would be waited for or read without end, raises `OSError`."""
+    """Opens a regular file. Raises `OSError` for a pipe or device, whose reading could block or never end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -175,16 +181,22 @@ def _open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
     return descriptor
 
 
-_may_open: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+_open_files: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()  # by holder, while it lives
 
 
-def allow_open_files(holders: Sequence[object], each: int, where: object) -> None:
-    """Lets this process, and those it starts, keep `each` local files open for each of the holders while they live.
+def allow_open_files(holders: Sequence[object], files_each: int, data: object) -> None:
+    """Raises this process's limit of open files, which the processes that it starts inherit.
 
-    That is beside the files of all other holders. Raises `ConfigError` where the system does not allow as many.
+    Args:
+      holders: objects that keep local files open while they live. The files of all holders of all calls are added up.
+      files_each: how many files each of these holders keeps open.
+      data: path of the data that needs the files, for the error.
+
+    Raises:
+      ConfigError: the system does not allow as many.
     """
-    _may_open.update(dict.fromkeys(holders, each))
-    count = sum(_may_open.values())
+    _open_files.update(dict.fromkeys(holders, files_each))
+    count = sum(_open_files.values())
     needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
@@ -193,6 +205,6 @@ def allow_open_files(holders: Sequence[object], each: int, where: object) -> Non
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{where}: with it {count} files are kept open at once, but a process may open {hard} here; raise that "
+            f"{data}: with it {count} files are kept open at once, but a process may open {hard} here; raise that "
             f"(ulimit -Hn {needed}), or make the data into fewer shards"
         ) from error

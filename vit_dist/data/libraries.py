@@ -1,9 +1,9 @@
-"""The libraries that only some data need, each imported when it is first used.
+"""Imports the libraries that only some data need, each when it is first used.
 
-A training step, a plan and sets in memory do without them, and so do all modules on the way there: a module takes such
-a library from here (`from vit_dist.data.libraries import cv2`) and uses it as if it had imported it. The first look at
-one of its attributes imports the library, or raises a `ConfigError` that names what to install. From then on the object
-is a plain module with the library's own attributes, so that a call costs what it costs without this.
+A training step, a plan and data sets in memory need none of them. A module takes such a library from this one (`from
+vit_dist.data.libraries import cv2`) and uses it as if it had imported it. The first access to one of its attributes
+imports the library, or raises a `ConfigError` that names the package to install. From then on the object is a plain
+module with the library's own attributes, so later calls cost nothing more.
 """
 
 import importlib
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from vit_dist.config import ConfigError
 
-_lock = threading.RLock()  # of all first uses; an import may itself be the first use of another library
+_lock = threading.RLock()  # held during a first use; reentrant, as an import can be the first use of another library
 
 
 class Library(types.ModuleType):
-    """A module that is imported when one of its attributes is first looked at."""
+    """A module that is imported at the first access to one of its attributes."""
 
     def __init__(
         self,
@@ -28,32 +28,32 @@ class Library(types.ModuleType):
         package: str,
         use: str,
         remedy: str | None = None,
-        then: Callable[[types.ModuleType], object] | None = None,
+        after_import: Callable[[types.ModuleType], object] | None = None,
     ) -> None:
-        """Imports nothing yet.
+        """Stores how to import the module, without importing it.
 
         Args:
-          name: of the module.
-          package: what is installed to have it.
-          use: what needs it, for the error: "data.source=parquet".
-          remedy: what to do where it is missing; None: install the package.
-          then: what to do with the module after its import, before anything else is done with it.
+          name: the module's name.
+          package: the package that contains it.
+          use: what needs the library, for the error: "data.source=parquet".
+          remedy: what to do if it is missing; None: install the package.
+          after_import: is called with the module right after its import, before any other use.
         """
         super().__init__(name)
         self._missing = package, use, remedy or f"pip install {package}"
-        self._then = then
+        self._after_import = after_import
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):  # somebody looks at the object, such as a debugger
+        if attribute.startswith("__"):  # a debugger, or another tool that inspects the object, is no use of the library
             raise AttributeError(f"module {self.__name__!r} has not been used, and has no {attribute!r} yet")
         load(self)
         return getattr(self, attribute)
 
 
 def load(library: Any) -> None:
-    """Imports a `Library` now, if nothing has used it yet: for an error that should come early.
+    """Imports a `Library` if it has not been used yet, for an error that should come early. Safe for many threads.
 
-    May be called by many threads at once. Raises `ConfigError` where it is not installed.
+    Raises `ConfigError` if it is not installed.
     """
     with _lock:
         if not isinstance(library, Library):  # it has become a plain module
@@ -62,14 +62,14 @@ def load(library: Any) -> None:
             module = importlib.import_module(library.__name__)
         except ImportError as error:
             raise _missing(library, error) from error
-        if library._then is not None:
-            library._then(module)
+        if library._after_import is not None:
+            library._after_import(module)
         vars(library).update(vars(module))
         library.__class__ = types.ModuleType  # type: ignore[assignment]
 
 
 def folder(library: Any) -> Path:
-    """The folder of a library, which is not imported for it. Raises `ConfigError` where it is not installed."""
+    """Returns the folder of a library without importing it. Raises `ConfigError` if it is not installed."""
     name = library.__name__
     try:
         spec = importlib.util.find_spec(name)
@@ -84,27 +84,27 @@ def _missing(library: Any, error: ImportError) -> ConfigError:
     package, use, remedy = library._missing
     top, missing = (str(name).partition(".")[0] for name in (library.__name__, error.name))
     absent = isinstance(error, ModuleNotFoundError) and missing == top
-    what = "is not installed" if absent else "cannot be imported"
-    return ConfigError(f"{use} needs {package}, which {what} ({error}); {remedy}")
+    problem = "is not installed" if absent else "cannot be imported"
+    return ConfigError(f"{use} needs {package}, which {problem} ({error}); {remedy}")
 
 
-def _of_parquet(name: str) -> Library:
+def _parquet_library(name: str) -> Library:
     return Library(name, "pyarrow", "data.source=parquet")
 
 
-def _of_tfds(name: str) -> Library:
+def _tfds_library(name: str) -> Library:
     return Library(name, "tensorflow-datasets", "data.source=tfds", "pip install 'vit-dist[tfds]'")
 
 
 if TYPE_CHECKING:
     import cv2 as cv2
 else:
-    # Batches are prepared side by side; threads within a resize would only get in their way.
+    # Several threads already make batches at the same time; more threads within each resize would slow them down.
     cv2 = Library(
         "cv2",
         "opencv-python-headless",
         "resizing or augmenting images on the host",
-        then=lambda module: module.setNumThreads(1),
+        after_import=lambda module: module.setNumThreads(1),
     )
 
 simplejpeg: Any = Library("simplejpeg", "simplejpeg", "reading or writing JPEG files")
@@ -115,9 +115,9 @@ nvimgcodec: Any = Library(
     "pip install 'vit-dist[crop-decode]', or set it to False",
 )
 sklearn: Any = Library("sklearn", "scikit-learn", "data.source=digits")
-pyarrow: Any = _of_parquet("pyarrow")
-pyarrow_compute: Any = _of_parquet("pyarrow.compute")
-pyarrow_parquet: Any = _of_parquet("pyarrow.parquet")
-tfds: Any = _of_tfds("tensorflow_datasets")
-tfds_core: Any = _of_tfds("tensorflow_datasets.core")
-tfds_proto: Any = _of_tfds("tensorflow_datasets.proto")
+pyarrow: Any = _parquet_library("pyarrow")
+pyarrow_compute: Any = _parquet_library("pyarrow.compute")
+pyarrow_parquet: Any = _parquet_library("pyarrow.parquet")
+tfds: Any = _tfds_library("tensorflow_datasets")
+tfds_core: Any = _tfds_library("tensorflow_datasets.core")
+tfds_proto: Any = _tfds_library("tensorflow_datasets.proto")

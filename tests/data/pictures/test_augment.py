@@ -1,4 +1,4 @@
-"""Flips and all that follows them on the host."""
+"""Flips and the augmentations that follow them on the host."""
 
 import math
 
@@ -9,7 +9,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.pictures import color
 from vit_dist.data.pictures.augment import (
-    changes,
+    augment_image,
     generator,
     on_device,
     random_erase,
@@ -47,8 +47,8 @@ def test_a_flipped_image_is_its_mirror_image_in_every_layout() -> None:
     for shape in ((3, 5, 1), (1, 1, 3), (4, 2, 6)):
         image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         image.setflags(write=False)
-        found = {random_flip(image, generator(0, i)).tobytes() for i in range(20)}
-        assert found == {image.tobytes(), image[:, ::-1].tobytes()}
+        results = {random_flip(image, generator(0, i)).tobytes() for i in range(20)}
+        assert results == {image.tobytes(), image[:, ::-1].tobytes()}
 
 
 def test_three_augment_is_one_of_three_evenly() -> None:
@@ -58,16 +58,16 @@ def test_three_augment_is_one_of_three_evenly() -> None:
     counts, blurred = np.zeros(3, int), []
     for i in range(3000):
         changed = three_augment(image, generator(0, i))
-        which = 0 if changed.tobytes() == gray else 1 if changed.tobytes() == solarised else 2
-        counts[which] += 1
-        if which == 2:
+        choice = 0 if changed.tobytes() == gray else 1 if changed.tobytes() == solarised else 2
+        counts[choice] += 1
+        if choice == 2:
             blurred.append(int(changed[4, 4, 0]))
     assert ((counts - 1000) ** 2 / 1000).sum() < 13.8  # chi-square of 2 degrees, 0.1 %
     strongest, weakest = color.blur(image, 2.0)[4, 4, 0], color.blur(image, 0.1)[4, 4, 0]
     assert min(blurred) == pytest.approx(strongest, abs=1) and max(blurred) == weakest == 250
 
 
-def test_an_erased_box_has_the_area_aspect_and_noise_asked_for() -> None:
+def test_an_erased_box_has_the_area_aspect_and_noise_of_the_paper_and_timm() -> None:
     areas, aspects, centres = [], [], []
     values = np.zeros(256, int)
     for i in range(2000):
@@ -88,15 +88,15 @@ def test_an_erased_box_has_the_area_aspect_and_noise_asked_for() -> None:
     assert values[64:193].sum() / values.sum() == pytest.approx(0.683, abs=0.01)  # within one
 
 
-def test_each_value_of_an_erased_box_is_drawn_alone() -> None:
+def test_each_value_of_an_erased_box_is_drawn_independently() -> None:
     erased = random_erase(np.zeros((400, 400, 3), np.uint8), 1.0, generator(0, 0))
     rows, columns = np.nonzero(erased.any(axis=2))
     box = erased[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].astype(float)
-    for one, other in ((box[1:], box[:-1]), (box[:, 1:], box[:, :-1]), (box[:, :, 0], box[:, :, 2])):
-        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.05
+    for a, b in ((box[1:], box[:-1]), (box[:, 1:], box[:, :-1]), (box[:, :, 0], box[:, :, 2])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.05
 
 
-def test_erasing_happens_as_often_as_asked() -> None:
+def test_an_image_is_erased_with_the_given_probability() -> None:
     image = np.full((16, 16, 1), 7, np.uint8)
     for probability in (0.0, 0.25, 1.0):
         share = np.mean([random_erase(image, probability, generator(0, i)) is not image for i in range(2000)])
@@ -119,14 +119,14 @@ EVERYTHING = config.Data(
 
 
 @pytest.mark.parametrize("shape", [(24, 40, 3), (40, 24, 1), (1, 1, 3), (1, 1, 1), (2, 9, 3), (16, 16, 2)])
-def test_changes_depend_on_the_image_and_the_generator_alone(shape: tuple[int, int, int]) -> None:
+def test_augmentations_depend_on_the_image_and_the_generator_alone(shape: tuple[int, int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     frozen = image.copy()
     frozen.setflags(write=False)
     mirrored = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
     results = set()
     for i in range(60):
-        first, *others = (changes(it, EVERYTHING, generator(5, i)) for it in (image, image, frozen, mirrored))
+        first, *others = (augment_image(it, EVERYTHING, generator(5, i)) for it in (image, image, frozen, mirrored))
         assert first.shape == shape and first.dtype == np.uint8
         assert all(np.array_equal(first, other) for other in others)
         np.testing.assert_array_equal(image, frozen)
@@ -134,7 +134,7 @@ def test_changes_depend_on_the_image_and_the_generator_alone(shape: tuple[int, i
     assert len(results) > (50 if image.size > 30 else 10)
 
 
-def test_changes_come_in_the_order_of_the_recipes() -> None:
+def test_augmentations_come_in_the_order_of_published_recipes() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     for i in range(30):
         rng = generator(0, i)
@@ -143,34 +143,34 @@ def test_changes_come_in_the_order_of_the_recipes() -> None:
         expected = randaugment(expected, 2, 15.0, 0.5, rng)
         expected = color.color_jitter(expected, 0.3, 0.1, rng)
         expected = random_erase(expected, 0.5, rng)
-        np.testing.assert_array_equal(changes(image, EVERYTHING, generator(0, i)), expected)
+        np.testing.assert_array_equal(augment_image(image, EVERYTHING, generator(0, i)), expected)
 
 
 @pytest.mark.parametrize("key", ["flip", "three_augment", "randaugment_layers", "color_jitter", "hue_jitter", "erase"])
-def test_each_kind_of_change_is_made_when_it_alone_is_asked_for(key: str) -> None:
-    asked = config.Data(**{key: {"flip": True, "three_augment": True, "randaugment_layers": 1}.get(key, 0.4)})
+def test_each_augmentation_works_without_the_others(key: str) -> None:
+    data = config.Data(**{key: {"flip": True, "three_augment": True, "randaugment_layers": 1}.get(key, 0.4)})
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert any((changes(image, asked, generator(0, i)) != image).any() for i in range(20))
+    assert any((augment_image(image, data, generator(0, i)) != image).any() for i in range(20))
 
 
-def test_nothing_asked_for_is_nothing_done_or_drawn() -> None:
+def test_without_augmentations_the_image_is_unchanged_and_no_number_is_drawn() -> None:
     image, rng = np.zeros((4, 4, 3), np.uint8), generator(0, 0)
-    assert changes(image, config.Data(), rng) is image
+    assert augment_image(image, config.Data(), rng) is image
     assert rng.random() == generator(0, 0).random()
 
 
-def test_the_device_crops_and_flips_images_in_memory_unless_the_host_alone_can_do_what_is_asked() -> None:
+def test_the_device_crops_and_flips_images_in_memory_that_need_no_augmentation_of_the_host() -> None:
     plain = {"flip": True, "crop_area": (0.1, 1.0), "shift": 0.1, "randaugment_magnitude": 15.0}
     assert on_device(config.Data(**plain), in_memory=True)
     assert not on_device(config.Data(**plain), in_memory=False)
     assert not on_device(config.Data(**plain, augment_on="host"), in_memory=True)
     assert on_device(config.Data(**plain, augment_on="device"), in_memory=True)
-    for asked in ({"three_augment": True}, {"randaugment_layers": 1}, {"color_jitter": 0.1}, {"hue_jitter": 0.1}):
-        assert not on_device(config.Data(**asked), in_memory=True)
+    for keys in ({"three_augment": True}, {"randaugment_layers": 1}, {"color_jitter": 0.1}, {"hue_jitter": 0.1}):
+        assert not on_device(config.Data(**keys), in_memory=True)
     assert not on_device(config.Data(erase=0.1), in_memory=True)
 
 
-def test_what_only_the_host_can_do_is_not_done_on_the_device() -> None:
+def test_the_device_refuses_augmentations_of_the_host_and_files() -> None:
     with pytest.raises(ConfigError, match=r"data.augment_on: device, but data.erase is done by the host alone"):
         on_device(config.Data(augment_on="device", erase=0.1), in_memory=True)
     with pytest.raises(ConfigError, match=r"data.augment_on: device, but the images are files"):

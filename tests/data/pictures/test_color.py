@@ -43,8 +43,8 @@ def with_pillow(image: np.ndarray, change: Callable[[Image.Image], Image.Image])
     return done.reshape(image.shape)
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> int:
-    return int(np.abs(one.astype(int) - other.astype(int)).max())
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.55, 1.0, 1.45, 2.8])
@@ -128,7 +128,7 @@ def test_the_hue_is_turned_and_nothing_else(turn: float) -> None:
     assert max(errors) < 9 and np.mean(errors) < 2  # of 255: a step of the hue moves a channel by up to 6
 
 
-def test_a_turn_of_nothing_or_all_round_changes_nothing() -> None:
+def test_a_turn_of_zero_or_of_the_full_circle_changes_nothing() -> None:
     image = picture((5, 6), 3)
     assert color.turn_hue(image, 0.0) is image
     assert color.turn_hue(image, 1.0) is image
@@ -189,7 +189,7 @@ def test_jitter_hues_fill_their_range_evenly() -> None:
     assert turns.std() == pytest.approx(0.2 / 12**0.5, rel=0.05)
 
 
-def test_jitter_draws_its_order_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jitter_draws_its_order_for_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[str] = []
 
     def noted(name: str) -> Callable[[np.ndarray, float], np.ndarray]:

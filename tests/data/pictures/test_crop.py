@@ -1,4 +1,4 @@
-"""Which box of an image is looked at, by one law on the host and on the device."""
+"""Crops of an image, which the host and the device draw from the same distribution."""
 
 import jax
 import numpy as np
@@ -14,10 +14,10 @@ BOXES = [
     (86, 42, 140, 121),
     (72, 220, 246, 209),
     (20, 27, 348, 371),
-]  # a run that goes on with a newer version must see the same crops
+]  # a run that a newer version resumes must see the same crops
 
 
-def test_crops_have_the_area_and_aspect_asked_for() -> None:
+def test_crops_have_the_given_area_and_aspect() -> None:
     height, width = 300, 400
     boxes = np.array([random_crop(height, width, (0.2, 0.6), (0.5, 2.0), generator(0, i)) for i in range(2000)])
     top, left, box_height, box_width = boxes.T
@@ -34,12 +34,12 @@ def test_where_no_box_fits_the_largest_centred_one_is_taken() -> None:
     assert random_crop(100, 10, (0.9, 1.0), (0.5, 1.0), generator(0, 0)) == (40, 0, 20, 10)
 
 
-def test_a_crop_of_everything_is_all_of_the_image_even_if_that_is_one_pixel() -> None:
+def test_a_crop_of_the_full_area_is_the_image_even_if_that_is_one_pixel() -> None:
     assert random_crop(32, 32, (1.0, 1.0), (1.0, 1.0), generator(0, 0)) == (0, 0, 32, 32)
     assert random_crop(1, 1, (0.05, 1.0), (3 / 4, 4 / 3), generator(0, 0)) == (0, 0, 1, 1)
 
 
-def test_a_box_drawn_is_the_same_as_ever() -> None:
+def test_crops_are_those_of_earlier_versions() -> None:
     boxes = [random_crop(375, 500, (0.08, 1.0), (3 / 4, 4 / 3), generator(0, i)) for i in range(3)]
     assert boxes == BOXES
 
@@ -65,13 +65,13 @@ def boxes_of_the_device(
     """The same, read off the maps by which the device samples."""
     drawn = augment.draw(jax.random.key(1), (count, height, width), config.Data(crop_area=area, crop_aspect=aspect))
     assert drawn is not None
-    matrix, offset = (np.asarray(one, np.float64) for one in drawn)
+    matrix, offset = (np.asarray(array, np.float64) for array in drawn)
     box_height, box_width = matrix[:, 1, 1] * height, matrix[:, 0, 0] * width
     top = offset[:, 1] + (height - box_height) / 2
     left = offset[:, 0] + (width - box_width) / 2
-    found = np.stack([top, left, box_height, box_width], axis=1)
-    np.testing.assert_allclose(found, found.round(), atol=1e-3 * max(height, width) / 100)  # whole pixels
-    return found.round().astype(int)
+    boxes = np.stack([top, left, box_height, box_width], axis=1)
+    np.testing.assert_allclose(boxes, boxes.round(), atol=1e-3 * max(height, width) / 100)  # whole pixels
+    return boxes.round().astype(int)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_the_device_draws_boxes_by_the_law_of_the_host(
     assert (device[:, 0] + device[:, 2] <= height).all() and (device[:, 1] + device[:, 3] <= width).all()
     shares = [boxes[:, 2] * boxes[:, 3] / (height * width) for boxes in (host, device)]
     assert shares[0].mean() == pytest.approx(shares[1].mean(), abs=0.015)
-    whole = largest_box(height, width, aspect)
-    same = [(boxes == whole).all(axis=1).mean() for boxes in (host, device)]
+    largest = largest_box(height, width, aspect)
+    same = [(boxes == largest).all(axis=1).mean() for boxes in (host, device)]
     assert same[0] == pytest.approx(same[1], abs=0.02)
     aspects = [boxes[:, 3] / boxes[:, 2] for boxes in (host, device)]
-    for one, other in (shares, aspects, *((host[:, side], device[:, side]) for side in range(4))):
-        assert stats.ks_2samp(one, other).statistic < 0.035  # 0.026 is exceeded by chance one time in a hundred
+    for of_host, of_device in (shares, aspects, *((host[:, side], device[:, side]) for side in range(4))):
+        assert stats.ks_2samp(of_host, of_device).statistic < 0.035  # 0.026 is exceeded by chance one time in a hundred
 
 
 def test_the_mean_area_of_a_photograph_s_crops_is_torchvision_s() -> None:

@@ -1,4 +1,4 @@
-"""Bytes to pixels, for the images that occur in the wild. What is said of `decode` is checked of `decode_box` too."""
+"""Decoding the images that occur in practice, by `decode` and by `decode_box`."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.pictures import images
-from vit_dist.data.pictures.images import BadImage, convert_channels, decode, decode_box, whole
+from vit_dist.data.pictures.images import BadImage, convert_channels, decode, decode_box, full_box
 from vit_dist.data.pictures.resize import Interpolation, resize
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -29,17 +29,17 @@ def _bytes(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def _seen(data: bytes, channels: int = 3) -> np.ndarray:
-    """What `decode` gives, which `decode_box` must give too where it is asked for all of the image at its own size."""
+    """Returns the result of `decode`, which `decode_box` must give too for the full box at the image's own size."""
     pixels = decode(data, channels)
-    asked: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
 
     def choose(height: int, width: int) -> tuple[int, int, int, int]:
-        asked.append((height, width))
-        return whole(height, width)
+        sizes.append((height, width))
+        return full_box(height, width)
 
-    height, width, found = pixels.shape
+    height, width, depth = pixels.shape
     assert np.array_equal(decode_box(data, channels, choose, (height, width)), pixels)
-    assert asked == [(height, width)] and found == channels and pixels.dtype == np.uint8
+    assert sizes == [(height, width)] and depth == channels and pixels.dtype == np.uint8
     return pixels
 
 
@@ -47,7 +47,7 @@ def _refused(data: bytes, match: str | None = None) -> None:
     with pytest.raises(BadImage, match=match):
         decode(data, 3)
     with pytest.raises(BadImage, match=match):
-        decode_box(data, 3, whole, (8, 8))
+        decode_box(data, 3, full_box, (8, 8))
 
 
 def _picture() -> Image.Image:
@@ -63,7 +63,7 @@ def test_lossless_formats_give_back_the_pixels(format: str) -> None:
     assert np.array_equal(_seen(data), np.asarray(_picture()))
 
 
-def test_the_quick_way_gives_pillows_pixels(shared: Path) -> None:
+def test_a_jpeg_has_pillows_pixels(shared: Path) -> None:
     for file in sorted((shared / "photos").iterdir())[:6]:
         assert np.array_equal(_seen(file.read_bytes()), np.asarray(Image.open(file).convert("RGB"))), file
 
@@ -105,10 +105,10 @@ def test_a_16_bit_rgb_png_keeps_its_colours() -> None:
     row = struct.pack(">B6H", 0, 65535, 257 * 100, 0, 0, 257, 65535)  # an unfiltered row of two pixels
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
-    parts = [
+    encoded = [
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     ]
-    assert _seen(b"\x89PNG\r\n\x1a\n" + b"".join(parts))[0].tolist() == [[255, 100, 0], [0, 1, 255]]
+    assert _seen(b"\x89PNG\r\n\x1a\n" + b"".join(encoded))[0].tolist() == [[255, 100, 0], [0, 1, 255]]
 
 
 def test_32_bit_pixels_are_refused_by_name() -> None:
@@ -180,14 +180,14 @@ def test_an_animation_gives_its_first_frame() -> None:
 @pytest.mark.parametrize("size", [(1, 65_500), (65_500, 1), (65_500, 70)])
 def test_a_thin_image_is_an_image(size: tuple[int, int], format: str, interpolation: Interpolation) -> None:
     data = _bytes(Image.new("RGB", size, (77, 77, 77)), format)
-    assert np.array_equal(decode_box(data, 3, whole, (32, 32), interpolation), np.full((32, 32, 3), 77))
+    assert np.array_equal(decode_box(data, 3, full_box, (32, 32), interpolation), np.full((32, 32, 3), 77))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "PPM", "GIF", "WEBP"])
 def test_a_single_pixel_is_an_image(format: str) -> None:
     data = _bytes(Image.new("RGB", (1, 1), (200, 200, 200)), format)
     assert np.abs(_seen(data)[0, 0].astype(int) - 200).max() <= 2
-    assert decode_box(data, 3, whole, (4, 5)).shape == (4, 5, 3)
+    assert decode_box(data, 3, full_box, (4, 5)).shape == (4, 5, 3)
 
 
 def test_a_jpeg_with_stray_bytes_still_decodes(encode: Callable[..., bytes]) -> None:
@@ -199,8 +199,8 @@ def test_a_jpeg_with_stray_bytes_still_decodes(encode: Callable[..., bytes]) -> 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_a_truncated_file_is_bad(encode: Callable[..., bytes], format: str) -> None:
     data = encode(1, (64, 64), format)
-    for part in (0.5, 0.9):
-        _refused(data[: int(len(data) * part)])
+    for share in (0.5, 0.9):
+        _refused(data[: int(len(data) * share)])
 
 
 def test_empty_files_and_text_are_bad() -> None:
@@ -214,8 +214,8 @@ def test_damaged_files_raise_bad_image_and_nothing_else(encode: Callable[..., by
     rng = np.random.default_rng(0)
     for i in range(600):
         data = bytearray(encode(0, (20, 30), ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")[i % 6]))
-        for place in rng.integers(0, min(len(data), 200), 5):
-            data[place] = rng.integers(256)
+        for offset in rng.integers(0, min(len(data), 200), 5):
+            data[offset] = rng.integers(256)
         try:
             assert _seen(bytes(data)).shape[2] == 3
         except BadImage as error:
@@ -223,11 +223,11 @@ def test_damaged_files_raise_bad_image_and_nothing_else(encode: Callable[..., by
 
 
 def _claims(width: int, height: int, format: str) -> bytes:
-    """A file of a few bytes that says it has so many pixels."""
+    """A file of a few bytes whose header has this size."""
     small = _bytes(Image.new("RGB", (8, 8)), format)
     if format == "JPEG":
-        place = small.index(b"\xff\xc0") + 5
-        return small[:place] + struct.pack(">HH", height, width) + small[place + 4 :]
+        offset = small.index(b"\xff\xc0") + 5
+        return small[:offset] + struct.pack(">HH", height, width) + small[offset + 4 :]
     if format == "PPM":
         return small.replace(b"8 8", b"%d %d" % (width, height))
     header = b"IHDR" + struct.pack(">II", width, height) + small[24:29]
@@ -268,7 +268,7 @@ def test_channels_convert_as_decoding_does() -> None:
     assert np.array_equal(convert_channels(_seen(data, 1), 3)[..., 2], _seen(data, 1)[..., 0])
 
 
-def test_raw_pixels_are_read_as_they_lie() -> None:
+def test_raw_pixels_are_read_unchanged() -> None:
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     colour, gray = b"P6\n7 5\n255\n" + image.tobytes(), b"P5 7 5 255\n" + image[..., 0].tobytes()
     assert np.array_equal(_seen(colour), image) and np.array_equal(_seen(gray, 1), image[..., :1])
@@ -283,7 +283,7 @@ def test_raw_pixels_are_read_as_they_lie() -> None:
 def test_results_have_memory_of_their_own(encode: Callable[..., bytes]) -> None:
     for data in (encode(0, (20, 30), "PPM"), encode(0, (20, 30), "JPEG"), encode(0, (20, 30), "PNG")):
         for size, channels in (((20, 30), 3), ((20, 30), 1), ((10, 10), 3)):
-            boxed = decode_box(data, channels, whole, size)
+            boxed = decode_box(data, channels, full_box, size)
             assert boxed.flags.writeable and not np.may_share_memory(boxed, np.frombuffer(data, np.uint8))
             assert decode(data, channels).flags.writeable
 
@@ -310,7 +310,8 @@ def test_a_box_is_decoded_then_cropped_and_resized(orientation: int, interpolati
             size = (int(rng.integers(12, 17)), int(rng.integers(12, 17)))
             box_size = [int(scale * side * rng.uniform(1, 1.9)) for side in size]
             top, left = (
-                int(rng.integers(have - want + 1)) for have, want in zip(image.shape[:2], box_size, strict=False)
+                int(rng.integers(side - box_side + 1))
+                for side, box_side in zip(image.shape[:2], box_size, strict=False)
             )
             box = (top, left, *box_size)
             got = decode_box(data, 3, lambda height, width, box=box: box, size, interpolation).astype(int)
@@ -347,12 +348,9 @@ def test_scaled_photos_are_about_as_near_to_pillows_as_unscaled_ones(shared: Pat
         height, width = image.shape[:2]
         size = (height // (3 + number % 4), width // (3 + number % 4))  # decoded at 1/2 or 1/4
         peer = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
-        scaled, unscaled = decode_box(data, 3, whole, size), resize(image, size)
+        scaled, unscaled = decode_box(data, 3, full_box, size), resize(image, size)
         errors.append(
-            [
-                np.abs(one - two).mean()
-                for one, two in ((scaled, peer), (unscaled, peer), (scaled, unscaled.astype(int)))
-            ]
+            [np.abs(a - b).mean() for a, b in ((scaled, peer), (unscaled, peer), (scaled, unscaled.astype(int)))]
         )
     of_scaled, of_unscaled, between = np.mean(errors, axis=0)
     assert of_scaled < of_unscaled + 0.5 and between < 3, (of_scaled, of_unscaled, between)

@@ -1,4 +1,4 @@
-"""The quick way to read a JPEG: orientation, and the decode of a box alone."""
+"""Decoding a JPEG by the module `jpeg`: orientation, and decoding only a box."""
 
 import importlib.util
 import io
@@ -24,9 +24,9 @@ def _jpeg(height: int, width: int, mode: str = "RGB", **options: Any) -> bytes:
 
 
 def _with_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
-    """The file with application segments put in at its beginning."""
-    parts = [struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments]
-    return data[:2] + b"".join(parts) + data[2:]
+    """Inserts application segments at the beginning of a file."""
+    encoded = [struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments]
+    return data[:2] + b"".join(encoded) + data[2:]
 
 
 def _exif(order: str, orientation: int, before: int = 0, long: bool = False) -> bytes:
@@ -39,7 +39,7 @@ def _exif(order: str, orientation: int, before: int = 0, long: bool = False) -> 
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_the_orientation_is_found_wherever_it_is(order: str) -> None:
+def test_the_orientation_is_read_from_any_position(order: str) -> None:
     data = _jpeg(20, 30)
     for before in (0, 3):
         exif = _exif(order, 6, before)
@@ -69,7 +69,7 @@ _XMP = b"http://ns.adobe.com/xap/1.0/\0"
         ("EXIF twice", [_exif("<", 6), _exif("<", 3)], b""),
     ],
 )
-def test_the_orientation_is_the_one_that_pillow_finds(name: str, segments: list[bytes], fill: bytes) -> None:
+def test_the_orientation_is_pillows(name: str, segments: list[bytes], fill: bytes) -> None:
     data = _with_segments(_jpeg(20, 30), *((0xE1, segment) for segment in segments))
     data = data[:2] + fill + data[2:]
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (20, 30), name
@@ -89,11 +89,11 @@ def test_damaged_exif_turns_nothing() -> None:
         assert jpeg.read_header(_with_segments(data, (0xE1, body))) == (20, 30, 1)
 
 
-def test_what_simplejpeg_does_not_know_is_left_to_pillow() -> None:
+def test_files_that_simplejpeg_cannot_read_are_left_to_pillow() -> None:
     data = _jpeg(20, 30)
-    place = data.index(b"\xff\xc0") + 11  # of the first colour's sampling: factors across and down
+    offset = data.index(b"\xff\xc0") + 11  # of the first colour's sampling: factors across and down
     for factors in (0x14, 0x33):
-        assert jpeg.read_header(data[:place] + bytes([factors]) + data[place + 1 :]) is None
+        assert jpeg.read_header(data[:offset] + bytes([factors]) + data[offset + 1 :]) is None
     assert jpeg.read_header(_jpeg(20, 30, "CMYK")) is None
 
 
@@ -126,20 +126,20 @@ def test_a_crop_decoded_alone_has_the_same_pixels(mode: str, progressive: bool, 
 
 
 @needs_crop_decode
-def test_a_crop_alone_is_decoded_where_that_is_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole_ones, real = [], simplejpeg.decode_jpeg
+def test_only_a_crop_is_decoded_if_that_is_less_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    full_sizes, real = [], simplejpeg.decode_jpeg
 
     def decode_jpeg(*arguments: Any, **options: Any) -> np.ndarray:
         pixels = real(*arguments, **options)
-        whole_ones.append(pixels.shape[:2])
+        full_sizes.append(pixels.shape[:2])
         return pixels
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
     for box in ((3, 4, 60, 80), (0, 0, 72, 100), (0, 0, 70, 90)):
         decode_box(_jpeg(75, 101), 3, lambda height, width, box=box: box, (40, 50), crop_decode=True)
-    assert whole_ones == [(75, 101), (75, 101)]  # the second and third are above 75 % of the area
+    assert full_sizes == [(75, 101), (75, 101)]  # the second and third are above 75 % of the area
     decode_box(_jpeg(75, 101), 3, lambda height, width: (3, 4, 60, 80), (30, 40), crop_decode=True)
-    assert whole_ones[2:] == [(38, 51)]  # all of it at half the scale
+    assert full_sizes[2:] == [(38, 51)]  # all of it at half the scale
 
 
 @needs_crop_decode

@@ -15,10 +15,10 @@ def picture(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def same_at(name: str, magnitude: float, *expected: np.ndarray) -> None:
-    """That the operation gives these images, one for each direction, and no others."""
+    """Asserts that the operation gives these images, one for each direction, and no others."""
     image = picture((40, 24, 3))
-    found = {OPERATIONS[name](image, magnitude / 10, np.random.default_rng(i)).tobytes() for i in range(20)}
-    assert found == {it.tobytes() for it in expected}
+    results = {OPERATIONS[name](image, magnitude / 10, np.random.default_rng(i)).tobytes() for i in range(20)}
+    assert results == {it.tobytes() for it in expected}
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 5.0, 9.0, 10.0, 15.0, 20.0])

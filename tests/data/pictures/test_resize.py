@@ -1,4 +1,4 @@
-"""Boxes of pixels to other sizes."""
+"""Resizing boxes of images."""
 
 import subprocess
 import sys
@@ -84,7 +84,7 @@ def test_a_thin_image_takes_a_few_times_its_own_memory(shape: tuple[int, int], i
     assert int(more) < 120e6
 
 
-def test_each_side_of_a_thin_image_is_resized_as_it_needs() -> None:
+def test_one_side_of_a_thin_image_shrinks_while_the_other_grows() -> None:
     ramp = np.repeat(np.arange(0, 240, dtype=np.uint8), 10)[None, :, None]  # 1 x 2400
     for thin in (ramp, np.repeat(ramp, 2, axis=0)):
         resized = resize(thin, (7, 24)).astype(int)

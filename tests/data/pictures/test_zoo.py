@@ -1,4 +1,4 @@
-"""A folder of everything that is found in the wild: each file is shown as a person sees it, or is bad and named."""
+"""A folder of unusual files: each is decoded to what a viewer shows, or is bad and named."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from vit_dist.data.sets.sources import open_source
 from vit_dist.data.stream.loader import evaluation_batches, train_batches
 
 BAD = {"bomb.png": "decompression bomb", "cut.jpg": "", "empty.jpg": "the file is empty", "text.jpg": "no known"}
-# The colour of the upper left and the lower right of each good one; of one colour where they are the same.
+# The colours of the upper left and the lower right corner of each good file.
 GOOD = {
     "animated.gif": ((255, 0, 0), (255, 0, 0)),  # the first frame
     "cmyk.jpg": ((0, 0, 255), (0, 0, 255)),
@@ -26,7 +26,7 @@ GOOD = {
 
 
 def bomb() -> bytes:
-    """A whole PNG of 20,000 x 20,000 black pixels in 50 kB."""
+    """A valid PNG of 20,000 x 20,000 black pixels in 50 kB."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -42,9 +42,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("zoo")
     folder = root / "train/animals"
     folder.mkdir(parents=True)
-    whole = io.BytesIO()
-    Image.new("RGB", (64, 64), "green").save(whole, "JPEG")
-    (folder / "cut.jpg").write_bytes(whole.getvalue()[:-200])
+    complete = io.BytesIO()
+    Image.new("RGB", (64, 64), "green").save(complete, "JPEG")
+    (folder / "cut.jpg").write_bytes(complete.getvalue()[:-200])
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("<html>not found</html>")
     (folder / "bomb.png").write_bytes(bomb())
@@ -66,7 +66,7 @@ def opened(zoo: Path) -> Source:
     return open_source(Data(source="folder", path=str(zoo)), "train")
 
 
-def test_good_ones_are_what_a_person_sees_and_bad_ones_are_skipped_and_named(zoo: Path) -> None:
+def test_good_files_are_what_a_viewer_shows_and_bad_files_are_skipped_and_named(zoo: Path) -> None:
     source, names = opened(zoo), sorted([*BAD, *GOOD])
     data = Data(on_bad="skip", threads=2)
     batches = evaluation_batches(source, data, image_size=(8, 8), channels=3, batch_size=9, rows=range(9))
@@ -80,7 +80,7 @@ def test_good_ones_are_what_a_person_sees_and_bad_ones_are_skipped_and_named(zoo
         assert np.abs(image[0, 0] - first).max() <= 4 and np.abs(image[-1, -1] - last).max() <= 4, name
 
 
-def test_training_puts_the_next_good_one_in_the_place_of_a_bad_one(zoo: Path) -> None:
+def test_training_replaces_a_bad_file_by_the_next_good_one(zoo: Path) -> None:
     source, names = opened(zoo), sorted([*BAD, *GOOD])
     data = Data(on_bad="skip", max_bad_fraction=0.5, threads=2, crop_area=(0.2, 1.0), flip=True)
     keys = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 9, "rows": range(9)}
@@ -90,7 +90,7 @@ def test_training_puts_the_next_good_one_in_the_place_of_a_bad_one(zoo: Path) ->
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_without_leave_to_skip_a_bad_one_is_an_error_that_names_it(zoo: Path, name: str, tmp_path: Path) -> None:
+def test_a_bad_file_that_may_not_be_skipped_is_an_error_that_names_it(zoo: Path, name: str, tmp_path: Path) -> None:
     (tmp_path / "train/animals").mkdir(parents=True)
     (tmp_path / "train/animals" / name).symlink_to(zoo / "train/animals" / name)
     keys = {"image_size": (8, 8), "channels": 3, "seed": 0, "batch_size": 1, "rows": range(1)}

@@ -1,4 +1,4 @@
-"""`prepare`: the records are the source's examples, and the set is the same however it was made, or it is no set."""
+"""`prepare`: records hold the source's examples, and a finished set is the same however it was made."""
 
 import dataclasses
 import fcntl
@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from vit_dist import cli
 from vit_dist.config import ConfigError, Data
 from vit_dist.data.pictures.images import decode
-from vit_dist.data.prepare.convert import merge, prepare, verify
+from vit_dist.data.prepare.convert import ImageOptions, merge, prepare, verify
 from vit_dist.data.prepare.shards import measure
 from vit_dist.data.sets import index, manifest
 from vit_dist.data.sets.examples import ArraySource, FileSource, fingerprint
@@ -69,7 +69,7 @@ def photos(tmp_path: Path, encode: Callable[..., bytes]) -> Path:
 def test_ids_names_labels_and_bytes_are_the_sources(photos: Path, tmp_path: Path) -> None:
     made = prepare(str(photos), str(tmp_path / "records"), shards=7)
     assert made["records"] == 60 and made["splits"] == {"train": 45, "val": 15} and made["classes"] == 3
-    assert made["shards"] == 7 + 3 and made["bad"] is None  # nobody looked
+    assert made["shards"] == 7 + 3 and made["bad"] is None  # none was decoded
     shards = sorted((tmp_path / "records").glob("*.array_record"))
     assert [file.name for file in shards][-1] == "val-00002-of-00003.array_record" and len(shards) == 10
     assert made["bytes"] == sum(file.stat().st_size for file in shards)
@@ -82,13 +82,13 @@ def test_ids_names_labels_and_bytes_are_the_sources(photos: Path, tmp_path: Path
 def test_a_shard_can_be_read_without_the_index(photos: Path, tmp_path: Path) -> None:
     prepare(str(photos), str(tmp_path / "records"), shards=7)
     reader = ArrayRecordReader(str(tmp_path / "records" / "train-00003-of-00007.array_record"))
-    found = [msgpack.unpackb(record) for record in reader.read_all()]
+    records = [msgpack.unpackb(record) for record in reader.read_all()]
     expected = _examples(_open("folder", photos))[3 * 45 // 7 : 4 * 45 // 7]
-    assert [(one["name"], one["label"], one["image"]) for one in found] == expected
+    assert [(record["name"], record["label"], record["image"]) for record in records] == expected
 
 
 def test_resize_brings_the_short_side_down_and_never_up(photos: Path, tmp_path: Path) -> None:
-    prepare(str(photos), str(tmp_path / "records"), resize=50)
+    prepare(str(photos), str(tmp_path / "records"), images=ImageOptions(resize=50))
     source, records = _open("folder", photos), _open("array_record", tmp_path / "records")
     kept = 0
     for (_, _, before), (_, _, after) in zip(_examples(source), _examples(records), strict=True):
@@ -108,10 +108,10 @@ def test_resize_brings_the_short_side_down_and_never_up(photos: Path, tmp_path: 
     assert records.version == "resize=50 encode=jpeg:90:420" and fingerprint(records) != fingerprint(source)
 
 
-def test_raw_records_are_the_pixels_that_are_decoded_and_gray_ones_stay_gray(photos: Path, tmp_path: Path) -> None:
+def test_raw_records_hold_the_decoded_pixels_and_gray_images_stay_gray(photos: Path, tmp_path: Path) -> None:
     gray = np.random.default_rng(0).integers(0, 256, (30, 20, 1), np.uint8)
     (photos / "train" / "class 0" / "gray.jpg").write_bytes(simplejpeg.encode_jpeg(gray, 90, "GRAY", "Gray"))
-    prepare(str(photos), str(tmp_path / "records"), encode="raw", splits=["train"])
+    prepare(str(photos), str(tmp_path / "records"), images=ImageOptions(encode="raw"), splits=["train"])
     source, records = _open("folder", photos), _open("array_record", tmp_path / "records")
     assert len(records) == 46
     for (name, _, before), (_, _, after) in zip(_examples(source), _examples(records), strict=True):
@@ -138,7 +138,7 @@ def test_sets_of_pixels_are_stored_raw_in_their_own_order(tmp_path: Path) -> Non
 
 def test_a_prepared_set_can_be_prepared_again_into_other_shards(photos: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    prepare(str(photos), str(first), resize=44, shards=5)
+    prepare(str(photos), str(first), images=ImageOptions(resize=44), shards=5)
     made = prepare(str(first), str(second), shards=2)
     assert made["shards"] == 3 and made["splits"] == {"train": 45, "val": 15}
     before, after = _open("array_record", first), _open("array_record", second)
@@ -151,7 +151,8 @@ def test_a_finished_set_is_left_alone_and_other_options_are_refused(photos: Path
     before = {file: file.stat().st_mtime_ns for file in dest.iterdir()}
     assert prepare(str(photos), str(dest), shards=4) == made == verify(str(dest)) == merge(str(dest))
     assert {file: file.stat().st_mtime_ns for file in dest.iterdir()} == before
-    _fails("records: holds another set.*resize was None, now 9.*give another DEST", photos, dest, shards=4, resize=9)
+    message = "records: holds another set.*resize was None, now 9.*give another DEST"
+    _fails(message, photos, dest, shards=4, images=ImageOptions(resize=9))
     _fails(r"splits.train.shards was 4, now 5", photos, dest, shards=5)
     (photos / "train" / "class 0" / "new.png").write_bytes((photos / "val" / "class 0" / "000.png").read_bytes())
     _fails("splits.train.records was 45, now 46", photos, dest, shards=4)
@@ -167,7 +168,7 @@ def test_a_folder_that_holds_anything_else_is_not_touched(photos: Path, tmp_path
     assert _digests(photos) == before
 
 
-def test_a_folder_of_parts_that_is_not_ours_is_not_touched(photos: Path, tmp_path: Path) -> None:
+def test_files_of_others_in_the_folder_of_parts_are_not_touched(photos: Path, tmp_path: Path) -> None:
     kept = [tmp_path / "old" / "parts" / "thesis.txt", tmp_path / "alien" / manifest.PARTS / "thesis.tmp"]
     for file in kept:
         file.parent.mkdir(parents=True)
@@ -176,7 +177,7 @@ def test_a_folder_of_parts_that_is_not_ours_is_not_touched(photos: Path, tmp_pat
     _fails("alien: is not empty .it holds .vit_dist_parts/thesis.tmp", photos, tmp_path / "alien")
     ours = tmp_path / "ours"
     (ours / manifest.PARTS).mkdir(parents=True)
-    (ours / manifest.PARTS / ".plan.json.0123abc.tmp").touch()  # killed before it had a plan
+    (ours / manifest.PARTS / ".plan.json.0123abc.tmp").touch()  # of a run that was killed before it had a plan
     (ours / "lost+found").mkdir()  # a disk of its own
     prepare(str(photos), str(ours), shards=2, shard_range=(0, 1))
     kept.append(ours / manifest.PARTS / "thesis.txt")
@@ -220,44 +221,44 @@ def test_pixels_that_differ_are_another_set(tmp_path: Path) -> None:
 
 
 def test_another_quality_of_jpeg_is_another_set(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    prepare(str(photos), str(tmp_path / "x"), resize=40, shards=2, shard_range=(0, 1))
+    prepare(str(photos), str(tmp_path / "x"), images=ImageOptions(resize=40), shards=2, shard_range=(0, 1))
     monkeypatch.setattr("vit_dist.data.prepare.shards._JPEG_QUALITY", 75)
     message = "splits.train.version was resize=40 encode=jpeg:90:420, now resize=40 encode=jpeg:75:420"
-    _fails(message, photos, tmp_path / "x", resize=40, shards=2)
+    _fails(message, photos, tmp_path / "x", images=ImageOptions(resize=40), shards=2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
-def test_an_index_that_is_not_the_sets_gets_no_manifest(photos: Path, tmp_path: Path, damage: str) -> None:
+def test_no_manifest_is_written_with_an_index_that_is_not_the_sets(photos: Path, tmp_path: Path, damage: str) -> None:
     dest = tmp_path / "records"
     prepare(str(photos), str(dest), shards=4, shard_range=(0, 4))
     file = dest / "train.index.npz"
-    whole = file.read_bytes()
+    content = file.read_bytes()
     listed, _ = index.read(file)
     if damage == "other":  # of as many examples, of the same classes
         index.write(file, index.Index(listed.class_names, listed.names, listed.labels[::-1].copy()))
     else:
-        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     with pytest.raises(ConfigError, match=r"train.index.npz: (does not list the examples|cannot be read)"):
         merge(str(dest))
     assert not (dest / "manifest.json").exists()
     made = prepare(str(photos), str(dest), shards=4)
-    assert file.read_bytes() == whole and verify(str(dest)) == made
+    assert file.read_bytes() == content and verify(str(dest)) == made
 
 
-def test_verify_reads_the_index_that_the_manifest_vouches_for(photos: Path, tmp_path: Path) -> None:
+def test_verify_reads_the_index_even_if_the_manifest_has_its_digest(photos: Path, tmp_path: Path) -> None:
     dest = tmp_path / "records"
     prepare(str(photos), str(dest), shards=4)
-    whole, file = manifest.read_manifest(dest), dest / "train.index.npz"
+    finished, file = manifest.read_manifest(dest), dest / "train.index.npz"
     file.write_bytes(file.read_bytes()[:300])
     size, digest = measure(file)
-    indexes = {**whole.indexes, "train": manifest.Entry(file.name, 45, size, digest)}
-    manifest.write_manifest(dest, dataclasses.replace(whole, indexes=indexes))
+    indexes = {**finished.indexes, "train": manifest.Entry(file.name, 45, size, digest)}
+    manifest.write_manifest(dest, dataclasses.replace(finished, indexes=indexes))
     with pytest.raises(ConfigError, match="train.index.npz: cannot be read"):
         verify(str(dest))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "swap", "manifest"])
-def test_verify_names_the_file_that_is_not_as_it_was(photos: Path, tmp_path: Path, damage: str) -> None:
+def test_verify_names_the_file_that_was_changed(photos: Path, tmp_path: Path, damage: str) -> None:
     dest = tmp_path / "records"
     made = prepare(str(photos), str(dest), shards=3)
     assert verify(str(dest)) == made
@@ -277,29 +278,30 @@ def test_verify_names_the_file_that_is_not_as_it_was(photos: Path, tmp_path: Pat
         verify(str(dest))
 
 
-def test_hosts_that_never_speak_make_the_set_that_one_would(photos: Path, tmp_path: Path) -> None:
+def test_hosts_that_do_not_communicate_make_the_set_that_one_host_makes(photos: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     expected = prepare(str(photos), str(alone), shards=8)
-    parts = [tmp_path / "host 0", tmp_path / "host 1"]
+    hosts = [tmp_path / "host 0", tmp_path / "host 1"]
     results = []
-    for part, shard_range in zip(parts, ((0, 5), (5, 8)), strict=True):
-        results.append(prepare(str(photos), str(part), shards=8, shard_range=shard_range))
-        assert prepare(str(photos), str(part), shards=8, shard_range=shard_range) == results[-1]
+    for folder, shard_range in zip(hosts, ((0, 5), (5, 8)), strict=True):
+        results.append(prepare(str(photos), str(folder), shards=8, shard_range=shard_range))
+        assert prepare(str(photos), str(folder), shards=8, shard_range=shard_range) == results[-1]
         with pytest.raises(ConfigError, match="not finished"):
-            _open("array_record", part)
-    assert [one["shards"] for one in results] == [5 + 2, 3 + 1] and sum(one["records"] for one in results) == 60
+            _open("array_record", folder)
+    assert [result["shards"] for result in results] == [5 + 2, 3 + 1]
+    assert sum(result["records"] for result in results) == 60
     with pytest.raises(ConfigError, match="3 of 8 shards are not finished, the first is train-00005-of-00008"):
-        merge(str(parts[0]))
-    for part in parts:
-        shutil.copytree(part, together, dirs_exist_ok=True)
+        merge(str(hosts[0]))
+    for folder in hosts:
+        shutil.copytree(folder, together, dirs_exist_ok=True)
     assert merge(str(together)) == expected and _digests(together) == _digests(alone)
     assert prepare(str(photos), str(together), shards=8, shard_range=(0, 5)) == results[0]
 
 
-def test_parts_of_another_set_are_not_joined(photos: Path, tmp_path: Path) -> None:
+def test_shards_of_another_set_are_not_merged(photos: Path, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     prepare(str(photos), str(ours), shards=4, shard_range=(0, 2))
-    prepare(str(photos), str(theirs), shards=4, shard_range=(2, 4), resize=40)
+    prepare(str(photos), str(theirs), shards=4, shard_range=(2, 4), images=ImageOptions(resize=40))
     (theirs / manifest.PLAN).unlink()
     shutil.copytree(theirs, ours, dirs_exist_ok=True)
     with pytest.raises(ConfigError, match=r"train-00002-of-00004.array_record.json: of another set"):
@@ -307,7 +309,7 @@ def test_parts_of_another_set_are_not_joined(photos: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", ["{}", "{", '{"plan": 1}'])
-def test_a_part_that_cannot_be_read_is_named(photos: Path, tmp_path: Path, text: str) -> None:
+def test_a_shards_entry_that_cannot_be_read_is_named(photos: Path, tmp_path: Path, text: str) -> None:
     prepare(str(photos), str(tmp_path / "x"), shards=2, shard_range=(0, 1))
     (tmp_path / "x" / manifest.PARTS / "train-00000-of-00002.array_record.json").write_text(text)
     _fails("train-00000-of-00002.array_record.json: cannot be read", photos, tmp_path / "x", shards=2)
@@ -339,22 +341,23 @@ def test_the_number_of_shards_follows_from_the_counts(photos: Path, tmp_path: Pa
     assert prepare(str(photos), str(tmp_path / "c"), shards=45)["shards"] == 60
 
 
-def test_bad_images_stop_the_work_or_are_kept_as_they_are(photos: Path, tmp_path: Path, caplog: Any) -> None:
+def test_bad_images_are_an_error_or_are_kept_unchanged(photos: Path, tmp_path: Path, caplog: Any) -> None:
     bad = photos / "train" / "class 1" / "001.jpg"
     bad.write_bytes(bad.read_bytes()[:200])
     dest = tmp_path / "records"
-    _fails(r"train/class 1/001.jpg: .*--on-bad=skip", photos, dest, resize=40)
+    _fails(r"train/class 1/001.jpg: .*--on-bad=skip", photos, dest, images=ImageOptions(resize=40))
     with pytest.raises(ConfigError, match="not finished"):
         _open("array_record", dest)
-    made = prepare(str(photos), str(dest), resize=40, keep_bad=True)
+    made = prepare(str(photos), str(dest), images=ImageOptions(resize=40, keep_bad=True))
     assert made["bad"] == 1 and made["records"] == 60 and "class 1/001.jpg" in caplog.text
     source, records = _open("folder", photos), _open("array_record", dest)
     number = list(source.names).index("class 1/001.jpg")
     assert records.read(number) == bad.read_bytes() and np.array_equal(records.labels, source.labels)
-    assert prepare(str(photos), str(tmp_path / "untouched"), keep_bad=True)["bad"] is None  # nobody looked
+    untouched = prepare(str(photos), str(tmp_path / "untouched"), images=ImageOptions(keep_bad=True))
+    assert untouched["bad"] is None  # none was decoded
     bad.unlink()
     bad.symlink_to("nowhere")  # nothing that could be kept
-    _fails("class 1/001.jpg: cannot be read", photos, tmp_path / "unreadable", resize=40, keep_bad=True)
+    _fails("class 1/001.jpg: cannot be read", photos, tmp_path / "unreadable", images=ImageOptions(40, keep_bad=True))
 
 
 def test_a_missing_file_is_named(photos: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -365,7 +368,7 @@ def test_a_missing_file_is_named(photos: Path, tmp_path: Path, monkeypatch: Any)
     _fails("class 0/.*cannot be read", photos, tmp_path / "x", splits=["train"])
 
 
-def test_what_dead_runs_left_is_removed_and_what_a_live_one_writes_is_not(photos: Path, tmp_path: Path) -> None:
+def test_files_of_dead_runs_are_removed_and_those_of_a_live_run_are_not(photos: Path, tmp_path: Path) -> None:
     dest = tmp_path / "records"
     prepare(str(photos), str(dest), shards=2, shard_range=(0, 1))
     dead, live, other = (dest / manifest.PARTS / f"train-0000{n}-of-00002.array_record.abc.tmp" for n in (0, 1, 7))
@@ -379,29 +382,29 @@ def test_what_dead_runs_left_is_removed_and_what_a_live_one_writes_is_not(photos
     assert sorted(file.suffix for file in dest.iterdir()) == [".array_record"] * 3 + [".json", ".npz", ".npz"]
 
 
-def test_val_beside_test_is_a_split_of_its_own_and_one_of_them_is_not_two(image_set: Path, tmp_path: Path) -> None:
+def test_val_and_test_are_two_splits_unless_they_have_the_same_images(image_set: Path, tmp_path: Path) -> None:
     assert prepare(str(image_set), str(tmp_path / "a"))["splits"] == {"train": 13, "test": 7}
     shutil.copytree(image_set / "test", image_set / "val")
-    for one, other in (("cat/0.png", "cat/2.png"), ("cat/2.png", "cat/0.png")):
-        shutil.copy(image_set / "test" / one, image_set / "val" / other)
+    for name, other in (("cat/0.png", "cat/2.png"), ("cat/2.png", "cat/0.png")):
+        shutil.copy(image_set / "test" / name, image_set / "val" / other)
     assert prepare(str(image_set), str(tmp_path / "b"))["splits"] == {"train": 13, "test": 7, "val": 7}
     shutil.rmtree(image_set / "train")
     assert prepare(str(image_set), str(tmp_path / "c"))["splits"] == {"test": 7, "val": 7}
     assert prepare(str(image_set), str(tmp_path / "d"), splits=["val"])["splits"] == {"val": 7}
 
 
-def test_a_source_is_told_from_its_files(
+def test_a_source_is_recognised_by_its_files(
     image_set: Path, pack: Callable[..., Path], tmp_path: Path, encode: Callable[..., bytes]
 ) -> None:
     pack(image_set, tmp_path / "all.tar", "images")
     (tmp_path / "tars").mkdir()
     for split in ("train", "test"):
         pack(image_set / split, tmp_path / "tars" / f"{split}.tar.gz", mode="w:gz")
-    found = [
+    results = [
         prepare(str(source), str(tmp_path / f"from {source.name}"), shards=2)
         for source in (image_set, tmp_path / "all.tar", tmp_path / "tars")
     ]
-    assert found[0] == found[1] == found[2]
+    assert results[0] == results[1] == results[2]
 
 
 # The command
@@ -412,22 +415,22 @@ def _command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, **options)
 
 
-def test_the_command_prints_one_object_and_says_so_again(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_prints_one_object_and_the_same_when_run_again(photos: Path, tmp_path: Path, capsys: Any) -> None:
     dest = str(tmp_path / "records")
 
-    def said(*words: str) -> dict[str, Any]:
+    def printed(*words: str) -> dict[str, Any]:
         assert cli.main(["prepare", *words]) == 0
         out = capsys.readouterr().out
         assert out.count("\n") == 1
         return json.loads(out)
 
-    made = said(str(photos), dest, "--resize=40", "--shards=3", "--workers=2")
+    made = printed(str(photos), dest, "--resize=40", "--shards=3", "--workers=2")
     assert list(made) == ["records", "shards", "bytes", "digest", "splits", "classes", "bad"]
-    assert said(str(photos), dest, "--resize=40", "--shards=3") == made
-    assert said("--verify", dest) == made and said("--merge", dest) == made
-    digits = said("--source=digits", str(tmp_path / "digits"), "--split=test", "--config.data.memory_limit_gb=1")
+    assert printed(str(photos), dest, "--resize=40", "--shards=3") == made
+    assert printed("--verify", dest) == made and printed("--merge", dest) == made
+    digits = printed("--source=digits", str(tmp_path / "digits"), "--split=test", "--config.data.memory_limit_gb=1")
     assert digits["records"] == 360
-    assert said(str(photos), str(tmp_path / "part"), "--shards=3", "--shard-range=0:1")["shards"] == 2
+    assert printed(str(photos), str(tmp_path / "range"), "--shards=3", "--shard-range=0:1")["shards"] == 2
 
 
 @pytest.mark.parametrize(
@@ -445,7 +448,7 @@ def test_the_command_prints_one_object_and_says_so_again(photos: Path, tmp_path:
         (["--verify", "nowhere"], "nowhere: no manifest.json in it"),
     ],
 )
-def test_what_makes_no_sense_is_one_line(
+def test_wrong_arguments_are_one_line(
     words: list[str], line: str, capsys: Any, tmp_path: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -493,7 +496,7 @@ def test_a_full_disk_is_one_line_and_no_set(photos: Path, tmp_path: Path) -> Non
     assert _command(photos, tmp_path / "x").returncode == 0
 
 
-def test_the_writer_says_what_the_disk_says() -> None:
+def test_the_writers_error_holds_the_disks_message() -> None:
     with pytest.raises(ConfigError, match=r"shown: cannot be written \(.*No space left on device"):
         writer = Writer(Path("/dev/full"), Path("shown"))
         for number in range(100):
@@ -502,7 +505,7 @@ def test_the_writer_says_what_the_disk_says() -> None:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_while_shards_are_written_and_run_again_it_makes_the_same_set(
+def test_runs_killed_while_they_write_shards_and_run_again_make_the_same_set(
     tmp_path: Path, encode: Callable[..., bytes], kills: int
 ) -> None:
     source, dest = tmp_path / "source", tmp_path / "records"
@@ -513,24 +516,23 @@ def test_killed_while_shards_are_written_and_run_again_it_makes_the_same_set(
         for copy in range(2 * kills):
             shutil.copy(file, file.with_name(f"{number:03}-{copy}.png"))
     options = ["--resize=128", "--shards=80", "--workers=2"]
-    moments, landed, parts = random.Random(0), 0, 0
+    moments, kills_in_a_shard, finished = random.Random(0), 0, 0
     for _ in range(kills):
         command = [sys.executable, "-m", "vit_dist", "prepare", str(source), str(dest), *options]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
             deadline = time.monotonic() + 60
-            while process.poll() is None and len(list(dest.glob(f"{manifest.PARTS}/train*.json"))) <= parts:
+            while process.poll() is None and len(list(dest.glob(f"{manifest.PARTS}/train*.json"))) <= finished:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
-        landed += not (dest / "manifest.json").exists() and bool(list(dest.glob(f"{manifest.PARTS}/*.tmp")))
-        finished = len(list(dest.glob(f"{manifest.PARTS}/train*.json")))
-        assert finished >= parts  # what is finished stays
-        parts = finished
+        kills_in_a_shard += not (dest / "manifest.json").exists() and bool(list(dest.glob(f"{manifest.PARTS}/*.tmp")))
+        before, finished = finished, len(list(dest.glob(f"{manifest.PARTS}/train*.json")))
+        assert finished >= before  # finished shards stay
         if not (dest / "manifest.json").exists():
             with pytest.raises(ConfigError, match="not finished"):
                 _open("array_record", dest)
-    assert landed >= kills // 2 + 1 and 0 < parts < 80
+    assert kills_in_a_shard >= kills // 2 + 1 and 0 < finished < 80
     done = _command(source, dest, *options, check=True)
     assert "going on, " in done.stderr
     undisturbed = _command(source, tmp_path / "undisturbed", *options, check=True)
@@ -549,7 +551,7 @@ def test_cifar10_is_the_same_from_records_as_from_its_tar(shared: Path, tmp_path
     for i in range(10_000):
         assert records.read(i) == source.read(i)
     chosen = range(0, 10_000, 97)
-    raw = prepare(str(tmp_path / "records"), str(tmp_path / "raw"), encode="raw", data=data)
+    raw = prepare(str(tmp_path / "records"), str(tmp_path / "raw"), images=ImageOptions(encode="raw"), data=data)
     assert raw["records"] == 10_000
     pixels = _open("array_record", tmp_path / "raw", "test")
     assert all(np.array_equal(decode(pixels.read(i), 3), decode(source.read(i), 3)) for i in chosen)

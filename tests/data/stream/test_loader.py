@@ -1,4 +1,4 @@
-"""Batches are pure functions of seed, step and row: of nothing else."""
+"""Batches are pure functions of seed, step and rows."""
 
 import contextlib
 import dataclasses
@@ -60,9 +60,9 @@ def _evaluate(source: Source, data: Data = AUGMENTED, **changes: Any) -> Batches
     return evaluation_batches(source, data, **{**keys, **changes})
 
 
-def _assert_same(one: list[HostBatch], other: list[HostBatch]) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
+def _assert_same(batches: list[HostBatch], others: list[HostBatch]) -> None:
+    assert len(batches) == len(others)
+    for a, b in zip(batches, others, strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype, key
@@ -70,7 +70,8 @@ def _assert_same(one: list[HostBatch], other: list[HostBatch]) -> None:
 
 def _join(hosts: list[list[HostBatch]]) -> list[HostBatch]:
     return [
-        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*hosts, strict=True)
+        {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+        for batches in zip(*hosts, strict=True)
     ]
 
 
@@ -90,11 +91,11 @@ def test_a_batch_has_the_ids_of_its_positions(source: Source) -> None:
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_that_share_the_rows_see_one_stream(source: Source, hosts: int) -> None:
     rows = 8 // hosts
-    parts = [list(_train(source, rows=range(host * rows, (host + 1) * rows))) for host in range(hosts)]
-    _assert_same(_join(parts), list(_train(source)))
+    batches = [list(_train(source, rows=range(host * rows, (host + 1) * rows))) for host in range(hosts)]
+    _assert_same(_join(batches), list(_train(source)))
     array = _array(13)
-    parts = [list(_train(array, channels=1, rows=range(h * rows, (h + 1) * rows))) for h in range(hosts)]
-    _assert_same(_join(parts), list(_train(array, channels=1)))
+    batches = [list(_train(array, channels=1, rows=range(h * rows, (h + 1) * rows))) for h in range(hosts)]
+    _assert_same(_join(batches), list(_train(array, channels=1)))
 
 
 def test_threads_do_not_change_the_stream(source: Source) -> None:
@@ -112,18 +113,18 @@ def test_worker_processes_do_not_change_the_stream(image_set: Path, pack: Callab
 
 
 def test_a_start_in_the_middle_of_an_epoch_continues_the_stream(source: Source) -> None:
-    whole = list(_train(source))
-    _assert_same(list(_train(source, start_step=2)), whole[2:])
-    _assert_same(list(_train(source, start_step=4, stop_step=5)), whole[4:])
+    stream = list(_train(source))
+    _assert_same(list(_train(source, start_step=2)), stream[2:])
+    _assert_same(list(_train(source, start_step=4, stop_step=5)), stream[4:])
     assert list(_train(source, start_step=5)) == []
 
 
 def test_seeds_differ_in_order_and_in_crops(source: Source) -> None:
-    one, other = next(_train(source, seed=1)), next(_train(source, seed=2))
-    assert not np.array_equal(one["id"], other["id"])
-    first, second = (list(_train(source, seed=1, batch_size=13, rows=range(13)))[epoch] for epoch in (0, 1))
-    of_first, of_second = (batch["image"][np.argsort(batch["id"])] for batch in (first, second))
-    differ = [not np.array_equal(a, b) for a, b in zip(of_first, of_second, strict=True)]
+    batch, other = next(_train(source, seed=1)), next(_train(source, seed=2))
+    assert not np.array_equal(batch["id"], other["id"])
+    epochs = list(_train(source, seed=1, batch_size=13, rows=range(13)))[:2]
+    first_images, second_images = (epoch["image"][np.argsort(epoch["id"])] for epoch in epochs)
+    differ = [not np.array_equal(a, b) for a, b in zip(first_images, second_images, strict=True)]
     assert sum(differ) >= 12  # each image is cropped anew in each epoch
 
 
@@ -137,14 +138,14 @@ def test_flips_alone_keep_the_whole_image(source: Source) -> None:
     plain = list(_train(source, Data()))
     flipped = list(_train(source, Data(flip=True)))
     count = 0
-    for one, other in zip(plain, flipped, strict=True):
-        for a, b in zip(one["image"], other["image"], strict=True):
+    for batch, flipped_batch in zip(plain, flipped, strict=True):
+        for a, b in zip(batch["image"], flipped_batch["image"], strict=True):
             assert np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
             count += not np.array_equal(a, b)
     assert 10 < count < 30  # of 40
 
 
-def test_pixels_in_memory_come_at_their_own_size_and_untouched() -> None:
+def test_pixels_in_memory_keep_their_size_and_values() -> None:
     source = _array(50, (7, 9, 3))
     for batch in _train(source, AUGMENTED):
         assert np.array_equal(batch["image"], source.images[batch["id"]])
@@ -163,31 +164,31 @@ def test_channels_are_converted_or_refused(source: Source) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 7, 13, 64])
 def test_evaluation_counts_every_example_once(source: Source, batch_size: int) -> None:
-    for what in (source, _array(13, (4, 4, 3))):
-        batches = list(_evaluate(what, batch_size=batch_size, rows=range(batch_size)))
+    for examples in (source, _array(13, (4, 4, 3))):
+        batches = list(_evaluate(examples, batch_size=batch_size, rows=range(batch_size)))
         assert len(batches) == -(-13 // batch_size)
         assert all(len(batch["mask"]) == batch_size for batch in batches)
         mask = np.concatenate([batch["mask"] for batch in batches])
         assert mask.dtype == bool and mask.sum() == 13
         assert np.concatenate([batch["id"] for batch in batches])[mask].tolist() == list(range(13))
-        assert np.array_equal(np.concatenate([batch["label"] for batch in batches])[mask], what.labels)
+        assert np.array_equal(np.concatenate([batch["label"] for batch in batches])[mask], examples.labels)
         for batch in batches:
             assert not batch["image"][~batch["mask"]].any() and (batch["id"][~batch["mask"]] == -1).all()
 
 
 def test_every_host_evaluates_as_many_batches(source: Source) -> None:
-    whole = list(_evaluate(source, batch_size=8, rows=range(8)))
-    parts = [list(_evaluate(source, batch_size=8, rows=range(2 * h, 2 * h + 2))) for h in range(4)]
-    assert [len(part) for part in parts] == [2] * 4
-    assert parts[3][1]["mask"].tolist() == [False, False]
-    _assert_same(_join(parts), whole)
+    expected = list(_evaluate(source, batch_size=8, rows=range(8)))
+    hosts = [list(_evaluate(source, batch_size=8, rows=range(2 * h, 2 * h + 2))) for h in range(4)]
+    assert [len(batches) for batches in hosts] == [2] * 4
+    assert hosts[3][1]["mask"].tolist() == [False, False]
+    _assert_same(_join(hosts), expected)
 
 
-def test_evaluation_is_not_augmented_but_cropped_where_asked(source: Source) -> None:
+def test_evaluation_images_are_cropped_by_eval_crop_and_not_augmented(source: Source) -> None:
     index = 4
     image = decode(source.read(index), 3)  # type: ignore[union-attr]
-    whole = next(_evaluate(source, dataclasses.replace(AUGMENTED, flip=True)))["image"][index]
-    assert np.array_equal(whole, resize(image, SIZE))
+    uncropped = next(_evaluate(source, dataclasses.replace(AUGMENTED, flip=True)))["image"][index]
+    assert np.array_equal(uncropped, resize(image, SIZE))
     cropped = next(_evaluate(source, Data(eval_crop=0.5), image_size=(5, 5)))["image"][index]  # of 12 x 10
     assert np.array_equal(cropped, image[3:8, 2:7])
 
@@ -232,9 +233,9 @@ def test_a_skipped_file_is_replaced_by_the_next_that_decodes(bad_set: Path, work
     assert sorted(bad.id for bad in batches.bad()) == [5, 6]
     by_id = {bad.id: bad for bad in batches.bad()}
     assert by_id[6] == BadExample(6, f"{bad_set}/train/dog/1.png", "no known image format")
-    when = {one: np.flatnonzero(wanted == one)[0] // 8 + 1 for one in (5, 6)}  # the first batch that each stands in
+    first_batch = {index: np.flatnonzero(wanted == index)[0] // 8 + 1 for index in (5, 6)}
     for count in range(6):
-        assert {bad.id for bad in batches.bad(count)} == {one for one in (5, 6) if when[one] <= count}
+        assert {bad.id for bad in batches.bad(count)} == {index for index in (5, 6) if first_batch[index] <= count}
 
 
 def test_a_set_of_nothing_but_bad_files_is_an_error(bad_set: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_set_of_nothing_but_bad_files_is_an_error(bad_set: Path) -> None:
 
 @dataclasses.dataclass
 class _FailingImages:
-    """Encoded images of which reading fails so many times, as a disk or network does."""
+    """Encoded images that cannot be read for the first `failures` times, as if a disk or network failed."""
 
     data: bytes
     failures: int
@@ -261,7 +262,7 @@ class _FailingImages:
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), TimeoutError("no answer")])
-def test_a_file_that_cannot_be_read_just_now_is_no_bad_file(
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_a_bad_file(
     source: Source, encode: Callable[..., bytes], error: OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vit_dist.data.stream.pixels._PAUSES_S", (0.01, 0.01))
@@ -276,7 +277,7 @@ def test_a_file_that_cannot_be_read_just_now_is_no_bad_file(
                 next(batches)
 
 
-def test_a_worker_that_is_killed_is_said_and_leaves_no_other(source: Source) -> None:
+def test_a_killed_worker_is_an_error_and_leaves_no_other_worker(source: Source) -> None:
     batches = _train(source, dataclasses.replace(AUGMENTED, workers=2), stop_step=10**6)
     next(batches)
     os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
@@ -296,7 +297,7 @@ def test_a_worker_loads_no_jax(source: Source) -> None:
 
 
 @pytest.mark.parametrize("on_bad", ["skip", "error"])
-def test_evaluation_counts_a_bad_file_out_and_lists_it(bad_set: Path, on_bad: Any) -> None:
+def test_evaluation_masks_a_bad_file_and_lists_it(bad_set: Path, on_bad: Any) -> None:
     batches = _evaluate(_open(bad_set), dataclasses.replace(AUGMENTED, on_bad=on_bad, max_bad_fraction=0.2))
     mask = np.concatenate([batch["mask"] for batch in batches])
     assert mask.tolist() == [True] * 5 + [False] * 2 + [True] * 6 + [False] * 2
@@ -327,18 +328,18 @@ def test_a_closed_loader_leaves_no_thread_or_process(source: Source, workers: in
 
 @dataclasses.dataclass
 class _CountingImages:
-    """Encoded images that count their reads, and how many of these were ahead of the batches asked for."""
+    """Encoded images that count their reads, and how many of these were ahead of the batches taken."""
 
     data: bytes
     reads: int = 0
-    asked: int = 0
+    taken: int = 0
     furthest: int = 0
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     def read(self, index: int) -> bytes:
         with self.lock:
             self.reads += 1
-            self.furthest = max(self.furthest, self.reads - 8 * self.asked)
+            self.furthest = max(self.furthest, self.reads - 8 * self.taken)
         return self.data
 
 
@@ -354,11 +355,11 @@ def test_reading_ahead_is_bounded_in_bytes(
     data = dataclasses.replace(AUGMENTED, read_ahead_mb=ahead_mb)
     counted = dataclasses.replace(source, images=images)  # type: ignore[arg-type]
     with contextlib.closing(_train(counted, data, image_size=size, stop_step=1000)) as batches:
-        for asked in range(1, 31):
-            images.asked = asked
+        for taken in range(1, 31):
+            images.taken = taken
             next(batches)
-            if asked % 10 == 0:  # all of it is used, and while the consumer waits no more
-                _wait_until(lambda asked=asked: images.reads == 8 * (asked + batches_ahead))
+            if taken % 10 == 0:  # while the consumer waits, exactly `batches_ahead` are made
+                _wait_until(lambda taken=taken: images.reads == 8 * (taken + batches_ahead))
     assert images.furthest == 8 * batches_ahead
 
 

@@ -1,4 +1,4 @@
-"""The loader's memory stays where it is, however long it runs; and nothing of it stays behind."""
+"""The loader's memory does not grow while it runs, and its processes and shared memory are gone after it ends."""
 
 import os
 import subprocess
@@ -36,13 +36,13 @@ def growth(batches, settled, steps):
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, so that what is measured is the loader's alone."""
+    """Runs code in a process of its own, so that only the loader's memory is measured."""
     command = [sys.executable, "-c", PRELUDE + code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
 
 
 def shared_memory() -> set[str]:
-    """Its blocks that there are on this machine. (Of semaphores left behind Python itself complains.)"""
+    """The blocks of shared memory on this machine. (Python itself warns of semaphores that are left behind.)"""
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
 
 

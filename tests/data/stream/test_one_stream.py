@@ -37,9 +37,9 @@ def source(tmp_path: Path, encode: Callable[..., bytes]) -> Source:
 
 
 def stream(source: Source, hosts: int, workers: int, start: int = 0, stop: int = STEPS) -> list[tuple[list[int], str]]:
-    """Of each step's global batch, put together from its hosts: the ids and a digest of pixels and labels."""
+    """Returns the ids, and a digest of pixels and labels, of each step's global batch, joined from the hosts' rows."""
     data, share = dataclasses.replace(ALL_OF_IT, workers=workers), BATCH // hosts
-    parts = []
+    by_host = []
     for host in range(hosts):
         batches = train_batches(
             source,
@@ -52,13 +52,13 @@ def stream(source: Source, hosts: int, workers: int, start: int = 0, stop: int =
             start_step=start,
             stop_step=stop,
         )
-        parts.append([{name: np.array(rows) for name, rows in batch.items()} for batch in batches])
-    found = []
-    for step in zip(*parts, strict=True):
-        batch = {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        by_host.append([{name: np.array(rows) for name, rows in batch.items()} for batch in batches])
+    steps = []
+    for batches in zip(*by_host, strict=True):
+        batch = {name: np.concatenate([rows[name] for rows in batches]) for name in batches[0]}
         digest = hashlib.sha256(batch["image"].tobytes() + batch["label"].tobytes()).hexdigest()
-        found.append((batch["id"].tolist(), digest))
-    return found
+        steps.append((batch["id"].tolist(), digest))
+    return steps
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def alone(source: Source) -> list[tuple[list[int], str]]:
     ("hosts", "workers"),
     [
         *((2, 0), (4, 0), (1, 2), (2, 1)),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, 1), (1, 4), (4, 1), (2, 4), (4, 4))),
+        *(pytest.param(*counts, marks=pytest.mark.slow) for counts in ((1, 1), (1, 4), (4, 1), (2, 4), (4, 4))),
     ],
 )
 def test_the_stream_is_the_same_on_any_hosts_with_any_workers(
@@ -89,11 +89,11 @@ def test_a_resume_in_mid_epoch_on_other_hosts_goes_on_in_the_same_stream(
 
 
 def test_every_id_comes_exactly_once_an_epoch(alone: list[tuple[list[int], str]]) -> None:
-    ids = [one for step in alone for one in step[0]]
+    ids = [index for step in alone for index in step[0]]
     for epoch in range(2):
         assert sorted(ids[epoch * EXAMPLES : (epoch + 1) * EXAMPLES]) == list(range(EXAMPLES))
     assert len(set(ids[2 * EXAMPLES :])) == len(ids) - 2 * EXAMPLES
 
 
-def test_every_epoch_shows_an_example_otherwise(alone: list[tuple[list[int], str]]) -> None:
+def test_every_step_has_other_pixels(alone: list[tuple[list[int], str]]) -> None:
     assert len({digest for _, digest in alone}) == STEPS

@@ -32,7 +32,7 @@ def test_every_id_comes_once_an_epoch_where_batches_straddle_epochs() -> None:
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(1,), (13,), (1437,), (4, 1, 8), (4097, 4095, 1)])
-def test_every_id_comes_exactly_once_in_every_epoch_of_all_parts(sizes: tuple[int, ...], repeats: int) -> None:
+def test_every_id_comes_exactly_once_in_every_epoch_of_several_sources(sizes: tuple[int, ...], repeats: int) -> None:
     size, order = sum(sizes), Order(1, sizes, repeats=repeats)
     for epoch in (0, 1, 2, 10**6):
         ids = order.ids((epoch * size * repeats) + np.arange(size * repeats)).reshape(size, repeats)
@@ -41,7 +41,7 @@ def test_every_id_comes_exactly_once_in_every_epoch_of_all_parts(sizes: tuple[in
 
 
 @pytest.mark.parametrize("weights", [None, (6.0, 1.0, 3.0)])
-def test_repeats_give_each_place_of_the_stream_so_many_positions(weights: tuple[float, ...] | None) -> None:
+def test_an_example_is_repeated_at_as_many_positions_in_a_row(weights: tuple[float, ...] | None) -> None:
     once, thrice = (Order(3, (1000, 37, 200_000), weights, repeats) for repeats in (1, 3))
     assert np.array_equal(thrice.ids(np.arange(50, 9000)), once.ids(np.arange(50, 9000) // 3))
 
@@ -49,30 +49,30 @@ def test_repeats_give_each_place_of_the_stream_so_many_positions(weights: tuple[
 @pytest.mark.parametrize("order", [Order(7, (1437,)), Order(7, (60_000, 5), repeats=3), MIXED])
 def test_an_id_depends_on_its_position_alone(order: Order) -> None:
     positions = 10_000 + np.arange(20_000)
-    whole = order.ids(positions)
+    expected = order.ids(positions)
     chosen = np.random.default_rng(0).integers(0, 20_000, 3000)  # in any order, some twice
-    assert np.array_equal(order.ids(positions[chosen]), whole[chosen])
-    for one in chosen[:50]:
-        assert order.ids(positions[one : one + 1]) == whole[one]
+    assert np.array_equal(order.ids(positions[chosen]), expected[chosen])
+    for index in chosen[:50]:
+        assert order.ids(positions[index : index + 1]) == expected[index]
     for size in (1, 7, 128, 5000):
-        parts = [order.ids(positions[start : start + size]) for start in range(0, 7000, size)]
-        assert np.array_equal(np.concatenate(parts)[:7000], whole[:7000])
-    there = pickle.loads(pickle.dumps(order))
-    assert there == order and np.array_equal(there.ids(positions), whole)
+        batches = [order.ids(positions[start : start + size]) for start in range(0, 7000, size)]
+        assert np.array_equal(np.concatenate(batches)[:7000], expected[:7000])
+    copy = pickle.loads(pickle.dumps(order))
+    assert copy == order and np.array_equal(copy.ids(positions), expected)
     assert order.ids(np.arange(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("order", [Order(7, (1437,)), Order(7, (60_000,), repeats=3), MIXED])
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_rows_of_all_hosts_are_the_global_batch(order: Order, hosts: int) -> None:
-    batch_size, steps = 48, 400  # over a stretch, several epochs or a block
+    batch_size, steps = 48, 400  # more than a chunk, several epochs or a block
     rows = batch_size // hosts
     for step in range(0, steps, 7):
-        dealt = [order.ids(step * batch_size + host * rows + np.arange(rows)) for host in range(hosts)]
-        assert np.array_equal(np.concatenate(dealt), order.ids(step * batch_size + np.arange(batch_size)))
+        of_hosts = [order.ids(step * batch_size + host * rows + np.arange(rows)) for host in range(hosts)]
+        assert np.array_equal(np.concatenate(of_hosts), order.ids(step * batch_size + np.arange(batch_size)))
 
 
-def test_what_is_returned_may_be_written_to() -> None:
+def test_the_returned_ids_may_be_written_to() -> None:
     order = Order(0, (100,))
     first = order.ids(np.arange(32))
     kept = first.copy()
@@ -92,16 +92,16 @@ def test_weights_become_whole_slots_of_a_block() -> None:
             block_slots(weights)
 
 
-def test_every_block_of_a_mixture_holds_each_part_by_its_weight() -> None:
+def test_every_block_of_a_mixture_holds_each_source_by_its_weight() -> None:
     slots = block_slots((6.0, 1.0, 3.0))
     assert slots == (9831, 1638, 4915)  # 9830.4, 1638.4, 4915.2
     for block in (*range(20), 10**9):
         ids = MIXED.ids(block * BLOCK + np.arange(BLOCK))
-        part = np.searchsorted((1000, 1037, 201_037), ids, side="right")
-        assert tuple(np.bincount(part)) == slots
+        source = np.searchsorted((1000, 1037, 201_037), ids, side="right")
+        assert tuple(np.bincount(source)) == slots
 
 
-def test_each_part_of_a_mixture_passes_all_its_examples_before_it_begins_anew() -> None:
+def test_each_source_of_a_mixture_yields_all_its_examples_before_it_repeats_any() -> None:
     blocks = 50
     ids = MIXED.ids(np.arange(blocks * BLOCK))
     for (start, size), slots in zip(((0, 1000), (1000, 37), (1037, 200_000)), block_slots((6.0, 1.0, 3.0))):
@@ -112,7 +112,7 @@ def test_each_part_of_a_mixture_passes_all_its_examples_before_it_begins_anew() 
             assert counts.min() == first * slots // size and counts.max() == -(-first * slots // size)
 
 
-def test_the_parts_of_a_mixture_are_mixed_in_every_batch() -> None:
+def test_the_sources_of_a_mixture_are_mixed_in_every_batch() -> None:
     size, batch_size = 10_000, 512
     order = Order(0, (size, size), (3.0, 1.0))
     ids = order.ids(np.arange(60 * BLOCK))
@@ -121,34 +121,34 @@ def test_the_parts_of_a_mixture_are_mixed_in_every_batch() -> None:
     assert seconds.mean() == batch_size * share
     left_over = (BLOCK - batch_size) / (BLOCK - 1)  # drawn from a block without return
     assert seconds.std() == pytest.approx(math.sqrt(batch_size * share * (1 - share) * left_over), rel=0.1)
-    places = (ids >= size).reshape(60, BLOCK).sum(0)  # 15 of 60 expected at each place of a block
-    assert places.std() == pytest.approx(math.sqrt(60 * share * (1 - share)), rel=0.1)
+    by_slot = (ids >= size).reshape(60, BLOCK).sum(0)  # 15 of 60 expected in each slot of a block
+    assert by_slot.std() == pytest.approx(math.sqrt(60 * share * (1 - share)), rel=0.1)
 
 
-def test_parts_blocks_and_sets_have_unrelated_orders() -> None:
+def test_sources_blocks_and_epochs_have_unrelated_orders() -> None:
     size = BLOCK
     order = Order(0, (size, size), (1.0, 1.0))
     ids = order.ids(np.arange(4 * BLOCK))
     first, second = ids[ids < size][:size], ids[ids >= size][:size] - size
     plain = example_ids(0, size, np.arange(size))
     again = ids[ids < size][size:]
-    for one, other in itertools.combinations((first, second, plain, again), 2):
-        assert (one == other).sum() < 10
-        assert abs(np.corrcoef(one, other)[0, 1]) < 0.05
+    for a, b in itertools.combinations((first, second, plain, again), 2):
+        assert (a == b).sum() < 10
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
     kinds = (ids >= size).reshape(4, BLOCK)
     assert np.abs(np.corrcoef(kinds) - np.eye(4)).max() < 0.05
 
 
-def test_one_part_is_shuffled_as_a_set_by_itself_whatever_its_weight() -> None:
+def test_a_mixture_of_one_source_is_shuffled_as_that_source_whatever_its_weight() -> None:
     assert np.array_equal(Order(5, (1000,), (0.3,)).ids(np.arange(5000)), example_ids(5, 1000, np.arange(5000)))
 
 
 def test_epochs_and_seeds_have_unrelated_orders() -> None:
     size = 10_000
     orders = [permutation(seed, epoch, size, np.arange(size)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    for one, other in itertools.combinations(orders, 2):
-        assert (one == other).sum() < 10  # one match is expected by chance
-        assert abs(np.corrcoef(one, other)[0, 1]) < 0.05
+    for a, b in itertools.combinations(orders, 2):
+        assert (a == b).sum() < 10  # one match is expected by chance
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
 def test_the_order_is_that_of_the_first_release() -> None:
@@ -164,7 +164,10 @@ def test_the_order_is_that_of_the_first_release() -> None:
     ):
         assert example_ids(seed, size, np.array(positions)).tolist() == wanted
         assert Order(seed, (size,)).ids(np.array(positions)).tolist() == wanted
-        assert np.concatenate([Order(seed, (size,)).ids(np.array([one])) for one in positions]).tolist() == wanted
+        assert (
+            np.concatenate([Order(seed, (size,)).ids(np.array([position])) for position in positions]).tolist()
+            == wanted
+        )
     for ids in (example_ids(0, 50_000, np.arange(200_000)), Order(0, (1, 49_999)).ids(np.arange(200_000))):
         assert hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8).hexdigest() == "816cb93f76e00224"
 
@@ -183,13 +186,13 @@ def test_all_shuffles_of_a_few_are_equally_likely(size: int) -> None:
     assert chi_square < shuffles - 1 + 5 * math.sqrt(2 * shuffles)
 
 
-def test_every_id_is_equally_likely_at_every_place_and_after_every_other() -> None:
+def test_every_id_is_equally_likely_at_every_position_and_after_every_other() -> None:
     size, epochs = 23, 2000
     orders = np.stack([permutation(5, epoch, size, np.arange(size)) for epoch in range(epochs)])
-    places = np.stack([np.bincount(orders[:, place], minlength=size) for place in range(size)])
+    by_position = np.stack([np.bincount(orders[:, position], minlength=size) for position in range(size)])
     expected = epochs / size
     freedom = (size - 1) ** 2
-    assert ((places - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+    assert ((by_position - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
     following = np.bincount((orders[:, :-1] * size + orders[:, 1:]).ravel(), minlength=size * size)
     off_diagonal = following.reshape(size, size)[~np.eye(size, dtype=bool)]
     expected = epochs / size

@@ -1,7 +1,7 @@
-"""Which box of an image is looked at: a random one in training, the middle in evaluation.
+"""Chooses the box of an image that the model sees: a random box in training, the centre in evaluation.
 
-This is the one law of it. The host draws boxes by `random_crop`; `vit_dist.step.augment` draws a whole batch of them by
-the same law on the device.
+The host draws boxes by `random_crop`. On the device, `vit_dist.step.augment` draws the boxes of a batch from the same
+distribution.
 """
 
 import math
@@ -11,28 +11,28 @@ import numpy as np
 from vit_dist.config import Interval
 
 Box = tuple[int, int, int, int]  # top, left, height and width in pixels
-TRIES = 10  # boxes that are drawn before an image is taken to have none that fits
+TRIES = 10  # boxes that are drawn before `largest_box` is taken
 
 
 def random_crop(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box:
     """Returns the box of a random resized crop ("Inception crop", Szegedy et al. 2015, arXiv:1409.4842).
 
     Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      area: the box's share of the image is drawn evenly from this interval.
-      aspect: its width over its height is drawn from this one, evenly in the logarithm.
-      rng: where the numbers come from.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
+      area: interval from which the box's share of the image's area is drawn uniformly.
+      aspect: interval from which the box's width / height is drawn, uniformly in the logarithm.
+      rng: draws the numbers.
 
     Returns:
-      The first of `TRIES` boxes that fits into the image, anywhere within it, or else `largest_box`. These are
-      torchvision's rules (`RandomResizedCrop`).
+      The first of `TRIES` drawn boxes that fits, at a random position in the image, or `largest_box` if none fits.
+      These are torchvision's rules (`RandomResizedCrop`).
     """
     return random_box(height, width, area, aspect, rng) or largest_box(height, width, aspect)
 
 
 def random_box(height: int, width: int, area: Interval, aspect: Interval, rng: np.random.Generator) -> Box | None:
-    """As `random_crop`, but None where none of the boxes fits."""
+    """Returns a box as `random_crop` does, or None if none of the drawn boxes fits."""
     for _ in range(TRIES):
         box_area = height * width * rng.uniform(*area)
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -44,16 +44,16 @@ def random_box(height: int, width: int, area: Interval, aspect: Interval, rng: n
 
 
 def largest_box(height: int, width: int, aspect: Interval) -> Box:
-    """The largest centred box of an image whose aspect lies in the interval."""
+    """Returns the largest centred box whose width / height is in the interval `aspect`."""
     ratio = min(max(width / height, aspect[0]), aspect[1])
     box_width, box_height = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
 def centre_box(height: int, width: int, size: tuple[int, int], ratio: float) -> Box:
-    """The middle of the image, at `ratio` of the largest box of `size`'s shape that fits.
+    """Returns the centred box whose sides are `ratio` of those of the largest box of `size`'s shape that fits.
 
-    For a square `size` that is `ratio` of the short side: 224/256 is the usual evaluation crop.
+    For a square `size`, the box's side is `ratio` of the image's short side: 224/256 is the usual evaluation crop.
     """
     scale = ratio * min(height / size[0], width / size[1])
     box_height, box_width = (max(1, min(side, round(scale * new))) for side, new in zip((height, width), size))

@@ -1,8 +1,8 @@
-"""Encoded bytes -> pixels, of the whole image or of a box of it, as uint8 `[H, W, C]`.
+"""Decodes an encoded image, or a box of it, to pixels `uint8 [H, W, C]`.
 
-JPEG, which is nearly all there is, takes the quick way (`jpeg`), and the raw pixels that `prepare` can write (binary
-PPM and PGM) need no decoding. Pillow reads the rest and whatever the quick way refuses: other formats, CMYK, damaged
-files. Where two of them can read a file they give the same pixels.
+Nearly all images are JPEG, which the module `jpeg` decodes quickly. The raw pixels that `prepare` can write (binary PPM
+and PGM) need no decoding. Pillow reads the rest: other formats, and JPEG that is CMYK, damaged or otherwise beyond
+`jpeg`. If two of these can read a file, they give the same pixels.
 """
 
 import io
@@ -19,11 +19,11 @@ from vit_dist.data.pictures.crop import Box
 from vit_dist.data.pictures.resize import Interpolation, resize
 
 CHANNELS = (1, 3)  # gray and RGB: what files are decoded to
-MAX_PIXELS = 178_956_970  # as Pillow: more is taken for an attack or an accident
-MAX_SIDE = 1_000_000  # pixels: of longer rows, libraries keep tables much larger than the image, or fail
-Choose = Callable[[int, int], Box]  # an image's height and width -> a box of it
+MAX_PIXELS = 178_956_970  # Pillow's limit: a larger image is probably an attack or an accident
+MAX_SIDE = 1_000_000  # pixels: for longer sides, libraries allocate tables much larger than the image, or fail
+ChooseBox = Callable[[int, int], Box]  # an image's height and width -> a box of it
 _RAW = re.compile(rb"P([56])\s([1-9]\d{0,8})\s([1-9]\d{0,8})\s255\s")  # a PGM or PPM without comments
-_PILLOW_ERRORS = (  # what its decoders raise on damaged files
+_PILLOW_ERRORS = (  # raised by Pillow's decoders for damaged files
     OSError,
     ValueError,
     SyntaxError,
@@ -36,70 +36,92 @@ _PILLOW_ERRORS = (  # what its decoders raise on damaged files
     Image.DecompressionBombError,
 )
 
-# Pillow loads its formats when it first needs them, and a thread that looks while another loads them finds none.
+# Pillow loads its formats at the first use, and while one thread loads them, other threads find none.
 Image.init()
 
 
 class BadImage(ValueError):
-    """The bytes are no image that can be shown; the message says why, without the file's name."""
+    """The bytes cannot be decoded to an image. The message gives the reason, without the file's name."""
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """The picture a person sees, `uint8 [H, W, channels]`; `channels` is 3 (RGB) or 1 (luma, ITU-R BT.601).
+    """Decodes an image to what a viewer shows: upright, transparency on white, the first frame of an animation.
 
-    Turned as EXIF says, transparent parts on white, 16 bits brought to 8, the first frame of an animation. Raises
-    `BadImage` for bytes that are empty, cut short, no image, or of more than `MAX_PIXELS` pixels or `MAX_SIDE` a side.
+    Args:
+      data: the encoded bytes.
+      channels: 3 (RGB) or 1 (luma, ITU-R BT.601).
+
+    Returns:
+      `uint8 [H, W, channels]`; values of 16 bits are scaled to 8.
+
+    Raises:
+      BadImage: the bytes are empty, cut short, no image, or have more than `MAX_PIXELS` pixels or `MAX_SIDE` a side.
     """
     header = _jpeg_header(data, channels)
     image = None if header is None else jpeg.decode(data, header, channels)
     if image is None:
-        image = convert_channels(_decode_otherwise(data, channels), channels)
+        image = convert_channels(_decode_slowly(data, channels), channels)
     return image if image.flags.writeable else image.copy()
 
 
 def decode_box(
     data: bytes,
     channels: int,
-    choose: Choose,
+    choose: ChooseBox,
     size: tuple[int, int],
     interpolation: Interpolation = "bilinear",
     crop_decode: bool = False,
 ) -> np.ndarray:
-    """The box of the picture that `choose(height, width)` gives, brought to `size`: `uint8 [*size, channels]`.
+    """Decodes a box of an image and resizes it, without decoding more of the image than necessary.
 
-    As `decode` and `resize`, but no more is decoded than it takes. So a box of a JPEG that shrinks by 2 or more differs
-    from theirs: on photographs by 2.5 grey levels in the mean with bilinear and 1.5 with bicubic (a box by up to 8.5, a
-    single pixel by up to 74). With bilinear it is the nearer one to Pillow's: 1.5 in the mean, where theirs is 1.7 off.
-    The pixels depend on the bytes and the box alone. `crop_decode` gives the same ones sooner; see `jpeg.decode_part`
-    for what it overlooks. `choose` is called once. Raises `BadImage` as `decode`.
+    The result is that of `decode` and `resize`, except for a box of a JPEG that shrinks by 2 or more, which is decoded
+    at a smaller scale. On photographs it then differs by 2.5 grey levels in the mean with bilinear and 1.5 with bicubic
+    (a box by up to 8.5, a single pixel by up to 74). With bilinear it is nearer to Pillow's result: 1.5 grey levels off
+    in the mean, against 1.7 for `decode` and `resize`. The pixels depend on the bytes and the box alone.
+
+    Args:
+      data: the encoded bytes.
+      channels: 3 (RGB) or 1 (luma).
+      choose: is called once with the upright image's height and width, and returns the box.
+      size: (height, width) of the result.
+      interpolation: as in `resize`.
+      crop_decode: decode only the box's rows and columns of a JPEG, which gives the same pixels in less time but does
+        not notice damage outside the box.
+
+    Returns:
+      `uint8 [*size, channels]`.
+
+    Raises:
+      BadImage: as in `decode`.
     """
     header = _jpeg_header(data, channels)
     box = None
     if header is not None:
         box = choose(header.height, header.width)
-        part = jpeg.decode_part(data, header, channels, box, size, crop_decode)
-        if part is not None:
-            return _own(resize(part[0], size, interpolation, part[1]), part[0])
-    image = _decode_otherwise(data, channels)
+        region = jpeg.decode_region(data, header, channels, box, size, crop_decode)
+        if region is not None:
+            pixels, box_in_pixels = region
+            return _unshared(resize(pixels, size, interpolation, box_in_pixels), pixels)
+    image = _decode_slowly(data, channels)
     if header is not None and image.shape[:2] != (header.height, header.width):
         raise BadImage(f"{image.shape[0]}x{image.shape[1]} pixels where its header says {header.height}x{header.width}")
     top, left, height, width = choose(*image.shape[:2]) if box is None else box
     crop = convert_channels(image[top : top + height, left : left + width], channels)
-    return _own(resize(crop, size, interpolation), image)
+    return _unshared(resize(crop, size, interpolation), image)
 
 
-def whole(height: int, width: int) -> Box:
-    """The box that is all of the image."""
+def full_box(height: int, width: int) -> Box:
+    """Returns the box that covers the image."""
     return 0, 0, height, width
 
 
 def convertible(channels: int, wanted: int) -> bool:
-    """Whether `convert_channels` can turn images of `channels` into images of `wanted`."""
+    """Returns whether `convert_channels` can convert images of `channels` channels to `wanted`."""
     return channels in (1, wanted) or (channels, wanted) == (3, 1)
 
 
 def convert_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """`uint8 [..., C]` -> `uint8 [..., channels]`: gray repeated, or RGB to luma (as `decode` has it)."""
+    """Repeats gray, or converts RGB to the luma of `decode`: `uint8 [..., C]` -> `uint8 [..., channels]`."""
     if images.shape[-1] == channels:
         return images
     if images.shape[-1] == 1:
@@ -110,7 +132,7 @@ def convert_channels(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _jpeg_header(data: bytes, channels: int) -> jpeg.Header | None:
-    """What the quick way reads, if it can read this."""
+    """Returns the header if the bytes are a JPEG that `jpeg` can decode. Raises `BadImage` as `decode`."""
     if channels not in CHANNELS:
         raise ValueError(f"images are decoded to 1 or 3 channels, not {channels}")
     if not data:
@@ -121,17 +143,17 @@ def _jpeg_header(data: bytes, channels: int) -> jpeg.Header | None:
     return header
 
 
-def _decode_otherwise(data: bytes, channels: int) -> np.ndarray:
-    """Without the quick way for JPEG. Raw pixels come as they are: of their own channels, in the file's memory."""
+def _decode_slowly(data: bytes, channels: int) -> np.ndarray:
+    """Decodes without `jpeg`. Raw pixels are not converted: they keep their channels and share the file's memory."""
     raw = _RAW.match(data)
     if raw is not None:
         kind, width, height = (int(number) for number in raw.groups())
         _check_size(height, width)
         depth = 3 if kind == 6 else 1
-        found, wanted = len(data) - raw.end(), height * width * depth
-        if found < wanted:
-            raise BadImage(f"cut short: {found} of {wanted} bytes of pixels")
-        return np.frombuffer(data, np.uint8, wanted, raw.end()).reshape(height, width, depth)
+        size, expected = len(data) - raw.end(), height * width * depth
+        if size < expected:
+            raise BadImage(f"cut short: {size} of {expected} bytes of pixels")
+        return np.frombuffer(data, np.uint8, expected, raw.end()).reshape(height, width, depth)
     try:
         return _decode_with_pillow(data, channels)
     except _PILLOW_ERRORS as error:
@@ -146,8 +168,8 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage(f"{width}x{height} has a side of more than {MAX_SIDE} pixels")
 
 
-def _own(resized: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """The resized pixels in memory of their own, not the image's or the file's."""
+def _unshared(resized: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Returns the resized pixels, as a copy if they share the image's memory."""
     return resized.copy() if np.may_share_memory(resized, image) else resized
 
 
@@ -155,10 +177,10 @@ def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data))
     _check_size(image.height, image.width)
     if channels == 1:
-        image.draft("L", None)  # of a JPEG its luma as it is stored, as the quick way has it
+        image.draft("L", None)  # a JPEG's stored luma, which `jpeg` returns too
     image.load()
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes all to be inverted, as Adobe's are
+        image = ImageChops.invert(image)  # Pillow assumes that all are stored inverted, as Adobe's are
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

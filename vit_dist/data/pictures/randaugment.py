@@ -1,11 +1,11 @@
-"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719): a few operations in a row, all of one magnitude.
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719): a few random operations in a row, all of one magnitude.
 
 This is what `randaug(2, 15)` means in the AugReg recipes (vision_transformer, big_vision), after the official
-TensorFlow code: sixteen operations, each as likely as any other and always applied, with gray where one looks outside
-the image and with directions drawn one way or the other.
+TensorFlow code: sixteen equally likely operations, always applied, in a random direction where they have one, and with
+gray for pixels from outside the image.
 
-A magnitude of 10 is the upper end of the ranges that the paper searched. Recipes go on to 15 and 20, and so do the
-linear formulas below; where they would leave an operation's domain they stop there:
+A magnitude of 10 is the upper end of the ranges that the paper searched. Recipes go up to 15 and 20, and the linear
+formulas below hold there too; a value is cut off at the end of an operation's domain:
 
 | operation | at level = magnitude / 10 | at 15 |
 |---|---|---|
@@ -14,15 +14,16 @@ linear formulas below; where they would leave an operation's domain they stop th
 | TranslateX, TranslateY | ± 100/224 x level of the side | 67 % |
 | Cutout | half a box's side: 40/224 x level of the short side | a box of 54 % of it |
 | Color, Contrast, Brightness, Sharpness | factor 0.1 + 1.8 x level, so 5 changes nothing | 2.8 |
-| Posterize | 4 x level bits stay, 1 to 8: the higher the gentler | 6 |
-| Solarize | values from 256 x level up are inverted, from 10 on none: the higher the gentler | the image |
+| Posterize | keeps 4 x level bits, 1 to 8: a higher magnitude changes less | 6 |
+| Solarize | inverts values from 256 x level up, none from 10 on: a higher magnitude changes less | the image |
 | SolarizeAdd | 110 x level added to values below 128, to 255 at most | 165 |
 | AutoContrast, Equalize, Invert | the same at every level | |
 
-What differs from the official code: translations and cutouts are shares of the side, the same at its 224 pixels, so
-that small images survive them; geometry is bilinear, not nearest; contrast blends with the mean luma, as paper and
-Pillow have it, where the official code takes the number of pixels / 256. timm's `rand-m9-mstd0.5-inc1` is another
-thing: no Cutout, each operation skipped one time in two, every strength growing with the magnitude, which stops at 10.
+Differences from the official code: translations and cutouts are shares of the side, with the same result at 224
+pixels, so that small images remain recognisable; geometry is bilinear, not nearest; contrast blends with the mean luma,
+as in the paper and in Pillow, where the official code uses the number of pixels / 256. timm's `rand-m9-mstd0.5-inc1`
+differs more: it has no Cutout, skips each operation with probability 1/2, and makes every operation stronger with the
+magnitude, which ends at 10.
 """
 
 import math
@@ -33,28 +34,36 @@ import numpy as np
 from vit_dist.data.libraries import cv2
 from vit_dist.data.pictures import color
 
-_FILL = 128  # what lies outside the image
-_TRANSLATE = 100 / 224  # of the side, at level 1
-_CUTOUT = 40 / 224  # of the short side, at level 1
+_FILL = 128  # gray, for pixels from outside the image
+_TRANSLATE = 100 / 224  # share of the side, at level 1
+_CUTOUT = 40 / 224  # share of the short side, at level 1
 
 Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 
 def randaugment(image: np.ndarray, layers: int, magnitude: float, std: float, rng: np.random.Generator) -> np.ndarray:
-    """The image after `layers` operations drawn from `OPERATIONS`: `uint8 [H, W, C]` -> `uint8 [H, W, C]`.
+    """Applies random operations to an image.
 
-    With `std`, each has its own magnitude, drawn from a Gaussian about `magnitude` and at least 0.
+    Args:
+      image: `uint8 [H, W, C]`.
+      layers: how many operations are drawn from `OPERATIONS`.
+      magnitude: of all operations; the mean magnitude if `std` is not 0.
+      std: standard deviation of the Gaussian from which each operation's magnitude is drawn, cut off at 0.
+      rng: draws the numbers.
+
+    Returns:
+      `uint8 [H, W, C]`.
     """
     operations = list(OPERATIONS.values())
     for _ in range(layers):
         operation = operations[rng.integers(len(operations))]
-        drawn = max(0.0, rng.normal(magnitude, std)) if std else magnitude
-        image = operation(image, drawn / 10, rng)
+        own_magnitude = max(0.0, rng.normal(magnitude, std)) if std else magnitude
+        image = operation(image, own_magnitude / 10, rng)
     return image
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Turned clockwise about the centre."""
+    """Rotates the image clockwise about its centre."""
     height, width = image.shape[:2]
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -62,27 +71,27 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def shear_x(image: np.ndarray, amount: float) -> np.ndarray:
-    """Each row moved left by `amount` times its number."""
+    """Moves each row left by `amount` times its index."""
     return _affine(image, (1, amount, 0), (0, 1, 0))
 
 
 def shear_y(image: np.ndarray, amount: float) -> np.ndarray:
-    """Each column moved up by `amount` times its number."""
+    """Moves each column up by `amount` times its index."""
     return _affine(image, (1, 0, 0), (amount, 1, 0))
 
 
 def translate_x(image: np.ndarray, share: float) -> np.ndarray:
-    """Moved left by `share` of the width."""
+    """Moves the image left by `share` of its width."""
     return _affine(image, (1, 0, share * image.shape[1]), (0, 1, 0))
 
 
 def translate_y(image: np.ndarray, share: float) -> np.ndarray:
-    """Moved up by `share` of the height."""
+    """Moves the image up by `share` of its height."""
     return _affine(image, (1, 0, 0), (0, 1, share * image.shape[0]))
 
 
 def cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray:
-    """A square of side `2 * half`, centred on any pixel, filled with gray as far as it lies within the image.
+    """Fills a square of side `2 * half` about a random pixel with gray, as far as it lies within the image.
 
     (DeVries and Taylor 2017, arXiv:1708.04552.)
     """
@@ -93,7 +102,7 @@ def cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _affine(image: np.ndarray, x: tuple[float, float, float], y: tuple[float, float, float]) -> np.ndarray:
-    """The image whose pixel (column, row) is the input's at (`x`, `y`) . (column, row, 1), by linear interpolation."""
+    """Samples the image linearly: pixel (column, row) is the input at (`x` . p, `y` . p), p = (column, row, 1)."""
     moved = cv2.warpAffine(
         image,
         np.array([x, y], np.float64),
@@ -106,7 +115,7 @@ def _affine(image: np.ndarray, x: tuple[float, float, float], y: tuple[float, fl
 
 
 def _signed(value: float, rng: np.random.Generator) -> float:
-    """The value, or one time in two its negative."""
+    """Negates the value with probability 1/2."""
     return -value if rng.random() < 0.5 else value
 
 

@@ -1,7 +1,7 @@
-"""The work of `prepare`: the shards of a set are written side by side, each whole or not at all.
+"""Writes the shards of a set for `prepare`, several at the same time, each atomically.
 
-A shard is written in the folder of parts, takes its own name when it is whole, and is then noted; one that is noted is
-never made again. What a killed run left of an unfinished one is removed by the next run.
+A shard is written under a temporary name in the folder `PARTS`, is renamed when it is complete, and then recorded there
+as finished; a recorded shard is never written again. The next run removes the temporary files of a run that was killed.
 """
 
 import contextlib
@@ -31,81 +31,96 @@ from vit_dist.data.sets.manifest import PARTS, Entry, Plan, read_part, write_par
 
 _log = logging.getLogger(__name__)
 _JPEG_QUALITY, _JPEG_SAMPLING = 90, "420"
-_JPEG_SIDE = 65_500  # pixels; the longest that JPEG has room for
+_JPEG_SIDE = 65_500  # pixels; the longest side that libjpeg encodes
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """The images of a split as they are stored: as `jpeg`, as `raw` (PPM, or PGM without colour), or None: untouched.
+class ImageOptions:
+    """How `prepare` stores images.
 
-    `resize` is the length in pixels that a longer short side is brought to.
+    `resize`: the short side in pixels to which larger images are reduced; None: images keep their size.
+    `encode`: `jpeg` (quality 90, 4:2:0), or `raw` (PPM, or PGM for gray); None: encoded images are stored unchanged, or
+        as `jpeg` if `resize` is set, and pixels are stored as `raw`.
+    `keep_bad`: store an image that does not decode unchanged, and count it, instead of ending with an error.
     """
 
+    resize: int | None = None
+    encode: str | None = None
+    keep_bad: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImages:
+    """The images of a split, encoded as the options say. Here `options.encode` None means unchanged."""
+
     source: Source
-    resize: int | None
-    encode: str | None
+    options: ImageOptions
 
     @classmethod
-    def of(cls, source: Source, resize: int | None, encode: str | None) -> "Stored":
-        """With the encoding that is asked for, or the one that loses least for what is asked for."""
+    def of(cls, source: Source, options: ImageOptions) -> "StoredImages":
+        """Chooses the encoding if the options do not. Raises `ConfigError` for pixels that are neither gray nor RGB."""
         if isinstance(source, FileSource):
-            return cls(source, resize, encode or ("jpeg" if resize else None))
-        if source.images.shape[-1] not in (1, 3):
+            default = "jpeg" if options.resize else None
+        elif source.images.shape[-1] in (1, 3):
+            default = "raw"
+        else:
             raise ConfigError(f"the images have {source.images.shape[-1]} channels; expected 1 (gray) or 3 (RGB)")
-        return cls(source, resize, encode or "raw")
+        return cls(source, dataclasses.replace(options, encode=options.encode or default))
 
     @property
     def version(self) -> str:
-        """How the pixels differ from those of the source of the source: see `FileSource.version`."""
+        """Describes how the pixels differ from those of the original source; see `FileSource.version`."""
         before = self.source.version if isinstance(self.source, FileSource) else ""
-        resized = f"resize={self.resize}" if self.resize else ""
+        resized = f"resize={self.options.resize}" if self.options.resize else ""
         encoded = ""
-        if self.encode == "jpeg":
+        if self.options.encode == "jpeg":
             encoded = f"encode=jpeg:{_JPEG_QUALITY}:{_JPEG_SAMPLING}"
-        elif self.encode == "raw" and isinstance(self.source, FileSource):  # of pixels, raw ones are the same
+        elif self.options.encode == "raw" and isinstance(self.source, FileSource):  # else the pixels are the source's
             encoded = "encode=raw"
         return " ".join(filter(None, (before, resized, encoded)))
 
     def original(self, number: int) -> bytes:
-        """What the source has. Raises `OSError`."""
-        return self.source.read(number) if isinstance(self.source, FileSource) else raw(self.source.images[number])
+        """Returns an image as the source has it, pixels as a raw file. Raises `OSError` if it cannot be read."""
+        return (
+            self.source.read(number) if isinstance(self.source, FileSource) else encode_raw(self.source.images[number])
+        )
 
-    def image(self, number: int) -> bytes:
-        """What is stored of an image. Raises `OSError`, and `BadImage` where it has to be decoded and cannot be."""
+    def encoded(self, number: int) -> bytes:
+        """Returns an image as it is stored. Raises `OSError` if it cannot be read, `BadImage` if it does not decode."""
         if isinstance(self.source, FileSource):
             original = self.source.read(number)
-            if self.encode is None:
+            if self.options.encode is None:
                 return original
-            image = without_colour(decode(original, 3))
+            image = drop_equal_channels(decode(original, 3))
         else:
             original, image = b"", self.source.images[number]
-        smaller = image if self.resize is None else shortened(image, self.resize)
-        if self.encode == "raw":
-            return raw(smaller)
+        smaller = image if self.options.resize is None else limit_short_side(image, self.options.resize)
+        if self.options.encode == "raw":
+            return encode_raw(smaller)
         if smaller is image and original.startswith(b"\xff\xd8"):
-            return original  # encoding it once more would only lose
-        return jpeg(smaller)
+            return original  # a JPEG of the right size: encoding it again would only lose quality
+        return encode_jpeg(smaller)
 
 
-def shortened(image: np.ndarray, short_side: int) -> np.ndarray:
-    """`uint8 [H, W, C]` of which the shorter side is at most `short_side`, in the same proportions."""
+def limit_short_side(image: np.ndarray, short_side: int) -> np.ndarray:
+    """Shrinks `uint8 [H, W, C]` in proportion until its shorter side is at most `short_side` pixels."""
     scale = short_side / min(image.shape[:2])
     return image if scale >= 1 else resize(image, (round(image.shape[0] * scale), round(image.shape[1] * scale)))
 
 
-def without_colour(image: np.ndarray) -> np.ndarray:
-    """`uint8 [H, W, 3]` -> `[H, W, 1]` where there is no colour in it."""
+def drop_equal_channels(image: np.ndarray) -> np.ndarray:
+    """Returns `uint8 [H, W, 3]` as `[H, W, 1]` if its channels are equal, so that gray images are stored as gray."""
     return image[..., :1] if (image == image[..., :1]).all() else image
 
 
-def raw(image: np.ndarray) -> bytes:
-    """`uint8 [H, W, C]` -> a PPM file (P6), of one channel a PGM file (P5)."""
+def encode_raw(image: np.ndarray) -> bytes:
+    """Encodes `uint8 [H, W, C]` as a PPM file (P6), or as a PGM file (P5) if it has one channel."""
     height, width, channels = image.shape
     return f"P{5 if channels == 1 else 6}\n{width} {height}\n255\n".encode() + image.tobytes()
 
 
-def jpeg(image: np.ndarray) -> bytes:
-    """`uint8 [H, W, C]` -> a JPEG file of quality 90, 4:2:0. Raises `BadImage` for one too large."""
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Encodes `uint8 [H, W, C]` as a JPEG file of quality 90, 4:2:0. Raises `BadImage` if the image is too large."""
     if max(image.shape[:2]) > _JPEG_SIDE:
         raise BadImage(f"{image.shape[0]}x{image.shape[1]} pixels, a JPEG has at most {_JPEG_SIDE} on a side")
     kind = ("GRAY", "Gray") if image.shape[2] == 1 else ("RGB", _JPEG_SAMPLING)
@@ -113,7 +128,7 @@ def jpeg(image: np.ndarray) -> bytes:
 
 
 class Shard(NamedTuple):
-    """One that is to be made."""
+    """A shard to write: its split, the ids of its examples, and its file's name."""
 
     split: str
     ids: range
@@ -121,47 +136,55 @@ class Shard(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
-    place: Path
+class _Job:
+    """What the threads that write the shards of a set share."""
+
+    folder: Path
     plan: Plan
-    stored: dict[str, Stored]
+    images: dict[str, StoredImages]
     names: dict[str, Names]
-    keep_bad: bool
     stopped: threading.Event
 
 
 class _Stopped(Exception):
-    """Another shard failed, or the user wants to leave."""
+    """Another shard failed, or the user pressed Ctrl-C."""
 
 
-def make(
-    place: Path,
+def write_shards(
+    folder: Path,
     plan: Plan,
     shards: Sequence[Shard],
-    stored: dict[str, Stored],
+    images: dict[str, StoredImages],
     names: dict[str, Names],
-    keep_bad: bool,
     workers: int,
 ) -> None:
-    """Makes those of the shards that are not noted as finished, `workers` at a time.
+    """Writes the shards that are not recorded as finished.
 
-    `stored` and `names` are by split. With `keep_bad` an image that does not decode is stored as it is, and counted;
-    without resizing or encoding none is decoded. Raises `ConfigError` for one that does not decode otherwise, for one
-    that cannot be read, and for a disk that is full.
+    Args:
+      folder: of the set.
+      plan: of the set; finished shards of another plan are refused.
+      shards: the shards that should exist at the end.
+      images: by split.
+      names: of the examples, by split.
+      workers: how many threads, each of which writes a shard at a time.
+
+    Raises:
+      ConfigError: an image cannot be read, or does not decode and is not to be kept; a finished shard belongs to
+        another plan; or the disk is full.
     """
-    _remove_leftovers(place, {shard.file for shard in shards})
-    todo = [shard for shard in shards if read_part(place, plan, shard.file) is None]
-    if 0 < len(todo) < len(shards):
-        _log.info("%s: going on, %d of %d shards are there", place, len(shards) - len(todo), len(shards))
-    work = _Work(place, plan, stored, names, keep_bad, threading.Event())
-    with bar() as shown, ThreadPoolExecutor(workers) as pool:
-        task = shown.add_task(f"preparing {place}", total=sum(len(shard.ids) for shard in todo))
-        jobs = [pool.submit(_make, work, shard, lambda: shown.advance(task)) for shard in todo]
+    _remove_leftovers(folder, {shard.file for shard in shards})
+    unfinished = [shard for shard in shards if read_part(folder, plan, shard.file) is None]
+    if 0 < len(unfinished) < len(shards):
+        _log.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(unfinished), len(shards))
+    job = _Job(folder, plan, images, names, threading.Event())
+    with bar() as progress, ThreadPoolExecutor(workers) as pool:
+        task = progress.add_task(f"preparing {folder}", total=sum(len(shard.ids) for shard in unfinished))
+        written = [pool.submit(_write_shard, job, shard, lambda: progress.advance(task)) for shard in unfinished]
         try:
-            for job in as_completed(jobs):
-                job.result()
+            for future in as_completed(written):
+                future.result()
         except BaseException as error:  # Ctrl-C too
-            work.stopped.set()
+            job.stopped.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, FileNotFoundError):
                 raise ConfigError(
@@ -170,59 +193,59 @@ def make(
             raise
 
 
-def _make(work: _Work, shard: Shard, advance: Callable[[], None]) -> None:
-    """Writes one shard, and notes it when it is whole."""
+def _write_shard(job: _Job, shard: Shard, advance: Callable[[], None]) -> None:
+    """Writes a shard, then records it as finished. Calls `advance` after each example."""
     bad = 0
-    with _partial(work.place, shard.file) as partial:
+    images, names = job.images[shard.split], job.names[shard.split]
+    labels = images.source.labels
+    with _partial(job.folder, shard.file) as partial:
         file = Path(partial.name)
-        writer = Writer(file, work.place / shard.file)
-        labels, names = work.stored[shard.split].source.labels, work.names[shard.split]
+        writer = Writer(file, job.folder / shard.file)
         for number in shard.ids:
-            if work.stopped.is_set():
+            if job.stopped.is_set():
                 raise _Stopped
-            image, is_bad = _image(work, shard.split, number)
+            image, is_bad = _encoded(images, number)
             writer.write(pack(image, int(labels[number]), names[number]))
             bad += is_bad
             advance()
         writer.close()
         size, digest = measure(file)
         os.fsync(partial.fileno())
-        os.chmod(file, 0o644)  # a temporary file is its owner's alone
-        os.replace(file, work.place / shard.file)
-    write_part(work.place, work.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
+        os.chmod(file, 0o644)  # only the owner may read a temporary file
+        os.replace(file, job.folder / shard.file)
+    write_part(job.folder, job.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
 
 
-def _image(work: _Work, split: str, number: int) -> tuple[bytes, bool]:
-    """What is stored of an image, and whether it is a bad one."""
-    stored = work.stored[split]
-    name = stored.source.name(number)
+def _encoded(images: StoredImages, number: int) -> tuple[bytes, bool]:
+    """Returns an image as it is stored, and whether it is bad."""
+    name = images.source.name(number)
     try:
         try:
-            return stored.image(number), False
+            return images.encoded(number), False
         except BadImage as error:
-            if not work.keep_bad:
+            if not images.options.keep_bad:
                 raise ConfigError(
                     f"{name}: {error}; repair or remove it, or set --on-bad=skip to store it as it is"
                 ) from error
             _log.warning("%s: %s; stored as it is", name, error)
-            return stored.original(number), True
+            return images.original(number), True
     except OSError as error:
-        # Not for `keep_bad`: there is nothing to store, and a network's bad moment must not make another set.
+        # `keep_bad` does not apply: there is nothing to store, and the set must not depend on the state of a network.
         raise ConfigError(f"{name}: cannot be read ({error}); repair or remove it, or try again") from error
 
 
 def measure(file: Path) -> tuple[int, str]:
-    """The size of a file in bytes, and the SHA-256 of its content."""
+    """Returns the size of a file in bytes and the SHA-256 of its content."""
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), digest
 
 
 @contextlib.contextmanager
-def _partial(place: Path, file: str) -> Iterator[IO[bytes]]:
-    """A new file beside the parts, locked for as long as somebody writes it; removed where that fails."""
-    with tempfile.NamedTemporaryFile(dir=place / PARTS, prefix=f"{file}.", suffix=".tmp", delete=False) as partial:
-        with contextlib.suppress(OSError):  # a file system without locks
+def _partial(folder: Path, file: str) -> Iterator[IO[bytes]]:
+    """Yields a new temporary file for a shard, locked during the `with` block; removes it if the block fails."""
+    with tempfile.NamedTemporaryFile(dir=folder / PARTS, prefix=f"{file}.", suffix=".tmp", delete=False) as partial:
+        with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield partial
@@ -232,10 +255,10 @@ def _partial(place: Path, file: str) -> Iterator[IO[bytes]]:
             raise
 
 
-def _remove_leftovers(place: Path, files: set[str]) -> None:
-    """Removes what killed runs left of these shards: the unfinished files that nobody holds a lock on."""
-    for name, _ in entries(place / PARTS):
+def _remove_leftovers(folder: Path, files: set[str]) -> None:
+    """Removes the temporary files that killed runs left of these shards, which no process has locked."""
+    for name, _ in entries(folder / PARTS):
         if name.endswith(".tmp") and name.rsplit(".", 2)[0] in files:
-            with contextlib.suppress(OSError), open(place / PARTS / name, "rb") as partial:
-                fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where a live one holds it
+            with contextlib.suppress(OSError), open(folder / PARTS / name, "rb") as partial:
+                fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds the lock
                 os.unlink(partial.name)

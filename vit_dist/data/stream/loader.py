@@ -1,8 +1,8 @@
-"""Batches of a source, made ahead of time by threads (Grain's) or by worker processes.
+"""Makes the batches of a source ahead of time, by Grain's threads or by worker processes.
 
 The stream is a Grain dataset of pieces of batches, numbered in order, and a piece is a pure function of `(seed, step,
-rows)`. So it does not matter who makes it, hosts need not talk, and a run is resumed by starting at another step: the
-loader has no state to save. What is made ahead is bounded in bytes, for a batch may be large.
+rows)`. So any thread, process or host can make any piece, hosts need not communicate, and a run resumes by starting at
+another step: the loader has no state to save. The amount made ahead is bounded in bytes, since a batch can be large.
 """
 
 import dataclasses
@@ -23,40 +23,49 @@ from vit_dist.data.stream.workers import Workers
 
 HostBatch = dict[str, np.ndarray]
 Piece = tuple[HostBatch, list[BadExample], Timings]
-PADDING_ID = -1  # of the rows that fill up the last batch of an evaluation
-_PIECE_ROWS = 32  # images that one thread makes at a time
-_MOST_PIECES = 256  # ahead; of small images the bytes allow more, but who waits for them?
-_MOST_GATHERS = 8  # likewise, of whole batches from memory
+PADDING_ID = -1  # id of the rows that fill up the last batch of an evaluation
+_PIECE_ROWS = 32  # images that a thread makes at a time
+_MOST_PIECES = 256  # made ahead; the bytes allow more pieces of small images, but the step would not be quicker
+_MOST_GATHERS = 8  # likewise, for batches gathered from memory
 
 
 class Pieces(Protocol):
+    """An iterator over the pieces of a stream, which ends its threads or processes when it is closed."""
+
     def __next__(self) -> Piece: ...
     def close(self) -> None: ...
 
 
 class Batches(Iterator[HostBatch]):
-    """The iterator that `train_batches` and `evaluation_batches` return; to be closed.
+    """The iterator that `train_batches` and `evaluation_batches` return; the caller closes it.
 
-    `stages` sums what its `parallel` threads or processes have spent on what. It ends them when it is exhausted,
-    raises or is closed.
+    `timings` sums the seconds that its `parallel` threads or processes have spent. It ends them when it is exhausted,
+    raises an error or is closed.
     """
 
     def __init__(self, pieces: Pieces, starts: range, rows: int, parallel: int) -> None:
-        """A batch of `rows` rows is made of pieces that begin at `starts`, so many of them at a time."""
+        """Assembles batches from pieces.
+
+        Args:
+          pieces: the pieces of all batches, in order.
+          starts: the first row of each piece in its batch.
+          rows: how many rows a batch has on this process.
+          parallel: how many threads or processes make pieces at the same time.
+        """
         self._pieces = pieces
-        self._close = weakref.finalize(self, pieces.close)  # at the latest when it is dropped, or at the exit
+        self._close = weakref.finalize(self, pieces.close)  # also runs when this is garbage, or at the program's exit
         self._starts, self._rows = starts, rows
         self._closed = False
-        self._made = 0
+        self._batches_made = 0
         self._bad: dict[int, tuple[int, BadExample]] = {}
         self.parallel = parallel
-        self.stages = Timings()
+        self.timings = Timings()
 
     def __next__(self) -> HostBatch:
         if self._closed:
             raise StopIteration
         try:
-            self._made += 1
+            self._batches_made += 1
             if len(self._starts) == 1:
                 return self._next_piece()
             return self._assemble()
@@ -65,11 +74,12 @@ class Batches(Iterator[HostBatch]):
             raise
 
     def bad(self, batches: int | None = None) -> list[BadExample]:
-        """The examples skipped in the first so many batches, or in all that were made so far; each once."""
-        found = list(self._bad.values())  # at once: another thread may be adding to them
-        return [bad for number, bad in found if batches is None or number <= batches]
+        """Returns the examples skipped in the first `batches` batches, or in all that were made so far; each once."""
+        skipped = list(self._bad.values())  # a copy, since another thread may be adding to them
+        return [bad for number, bad in skipped if batches is None or number <= batches]
 
     def close(self) -> None:
+        """Ends the threads or processes; the iterator is then exhausted."""
         self._closed = True
         self._close()
 
@@ -77,7 +87,7 @@ class Batches(Iterator[HostBatch]):
         batch: HostBatch = {}
         for start in self._starts:
             piece = self._next_piece()
-            with self.stages.timed("copy"):
+            with self.timings.timed("copy"):
                 for name, rows in piece.items():
                     if name not in batch:
                         batch[name] = np.empty((self._rows, *rows.shape[1:]), rows.dtype)
@@ -85,11 +95,11 @@ class Batches(Iterator[HostBatch]):
         return batch
 
     def _next_piece(self) -> HostBatch:
-        piece, found, stages = next(self._pieces)
-        self.stages.add(stages)
-        for bad in found:
-            self._bad.setdefault(bad.id, (self._made, bad))
-        return piece
+        batch, bad_examples, timings = next(self._pieces)
+        self.timings.add(timings)
+        for bad in bad_examples:
+            self._bad.setdefault(bad.id, (self._batches_made, bad))
+        return batch
 
 
 def train_batches(
@@ -104,12 +114,26 @@ def train_batches(
     start_step: int,
     stop_step: int,
 ) -> Batches:
-    """Rows `rows` of the global batch of every step in `[start_step, stop_step)`.
+    """Makes this process's rows of the global batch of every step in `[start_step, stop_step)`.
 
-    A batch is `image` `uint8 [b, H, W, C]`, `label` `int32 [b]`, `id` `int32 [b]`. Images are cropped, resized to
-    `image_size` and augmented here, as the config says; where the device augments (`augments_on_device`) they keep
-    their own size. An example that does not decode is, with `data.on_bad=skip`, replaced by the next that does.
-    Raises `ConfigError` for what cannot be skipped.
+    Args:
+      source: the examples.
+      data: the config's section: how images are cropped and augmented, and how many threads or processes do it.
+      image_size: (height, width) to which images are resized. Images that the device will augment
+        (`augments_on_device`) keep their own size.
+      channels: of the images, 3 (RGB) or 1 (gray).
+      seed: determines the order and the augmentations.
+      batch_size: of the global batch.
+      rows: this process's rows of the global batch.
+      start_step: the first step.
+      stop_step: the step after the last.
+
+    Returns:
+      An iterator over batches: `image` `uint8 [b, H, W, C]`, `label` `int32 [b]`, `id` `int32 [b]`, for b rows. With
+      `data.on_bad=skip`, an example that does not decode is replaced by the next that does.
+
+    Raises:
+      ConfigError: the source is empty or has other channels, or, while iterating, an example cannot be skipped.
     """
     if not len(source):
         raise ConfigError("the train split holds no examples")
@@ -129,11 +153,12 @@ def evaluation_batches(
     batch_size: int,
     rows: Sequence[int] | np.ndarray,
 ) -> Batches:
-    """Rows `rows` of the batches that hold every example of the source once, in the order of ids.
+    """Makes this process's rows of batches that contain every example of the source once, in the order of ids.
 
-    As `train_batches`, without augmentation and with `mask` `bool [b]`: False for the zero images (of label 0 and id
-    -1) that fill the last batch, and for files that do not decode. These are skipped whatever `data.on_bad` says, so
-    that every host gets as many batches; what `Batches.bad` lists is for the caller to refuse.
+    Args and batches are those of `train_batches`. Images are not augmented. Batches also have `mask` `bool [b]`, False
+    for the zero images (label 0, id -1) that fill the last batch and for files that do not decode. Such files are
+    masked whatever `data.on_bad` is, so that every process makes equally many batches; the caller decides whether to
+    accept the examples in `Batches.bad`.
     """
     data = dataclasses.replace(data, on_bad="skip")
     make = _EvaluationPiece(Pixels(source, data, image_size, channels), batch_size)
@@ -150,63 +175,61 @@ class _TrainPiece:
 
     def __call__(self, step: int, rows: np.ndarray) -> Piece:
         positions = step * self.batch_size + rows
-        ids, bad, stages = self.order.ids(positions), list[BadExample](), Timings()
+        ids, bad, timings = self.order.ids(positions), list[BadExample](), Timings()
         if augments_on_device(self.pixels.source, self.pixels.data):
-            with stages.timed("read"):
+            with timings.timed("read"):
                 images = self.pixels.gather(ids)
         else:
             images = self.pixels.empty(len(ids))
             for row, position in enumerate(positions):
-                ids[row] = self._fill(images, row, int(ids[row]), int(position), bad, stages)
-        return {"image": images, "label": self.pixels.source.labels[ids], "id": ids.astype(np.int32)}, bad, stages
+                images[row], ids[row] = self._first_that_decodes(int(ids[row]), int(position), bad, timings)
+        return {"image": images, "label": self.pixels.source.labels[ids], "id": ids.astype(np.int32)}, bad, timings
 
-    def _fill(
-        self, images: np.ndarray, row: int, index: int, position: int, bad: list[BadExample], stages: Timings
-    ) -> int:
-        """Puts the first example from `index` on that decodes into `images[row]`; returns its id.
-
-        Those passed over are added to `bad`.
-        """
-        examples, run = len(self.pixels.source), list[BadExample]()
-        while isinstance(found := self.pixels.augmented(index, self.order.seed, position, stages), BadExample):
-            run.append(found)
-            check_bad(run, self.pixels.data.max_bad_fraction, examples)  # or it would go round for ever
+    def _first_that_decodes(
+        self, index: int, position: int, bad: list[BadExample], timings: Timings
+    ) -> tuple[np.ndarray, int]:
+        """Returns the first example from id `index` on that decodes, and its id. Appends those before it to `bad`."""
+        examples, skipped = len(self.pixels.source), list[BadExample]()
+        while isinstance(image := self.pixels.augmented(index, self.order.seed, position, timings), BadExample):
+            skipped.append(image)
+            check_bad(skipped, self.pixels.data.max_bad_fraction, examples)  # ends the loop if no example decodes
             index = (index + 1) % examples
-        bad += run
-        images[row] = found
-        return index
+        bad += skipped
+        return image, index
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvaluationPiece:
+    """Makes rows of an evaluation batch. Also sent to the worker processes."""
+
     pixels: Pixels
     batch_size: int
 
     def __call__(self, step: int, rows: np.ndarray) -> Piece:
-        source, bad, stages = self.pixels.source, list[BadExample](), Timings()
+        source, bad, timings = self.pixels.source, list[BadExample](), Timings()
         ids = step * self.batch_size + rows
         mask = ids < len(source)
-        known = np.where(mask, ids, 0)
+        valid_ids = np.where(mask, ids, 0)
         if augments_on_device(source, self.pixels.data):
-            images = self.pixels.gather(known)
+            images = self.pixels.gather(valid_ids)
         else:
             images = self.pixels.empty(len(ids))
             for row in np.flatnonzero(mask):
-                image = self.pixels.plain(int(ids[row]), stages)
+                image = self.pixels.plain(int(ids[row]), timings)
                 if isinstance(image, BadExample):
                     bad.append(image)
                     mask[row] = False
                 else:
                     images[row] = image
         images[~mask] = 0
-        labels = np.where(mask, source.labels[known], 0).astype(np.int32)
+        labels = np.where(mask, source.labels[valid_ids], 0).astype(np.int32)
         ids = np.where(mask, ids, PADDING_ID).astype(np.int32)
-        return {"image": images, "label": labels, "id": ids, "mask": mask}, bad, stages
+        return {"image": images, "label": labels, "id": ids, "mask": mask}, bad, timings
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered:
-    """Piece `number` of the stream: of which step it is, and which rows."""
+class _NumberedPieces:
+    """Makes piece `number` of the stream: some rows of the batch of a step."""
 
     make: Callable[[int, np.ndarray], Piece]
     first_step: int
@@ -222,22 +245,22 @@ class _Numbered:
 def _batches(
     make: Callable[[int, np.ndarray], Piece], pixels: Pixels, steps: range, rows: Sequence[int] | np.ndarray
 ) -> Batches:
-    """Makes the batches of `steps` ahead of time and in order, at most `data.read_ahead_mb` of their pixels."""
-    source, data, local = pixels.source, pixels.data, np.asarray(rows)
+    """Makes the batches of `steps` in order and ahead of time, by at most `data.read_ahead_mb` of pixels."""
+    source, data, local_rows = pixels.source, pixels.data, np.asarray(rows)
     if augments_on_device(source, data):
         assert isinstance(source, ArraySource)
-        piece, row_bytes, most = len(local), source.images[:1].nbytes, _MOST_GATHERS
-        threads = 1  # a gather is too short to share out
+        piece_rows, row_bytes, most = len(local_rows), source.images[:1].nbytes, _MOST_GATHERS
+        threads = 1  # a gather takes too little time to divide it among threads
     else:
-        piece, row_bytes, most = _PIECE_ROWS, pixels.empty(1).nbytes, _MOST_PIECES
+        piece_rows, row_bytes, most = _PIECE_ROWS, pixels.empty(1).nbytes, _MOST_PIECES
         threads = data.threads
-    starts = range(0, len(local), piece)
-    ahead = min(most, max(1, int(data.read_ahead_mb * 2**20 / (min(piece, len(local)) * row_bytes))))
-    numbered, count = _Numbered(make, steps.start, local, starts), len(steps) * len(starts)
+    starts = range(0, len(local_rows), piece_rows)
+    ahead = min(most, max(1, int(data.read_ahead_mb * 2**20 / (min(piece_rows, len(local_rows)) * row_bytes))))
+    make_piece, count = _NumberedPieces(make, steps.start, local_rows, starts), len(steps) * len(starts)
     if data.workers and isinstance(source, FileSource):
-        return Batches(Workers(numbered, count, data.workers, ahead), starts, len(local), data.workers)
-    import grain  # here: it imports jax, and worker processes, which import this module, need neither
+        return Batches(Workers(make_piece, count, data.workers, ahead), starts, len(local_rows), data.workers)
+    import grain  # not at the top: it imports jax, and worker processes, which import this module, need neither
 
     options = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
-    pieces = iter(grain.MapDataset.range(count).map(numbered).to_iter_dataset(options))
-    return Batches(pieces, starts, len(local), threads)
+    pieces = iter(grain.MapDataset.range(count).map(make_piece).to_iter_dataset(options))
+    return Batches(pieces, starts, len(local_rows), threads)

@@ -1,6 +1,6 @@
-"""One example as the model is to see it: read, decoded, cropped, resized and augmented.
+"""Reads, decodes, crops, resizes and augments one example.
 
-What happens to an example depends on the seed and its place in the stream alone: see `augment.generator`.
+The result depends on the example, the seed and the position in the stream alone: see `augment.generator`.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from vit_dist.data.sets.examples import ArraySource, FileSource, Source
 from vit_dist.data.stream.bad_examples import BadExample, check_none_bad
 from vit_dist.data.stream.timings import Timings
 
-_PAUSES_S = (0.1, 1.0, 5.0)  # before another try to read
-_OF_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_OF_THE_NETWORK = (ConnectionError, TimeoutError)
+_PAUSES_S = (0.1, 1.0, 5.0)  # before reading is tried again
+_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NETWORK_ERRORS = (ConnectionError, TimeoutError)
 
 
 def augments_on_device(source: Source, data: config.Data) -> bool:
-    """Whether images come at their own size and as they are, for the device to crop, resize and augment.
+    """Returns whether the device crops, resizes and augments the images, so that the host leaves them unchanged.
 
     Raises `ConfigError` as `augment.on_device`.
     """
@@ -30,7 +30,7 @@ def augments_on_device(source: Source, data: config.Data) -> bool:
 
 
 def evaluation_image(encoded: bytes, data: config.Data, size: tuple[int, int], channels: int) -> np.ndarray:
-    """An encoded image as evaluation sees it, whole or its centre (`data.eval_crop`): `uint8 [*size, channels]`.
+    """Decodes an image, or its centre (`data.eval_crop`), as for evaluation: `uint8 [*size, channels]`.
 
     Raises `images.BadImage`.
     """
@@ -39,7 +39,11 @@ def evaluation_image(encoded: bytes, data: config.Data, size: tuple[int, int], c
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Reads examples of a source as pixels of `image_size` and `channels`. Can be pickled."""
+    """Reads the examples of a source as pixels of `image_size` and `channels`. Can be pickled.
+
+    Raises `ConfigError` if the source's images cannot be converted to `channels`, or `data.crop_decode` lacks its
+    library.
+    """
 
     source: Source
     data: config.Data
@@ -48,52 +52,68 @@ class Pixels:
 
     def __post_init__(self) -> None:
         if isinstance(self.source, ArraySource):
-            have = self.source.images.shape[-1]
-            if not images.convertible(have, self.channels):
-                raise ConfigError(f"model.channels: {self.channels}, but the images of this source have {have}")
+            source_channels = self.source.images.shape[-1]
+            if not images.convertible(source_channels, self.channels):
+                raise ConfigError(
+                    f"model.channels: {self.channels}, but the images of this source have {source_channels}"
+                )
         elif self.channels not in images.CHANNELS:
             raise ConfigError(f"model.channels: {self.channels}, but image files are decoded to 1 or 3")
         elif self.data.crop_decode:
             jpeg.crop_codec()
 
     def empty(self, rows: int) -> np.ndarray:
-        """Room for so many images, `uint8 [rows, H, W, C]`."""
+        """Returns an uninitialised array for `rows` images, `uint8 [rows, H, W, C]`."""
         return np.empty((rows, *self.image_size, self.channels), np.uint8)
 
     def gather(self, ids: np.ndarray) -> np.ndarray:
-        """Pixels of examples in memory, at their own size."""
+        """Returns the examples `ids` of a source in memory, at their own size: `uint8 [n, h, w, C]`."""
         assert isinstance(self.source, ArraySource)
         return images.convert_channels(np.take(self.source.images, ids, axis=0), self.channels)
 
-    def augmented(self, index: int, seed: int, position: int, stages: Timings) -> np.ndarray | BadExample:
-        """An example as training sees it at this place of the stream, or what is wrong with it if it may be skipped."""
+    def augmented(self, index: int, seed: int, position: int, timings: Timings) -> np.ndarray | BadExample:
+        """Reads and augments an example for training.
+
+        Args:
+          index: the example's id.
+          seed: the run's seed.
+          position: global position in the stream, which with the seed determines the augmentation.
+          timings: the seconds spent are added to it.
+
+        Returns:
+          `uint8 [H, W, C]`, or the bad example if `data.on_bad=skip`.
+
+        Raises:
+          TooManyBadExamples: the example is bad and may not be skipped.
+          ConfigError: the disk or the network fails.
+        """
         data, rng = self.data, augment.generator(seed, position)
-        choose: images.Choose = images.whole
+        choose: images.ChooseBox = images.full_box
         if data.crop_area is not None:
             choose = partial(crop.random_crop, area=data.crop_area, aspect=data.crop_aspect, rng=rng)
-        image = self._image(index, choose, stages)
+        image = self._image(index, choose, timings)
         if isinstance(image, BadExample):
             return image
-        with stages.timed("augment"):
-            return augment.changes(image, data, rng)
+        with timings.timed("augment"):
+            return augment.augment_image(image, data, rng)
 
-    def plain(self, index: int, stages: Timings) -> np.ndarray | BadExample:
-        """An example as evaluation sees it, or what is wrong with it where that may be skipped."""
-        return self._image(index, _evaluation_box(self.data, self.image_size), stages)
+    def plain(self, index: int, timings: Timings) -> np.ndarray | BadExample:
+        """Reads an example for evaluation; returns and raises as `augmented`."""
+        return self._image(index, _evaluation_box(self.data, self.image_size), timings)
 
-    def _image(self, index: int, choose: images.Choose, stages: Timings) -> np.ndarray | BadExample:
+    def _image(self, index: int, choose: images.ChooseBox, timings: Timings) -> np.ndarray | BadExample:
         source, data = self.source, self.data
         if isinstance(source, ArraySource):
-            with stages.timed("decode"):
+            with timings.timed("decode"):
                 image = images.convert_channels(source.images[index], self.channels)
                 top, left, height, width = choose(*image.shape[:2])
                 return images.resize(
                     image[top : top + height, left : left + width], self.image_size, data.interpolation
                 )
         try:
-            with stages.timed("read"):
+            with timings.timed("read"):
                 encoded = _read(source, index)
-            with stages.timed("decode"):
+            with timings.timed("decode"):
                 return images.decode_box(
                     encoded, self.channels, choose, self.image_size, data.interpolation, data.crop_decode
                 )
@@ -105,15 +125,16 @@ class Pixels:
 
 
 def _read(source: FileSource, index: int) -> bytes:
-    """The encoded bytes. Raises `OSError` where the fault is the file's, `ConfigError` where the disk or network fails.
+    """Returns an example's encoded bytes.
 
-    A file that cannot be read just now is not a bad one: to pass over it would make this run another than it is.
+    Raises `OSError` if the file is at fault, `ConfigError` if the disk or network still fails after some retries. A
+    file that cannot be read at the moment is not a bad example: to skip it would change the result of the run.
     """
     for pause in (*_PAUSES_S, 0.0):
         try:
             return source.read(index)
         except OSError as error:
-            if isinstance(error, _OF_THE_FILE) or (error.errno is None and not isinstance(error, _OF_THE_NETWORK)):
+            if isinstance(error, _FILE_ERRORS) or (error.errno is None and not isinstance(error, _NETWORK_ERRORS)):
                 raise
             reason = error
         time.sleep(pause)
@@ -123,5 +144,5 @@ def _read(source: FileSource, index: int) -> bytes:
     ) from reason
 
 
-def _evaluation_box(data: config.Data, size: tuple[int, int]) -> images.Choose:
-    return images.whole if data.eval_crop is None else partial(crop.centre_box, size=size, ratio=data.eval_crop)
+def _evaluation_box(data: config.Data, size: tuple[int, int]) -> images.ChooseBox:
+    return images.full_box if data.eval_crop is None else partial(crop.centre_box, size=size, ratio=data.eval_crop)

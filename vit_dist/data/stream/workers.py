@@ -1,7 +1,7 @@
-"""Worker processes that call a function of a number, for results in order.
+"""Worker processes that call a function of a number and return the results in order.
 
-The standard library's pool, and not Grain's worker processes: those hand results over in shared memory, of which some
-is left behind when a run ends at the wrong moment, and containers have little of it. Here results come through pipes.
+They are the standard library's pool, which sends results through pipes. Grain's worker processes send them through
+shared memory, which can be left behind when a run ends at the wrong moment, and of which containers have little.
 """
 
 import collections
@@ -21,49 +21,57 @@ T = TypeVar("T")
 
 
 class Workers(Iterator[T], Generic[T]):
-    """`make(0)`, `make(1)` and on, `count` in all, made by `processes`, at most `ahead` under way; to be closed.
+    """An iterator over `make(0)` to `make(count - 1)`, which worker processes compute; the caller closes it.
 
-    `make` is sent to each process once. Raises what `make` raises, and `RuntimeError` where a process dies.
+    Iterating raises what `make` raises, and `RuntimeError` if a worker dies.
 
-    Signals that ask a job to stop (SIGTERM, Ctrl-C) often go to all its processes. They are this one's to answer, and
-    the workers', whose results the last steps still need, are blocked.
+    Signals that ask a job to stop (SIGTERM, Ctrl-C) often reach all its processes. This process responds to them. The
+    workers block them, since the last steps still need their results.
     """
 
     def __init__(self, make: Callable[[int], T], count: int, processes: int, ahead: int) -> None:
+        """Starts no process yet.
+
+        Args:
+          make: is pickled and sent to each worker once.
+          count: how many results there are.
+          processes: how many workers.
+          ahead: how many results may be ready or in progress at a time.
+        """
         self._pool = concurrent.futures.ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(make,)
         )
         self._numbers, self._ahead = iter(range(count)), ahead
-        self._under_way: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        self._pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
 
     def __next__(self) -> T:
         try:
-            while len(self._under_way) < self._ahead and (number := next(self._numbers, None)) is not None:
-                self._under_way.append(self._submit(number))
-            if not self._under_way:
+            while len(self._pending) < self._ahead and (number := next(self._numbers, None)) is not None:
+                self._pending.append(self._submit(number))
+            if not self._pending:
                 raise StopIteration
-            return self._under_way.popleft().result()
+            return self._pending.popleft().result()
         except BrokenProcessPool as error:
             for process in self._processes():
-                process.kill()  # the pool asks them by SIGTERM, in vain
+                process.kill()  # the pool sends SIGTERM, which the workers block
             raise RuntimeError(
                 f"data.workers: a worker process died ({error.__cause__ or error}); it was killed, ran out of memory, "
                 "or the script that trains lacks its `if __name__ == '__main__':`"
             ) from error
 
     def close(self) -> None:
-        """Returns when the processes have ended; what they had under way is lost."""
+        """Waits until the workers have ended; drops unfinished results."""
         self._pool.shutdown(cancel_futures=True)
 
     def _submit(self, number: int) -> concurrent.futures.Future[T]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
-            return self._pool.submit(_one, number)  # may start a process, which inherits the mask
+            return self._pool.submit(_call_make, number)  # can start a process, which inherits the mask
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _processes(self) -> list[multiprocessing.Process]:
-        return list((self._pool._processes or {}).values())  # `kill_workers()` comes with Python 3.14
+        return list((self._pool._processes or {}).values())  # from Python 3.14 on, `kill_workers()` does this
 
 
 _make: Callable[[int], Any]
@@ -76,7 +84,7 @@ def _begin(make: Callable[[int], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that it works for has ended: if that was killed, nobody else would tell it to."""
+    """Ends this process when its parent has ended; a parent that was killed cannot end it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -86,15 +94,15 @@ def _end_with_parent() -> None:
 
     threading.Thread(target=wait_and_end, daemon=True).start()
     if sys.platform == "linux":
-        # The thread needs Python's lock, which a long task in C may hold. So the kernel is asked for a signal when the
-        # pipe from the parent closes, on which nothing is sent any more.
+        # The thread needs Python's lock, which a long task in C can hold. So the kernel also sends SIGKILL when the
+        # pipe from the parent closes. The parent sends nothing more through it, so nothing else triggers the signal.
         fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
         fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if wait([parent.sentinel], timeout=0):  # it has ended before the signal was asked for
+        if wait([parent.sentinel], timeout=0):  # the parent ended before the signal was set up
             os._exit(1)
 
 
-def _one(number: int) -> Any:
+def _call_make(number: int) -> Any:
     return _make(number)
