@@ -8,8 +8,8 @@ import pytest
 from system import NOTHING_RANDOM, settings, train_here
 
 from vit_dist.model import flops
-from vit_dist.plan import compile as compiling
 from vit_dist.plan import account as accounts
+from vit_dist.plan import compile as compiling
 from vit_dist.plan import links, targets
 from vit_dist.plan.account import account, account_of_too_large, memory, of_run
 from vit_dist.plan.attached import plan_attached
