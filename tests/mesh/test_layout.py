@@ -62,9 +62,9 @@ def test_the_gradient_of_a_gathered_parameter_is_summed_over_the_batch_and_split
                 parameter
             )
 
-        found = gradient(parameter)
-        assert jax.typeof(found).sharding.spec.partitions == ("fsdp",)
-        assert found.tolist() == [960.0 + 16 * column for column in range(8)]
+        result = gradient(parameter)
+        assert jax.typeof(result).sharding.spec.partitions == ("fsdp",)
+        assert result.tolist() == [960.0 + 16 * column for column in range(8)]
 
 
 @pytest.mark.parametrize(

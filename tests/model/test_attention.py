@@ -75,15 +75,15 @@ def test_cudnn_on_each_devices_examples_and_heads_agrees_with_xla(
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(attention, "_on_gpu", lambda: True)
     if sizes is None:
-        found = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(*arrays)
+        result = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(*arrays)
     else:
         with jax.set_mesh(make_mesh(sizes, jax.devices())):
-            found = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(
+            result = summed(lambda q, k, v: attention._cudnn(q, k, v, tokens))(
                 *(jax.device_put(array, layout.spec(*HEADS)) for array in arrays)
             )
-            assert jax.typeof(found[0][1]).sharding.spec == layout.spec(*HEADS)
-    assert found[0][1].shape == (8, tokens, 2, 4)
-    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert jax.typeof(result[0][1]).sharding.spec == layout.spec(*HEADS)
+    assert result[0][1].shape == (8, tokens, 2, 4)
+    for leaf, wanted in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, wanted, rtol=2e-5, atol=2e-6)
 
 
@@ -96,8 +96,8 @@ def test_cudnn_inside_all_to_all_attention_leaves_padding_out(monkeypatch: pytes
         split = layout.spec("batch", "tokens", "heads", None)
         padded = [np.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=3) for array in arrays]
         split_attention = jax.jit(lambda q, k, v: attend_split(q, k, v, 13, "all_to_all", "auto", 0.0))
-        found = split_attention(*(jax.device_put(array, split) for array in padded))
-    np.testing.assert_allclose(np.asarray(found)[:, :13], expected, rtol=2e-5, atol=2e-6)
+        result = split_attention(*(jax.device_put(array, split) for array in padded))
+    np.testing.assert_allclose(np.asarray(result)[:, :13], expected, rtol=2e-5, atol=2e-6)
 
 
 class CudnnUsed(Exception):
@@ -176,9 +176,9 @@ def test_attention_in_bfloat16_keeps_the_error_of_its_gradients_below_two_percen
         q, k, v, g = (jnp.asarray(array, dtype) for array in arrays)
         return jax.grad(lambda q, k, v: jnp.sum(attend(3 * q, k, v, "xla") * g), argnums=(0, 1, 2))(q, k, v)
 
-    for found, expected in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
-        assert found.dtype == jnp.bfloat16
-        error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+    for gradient, expected in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(gradient, np.float32) - expected) / np.linalg.norm(expected)
         assert error < 0.02
 
 

@@ -190,10 +190,10 @@ def on_one_device(pool: str) -> tuple[np.ndarray, list[np.ndarray]]:
 def test_a_model_with_split_tokens_agrees_with_one_device(pool: str, kind: str, sizes: dict[str, int]) -> None:
     logits, gradients = on_one_device(pool)
     with on(**sizes):
-        found, found_gradients = logits_and_gradients(kind, **POOLS[pool])
+        split_logits, split_gradients = logits_and_gradients(kind, **POOLS[pool])
     assert np.abs(logits).max() > 0.1
-    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
-    for gradient, wanted in zip(found_gradients, gradients, strict=True):
+    np.testing.assert_allclose(split_logits, logits, rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(split_gradients, gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -264,9 +264,9 @@ def temporary_bytes(devices: int, *overrides: str) -> int:
 def test_eight_devices_need_less_than_a_third_of_one_devices_memory_for_16384_tokens(
     kind: str, record_property: Any
 ) -> None:
-    one, eight = temporary_bytes(1), temporary_bytes(8, f"model.context_attention={kind}")
-    record_property("temporary_bytes", (one, eight))
-    assert 0 < eight < one / 3
+    on_one, on_eight = temporary_bytes(1), temporary_bytes(8, f"model.context_attention={kind}")
+    record_property("temporary_bytes", (on_one, on_eight))
+    assert 0 < on_eight < on_one / 3
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,7 @@ def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations(
     cut = 2 * math.sqrt(1 / 64) / 0.8796
     assert 0.99 * cut < np.abs(kernel).max() <= 1.0001 * cut
     normal = kernel / kernel.std()
-    assert (normal**4).mean() == pytest.approx(
-        2.37, abs=0.08
-    )  # for this truncated normal; a full one has 3, a uniform 1.8
+    assert (normal**4).mean() == pytest.approx(2.37, abs=0.08)  # truncated; a full normal has 3, a uniform 1.8
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -103,9 +101,9 @@ def test_masks_are_the_same_on_every_mesh() -> None:
     on_one_device = jax.jit(masks)(jax.random.key(3))
     for sizes in MESHES:
         with jax.set_mesh(mesh(sizes)):
-            found = jax.jit(masks)(jax.random.key(3))
-            assert jax.typeof(found[0]).sharding.spec == layout.spec(*NAMES)
-        for mask, wanted in zip(found, on_one_device, strict=True):
+            on_mesh = jax.jit(masks)(jax.random.key(3))
+            assert jax.typeof(on_mesh[0]).sharding.spec == layout.spec(*NAMES)
+        for mask, wanted in zip(on_mesh, on_one_device, strict=True):
             np.testing.assert_array_equal(mask, wanted, err_msg=str(sizes))
 
 

@@ -14,11 +14,7 @@ def test_sincos2d_is_sin_x_cos_x_sin_y_cos_y_at_geometric_wave_numbers(rows: int
     quarter = width // 4
     waves = [10_000 ** -(i / (quarter - 1)) if i else 1.0 for i in range(quarter)]
     expected = [
-        [
-            f(offset * wave)
-            for offset, f in ((x, math.sin), (x, math.cos), (y, math.sin), (y, math.cos))
-            for wave in waves
-        ]
+        [f(side * wave) for side, f in ((x, math.sin), (x, math.cos), (y, math.sin), (y, math.cos)) for wave in waves]
         for y in range(rows)  # patches go row by row
         for x in range(columns)
     ]

@@ -106,12 +106,12 @@ def test_logits_and_gradients_agree_with_the_reference(name: str) -> None:
     assert logits.dtype == jnp.float32 and logits.shape == (3, settings.get("num_classes", 5))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    found = flattened(nnx.to_pure_dict(gradient))
-    assert found.keys() == slopes.keys()
+    gradients = flattened(nnx.to_pure_dict(gradient))
+    assert gradients.keys() == slopes.keys()
     for path, slope in slopes.items():
         if not path.endswith("qkv/bias"):  # the keys' bias changes nothing: its gradient is rounding
             assert np.abs(slope).max() > 1e-6, path
-        np.testing.assert_allclose(found[path], slope, rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(gradients[path], slope, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_parameters_have_their_agreed_names() -> None:
@@ -139,9 +139,8 @@ def test_a_new_model_starts_as_in_the_papers() -> None:
     np.testing.assert_array_equal(model.head.bias[...], np.full(5, -6.9, np.float32))
     qkv = np.asarray(model.blocks.attention.qkv.kernel[...])
     assert qkv.shape == (2, 128, 3, 4, 32)
-    assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(
-        0, abs=0.02
-    )  # each block has a key of its own
+    # Each block has a key of its own.
+    assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(0, abs=0.02)
     np.testing.assert_allclose(qkv.var((1, 3, 4)), np.full((2, 3), 2 / 256), rtol=0.03)
     assert not np.any(model.blocks.attention.qkv.bias[...])
 
@@ -292,9 +291,7 @@ def test_parameters_and_random_logits_are_the_same_on_every_mesh() -> None:
             np.testing.assert_array_equal(leaf, wanted, err_msg=str(sizes))
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5, err_msg=str(sizes))
     kernel = own["blocks"]["mlp"]["up"]["kernel"][...]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {
-        (2, 16, 32)
-    }  # of (2, 32, 64): split from the start
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}  # of (2, 32, 64)
 
 
 LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first dimension is not split
@@ -353,11 +350,11 @@ def specs(**settings: Any) -> dict[str, PartitionSpec]:
 
 
 def test_every_parameter_is_split_as_the_table_says() -> None:
-    found = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
-    assert found == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
-    found = specs(pool="map")
-    assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= found.items()
-    assert {name for name in found if name.startswith("pool")} == set(POOL_LAYOUT) - {"head/kernel"}
+    split = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
+    assert split == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
+    split = specs(pool="map")
+    assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= split.items()
+    assert {name for name in split if name.startswith("pool")} == set(POOL_LAYOUT) - {"head/kernel"}
 
 
 def test_a_model_runs_without_any_setup() -> None:

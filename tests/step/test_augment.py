@@ -86,9 +86,9 @@ def test_resize_keeps_a_ramp_and_averages_when_it_shrinks() -> None:
 @pytest.mark.parametrize("size", [(5, 7), (20, 31)])
 def test_resize_agrees_with_pillow(size: tuple[int, int]) -> None:
     for name, method in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
-        found = augment.resize(IMAGES[:1], size, name)[0, :, :, 0]
+        resized = augment.resize(IMAGES[:1], size, name)[0, :, :, 0]
         expected = Image.fromarray(np.asarray(IMAGES[0, :, :, 0], np.float32)).resize(size[::-1], method)
-        np.testing.assert_allclose(found, np.asarray(expected), atol=0.05)
+        np.testing.assert_allclose(resized, np.asarray(expected), atol=0.05)
 
 
 def test_with_every_augmentation_off_no_number_is_drawn_and_nothing_changes() -> None:

@@ -81,9 +81,8 @@ def test_an_evaluation_sums_loss_and_correct_answers_of_the_rows_that_count(loss
             rng, images = np.random.default_rng(seed), pixels(seed, (14, 20))
             mask, labels = np.arange(BATCH) < 9 - 2 * seed, rng.integers(0, CLASSES, BATCH, dtype=np.int32)
             logits = logits_of(configured, parameters, center(images))
-            labels[[0, -1]] = logits[[0, -1]].argmax(
-                axis=1
-            )  # at least one correct answer in a row that counts and in one that does not
+            # At least one correct answer in a row that counts and in one that does not.
+            labels[[0, -1]] = logits[[0, -1]].argmax(axis=1)
             batch = batch_of(program, image=images, label=labels, mask=mask)
             totals = program.evaluation_step(own, batch, totals)
             rank = (logits > logits[np.arange(BATCH), labels][:, None]).sum(axis=1)

@@ -185,13 +185,13 @@ def test_the_gradient_of_the_reference_is_the_slope_of_its_loss(keys: dict[str, 
 
 
 def test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed() -> None:
-    one, four, other = (run(name).drawn for name in list(RUNS)[:3])
-    assert one.keys() == four.keys() and len(one) == STEPS
-    assert not one.keys() & other.keys()  # of another seed
+    on_one, on_four, other_seed = (run(name).drawn for name in list(RUNS)[:3])
+    assert on_one.keys() == on_four.keys() and len(on_one) == STEPS
+    assert not on_one.keys() & other_seed.keys()
 
 
 def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -> None:
-    keys: list[bytes] = []  # each that is drawn from or split
+    keys: list[bytes] = []  # every key that is drawn from or split
     draws: list[np.ndarray] = []
 
     def spied(function: Any) -> Any:
@@ -206,14 +206,11 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
 
     rows, micro = 12, 6  # sizes that no other dimension has
     rates = {f"model.{name}": 0.5 for name in ("dropout", "embedding_dropout", "attention_dropout", "drop_path")}
-    keys_of_run = {
-        "batch_size": rows,
-        "accumulate_steps": rows // micro,
-        "mixup": 0.5,
-        "cutmix": 0.5,
-        "data.flip": True,
-    }
-    program = Program(settings(keys_of_run | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True)
+    keys_of_mix = {"mixup": 0.5, "cutmix": 0.5, "data.flip": True}
+    keys_of_batch = {"batch_size": rows, "accumulate_steps": rows // micro}
+    program = Program(
+        settings(keys_of_batch | keys_of_mix | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True
+    )
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         for name in ("split", "bernoulli", "uniform", "beta"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))

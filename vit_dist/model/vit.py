@@ -3,7 +3,7 @@
 What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names in backquotes are keys of `config.Model`:
 
 - Images and patches may be oblong: `image_size` and `patch_size` are one number or (height, width). The patches are
-  embedded by a dense layer on their pixels, which equals a convolution whose stride is its window. Pre-norm blocks.
+  embedded by a dense layer on their pixels, which equals a convolution whose stride is its window. Blocks are pre-norm.
 - `pool` makes one vector of the tokens: "cls" takes the class token, as in the paper; "mean" averages the patches (Zhai
   et al. 2022, arXiv:2106.04560; Beyer et al. 2022, arXiv:2205.01580); "map" attends to the patches with one learned
   query, followed by an MLP (Zhai et al.).
@@ -16,9 +16,10 @@ What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names i
   Dehghani et al. 2023, ViT-22B, arXiv:2302.05442).
 - `activation` is "gelu", "gelu_tanh", or "swiglu", which gates the MLP (Shazeer 2020, arXiv:2002.05202).
 - `drop_path` drops residual branches of single examples (Huang et al. 2016, stochastic depth, arXiv:1603.09382), at a
-  rate that rises with depth or is constant (`drop_path_schedule`). Dropout has a rate of its own in each place.
-- The head starts at zero, with a tanh layer before it (`pre_logits`) on request. Parameters and logits are float32;
-  `dtype=bfloat16` is for the arithmetic between them.
+  rate that rises with depth or is constant (`drop_path_schedule`). Dropout has separate rates for embeddings,
+  attention weights, projections and the rest.
+- The head starts at zero (`head_zero_init`); `pre_logits` adds a tanh layer before it. Parameters and logits are
+  float32, with `dtype` for the arithmetic between them.
 - `scan` stacks the parameters of all blocks along a leading axis [depth, ...] and runs them by `jax.lax.scan`: the
   program, the number of arrays and the compile time stay small at any depth. Without it, each block has arrays of its
   own in a Python loop: the same numbers, a longer compilation, and a faster step, which copies nothing out of a stack.
