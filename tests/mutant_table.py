@@ -142,14 +142,14 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "gradients not summed over tokens",
-            'met.intersection(TABLE["batch"] + TABLE["tokens"])',
-            'met.intersection(TABLE["batch"])',
-            "model/test_context.py::test_a_model_with_split_tokens_is_that_of_one_device",
+            'used.intersection(TABLE["batch"] + TABLE["tokens"])',
+            'used.intersection(TABLE["batch"])',
+            "model/test_context.py::test_a_model_with_split_tokens_agrees_with_one_device",
             "ShardingTypeError",  # of jax, which knows from the types that a sum is missing
         ),
         (
             "any size divides",
-            "    if size % parts:\n",
+            "    if size % divisor:\n",
             "    if False:\n",
             "mesh/test_layout.py::test_a_size_that_does_not_divide_is_refused_with_the_nearest_that_do",
         ),

@@ -1,15 +1,15 @@
 """The part of `mutant_table.py` that is of the model and of its steps."""
 
 _UPDATE, _EVALUATION = "step/test_update.py", "step/test_evaluation.py"
-_FOUR_STEPS = f"{_UPDATE}::test_four_steps_are_those_of_the_reference"
+_FOUR_STEPS = f"{_UPDATE}::test_four_steps_agree_with_the_reference"
 SOFTMAX = f"{_FOUR_STEPS}[softmax on one device]"
 SIGMOID = f"{_FOUR_STEPS}[sigmoid in 2 micro-batches on one device]"
 SIGMOID_ON_4 = f"{_FOUR_STEPS}[sigmoid in 4 micro-batches on data=2 x fsdp=2]"
 DRAWS = f"{_UPDATE}::test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number"
 SEED = f"{_UPDATE}::test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed"
-EVALUATION = f"{_EVALUATION}::test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count"
-WHOLE_IMAGES = f"{_EVALUATION}::test_whole_images_are_cut_to_their_centre_and_resized_on_the_device"
-VIT = "model/test_vit.py::test_logits_and_gradients_are_those_of_the_papers_model"
+EVALUATION = f"{_EVALUATION}::test_an_evaluation_sums_loss_and_correct_answers_of_the_rows_that_count"
+UNCROPPED = f"{_EVALUATION}::test_uncropped_images_are_cropped_to_the_centre_and_resized_on_the_device"
+VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "model/attention.py": [
@@ -70,7 +70,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             DRAWS,
         ),
         ("registers are pooled", "else (self.shape.special, self.shape.tokens)", "else (0, self.shape.tokens)", VIT),
-        ("class token without a position", "cls + position[:1] if own else cls", "cls", SOFTMAX),
+        ("class token without a position", "cls + position[:1] if cls_positions else cls", "cls", SOFTMAX),
         (
             "LayerScale forgotten",
             "drop_path(self.scale2(y) if self.scale2 is not None else y, path_rate",
@@ -81,20 +81,20 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "drop-path not linear",
             'first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path',
             "first = self.model.drop_path",
-            "model/test_vit.py::test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_for_itself",
+            "model/test_vit.py::test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_separately",
         ),
         (
             "head's bias wrong at the start",
             "bias=model.head_bias",
             "bias=0.0",
-            "model/test_vit.py::test_a_fresh_model_starts_as_the_papers_do",
+            "model/test_vit.py::test_a_new_model_starts_as_in_the_papers",
         ),
     ],
     "step/augment.py": [
         (
             "partner from the device's own rows",
             "images * weights + images[::-1] * (1 - weights)",
-            "images * weights + _on_own_rows(lambda own: own[::-1], images) * (1 - weights)",
+            "images * weights + _on_local_rows(lambda rows: rows[::-1], images) * (1 - weights)",
             "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
         ),
         ("targets not mixed", "targets * share + targets[::-1] * (1 - share)", "targets", SOFTMAX),
@@ -111,7 +111,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "eval_crop ignored on the device",
             "if augment_on_device and data.eval_crop is not None:",
             "if False:",
-            WHOLE_IMAGES,
+            UNCROPPED,
         ),
         (
             "masked rows have a loss",
@@ -136,19 +136,19 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "evaluation resizes bilinearly",
             "augment.resize(images, size, data.interpolation)",
             'augment.resize(images, size, "bilinear")',
-            WHOLE_IMAGES,
+            UNCROPPED,
         ),
     ],
     "step/losses.py": [
-        ("sigmoid's mean over classes", "each.sum(axis=-1)", "each.mean(axis=-1)", SIGMOID),
+        ("sigmoid's mean over classes", "per_class.sum(axis=-1)", "per_class.mean(axis=-1)", SIGMOID),
     ],
     "step/optimizer.py": [
         (
             "clip after the direction",
-            "    parts = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]\n"
-            "    parts.append(DIRECTIONS[name](settings))",
-            "    parts = [DIRECTIONS[name](settings)]\n"
-            "    parts += [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]",
+            "    transforms = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]\n"
+            "    transforms.append(DIRECTIONS[name](settings))",
+            "    transforms = [DIRECTIONS[name](settings)]\n"
+            "    transforms += [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]",
             SOFTMAX,
         ),
         ("no clip", "[optax.clip_by_global_norm(settings.clip)]", "[]", SOFTMAX),
@@ -160,7 +160,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "settings.b2, settings.b1, settings.eps, mu",
             SOFTMAX,
         ),
-        ("rates of rules ignored", "optax.masked(optax.scale(factor), where)", "optax.identity()", SIGMOID),
+        ("rates of rules ignored", "optax.masked(optax.scale(factor), mask)", "optax.identity()", SIGMOID),
         (
             "schedule ignored by the optimizer",
             "scale_by_learning_rate(make_schedule(settings, total_steps))",
@@ -201,8 +201,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "one key for all micro-batches",
-            "(micro, jax.random.split(key, count))",
-            "(micro, jax.random.split(key, 1)[jnp.zeros(count, int)])",
+            "(sliced, jax.random.split(key, micro_batches))",
+            "(sliced, jax.random.split(key, 1)[jnp.zeros(micro_batches, int)])",
             DRAWS,
         ),
         (
@@ -212,7 +212,12 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             DRAWS,
         ),
         ("seed ignored by the step", "jax.random.key(settings.seed)", "jax.random.key(0)", SEED),
-        ("micro-batches' means summed", "jnp.sum(each) / settings.batch_size", "jnp.mean(each)", SIGMOID),
+        (
+            "micro-batches' means summed",
+            "jnp.sum(example_losses) / settings.batch_size",
+            "jnp.mean(example_losses)",
+            SIGMOID,
+        ),
         (
             "EMA of the old parameters",
             "average(state.ema, parameters,",
@@ -228,11 +233,11 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "gradient of the last micro-batch",
-            "jax.tree.map(jnp.add, total, gradients), each",
-            "gradients, each",
+            "jax.tree.map(jnp.add, total, gradients), example_losses",
+            "gradients, example_losses",
             SIGMOID,
         ),
-        ("frozen parameters in the logged norm", "p if on else jax.lax.stop_gradient(p)", "p", SIGMOID),
+        ("frozen parameters in the logged norm", "p if trained else jax.lax.stop_gradient(p)", "p", SIGMOID),
         ("flipped by host and device", "if not augment_on_device:", "if False:", SIGMOID),
     ],
 }

@@ -22,7 +22,7 @@ from vit_dist.program import Program, restored
 from vit_dist.recipes import Overrides
 from vit_dist.run.failures import gather_bad_examples
 from vit_dist.run.workdir import read_config
-from vit_dist.step.evaluation import no_totals
+from vit_dist.step.evaluation import zero_totals
 from vit_dist.step.state import Parameters
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         batch_size=batch_size,
         rows=program.local_rows(batch_size),
     )
-    totals = no_totals(program.shape.classes)
+    totals = zero_totals(program.shape.classes)
     placed = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
     with contextlib.closing(batches), contextlib.closing(placed):
         for number, batch in enumerate(placed):

@@ -1,4 +1,4 @@
-"""Slices or nodes joined by a network: what talks in every block stays within one, by the compiled step's groups."""
+"""Slices or nodes connected by a network: the collectives of every block stay within one of them."""
 
 import pytest
 from compiled import program_on, step_collectives
@@ -14,18 +14,18 @@ HYBRIDS = {
 
 
 @pytest.mark.parametrize("hybrid", HYBRIDS)
-def test_what_talks_in_every_block_stays_within_a_slice(hybrid):
+def test_the_collectives_of_every_block_stay_within_a_slice(hybrid):
     program = program_on(HYBRIDS[hybrid], *NO_DROPOUT, *NO_AUGMENTATION, "log_examples=false")
-    found = step_collectives(program)
-    inside = [one for one in found if "dcn_data" not in one.axes]
-    across = [one for one in found if "dcn_data" in one.axes]
-    # Within: fsdp, context and tensor are spoken over, in the loop over blocks too. (The sum over `data` is one with
-    # that over `dcn_data`, once a step.)
+    collectives = step_collectives(program)
+    inside = [op for op in collectives if "dcn_data" not in op.axes]
+    across = [op for op in collectives if "dcn_data" in op.axes]
+    # Within a slice: collectives over fsdp, context and tensor, in the loop over blocks too. (The sum over `data` is
+    # part of the one over `dcn_data`, once a step.)
     for axis in set(hybrid.split(" x ")) - {"data"}:
-        assert any(axis in one.axes and one.loops for one in inside), axis
-    # Across: sums of gradients and metrics alone, once a step, over nothing that splits a parameter or an image.
-    assert {(one.kind, one.loops) for one in across} == {("all-reduce", 0)}
-    for one in across:
-        assert not {"tensor", "context"} & set(one.axes), one
-        if "fsdp" in one.axes:  # scalars, such as the loss, and gradients of what is whole on every device
-            assert one.bytes < 2000, one
+        assert any(axis in op.axes and op.loops for op in inside), axis
+    # Across slices: only sums of gradients and metrics, once a step, and over no axis that splits parameters or tokens.
+    assert {(op.kind, op.loops) for op in across} == {("all-reduce", 0)}
+    for op in across:
+        assert not {"tensor", "context"} & set(op.axes), op
+        if "fsdp" in op.axes:  # scalars, such as the loss, and gradients of parameters that are not split
+            assert op.bytes < 2000, op

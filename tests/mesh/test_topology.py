@@ -1,4 +1,4 @@
-"""Axis sizes from what was asked and what there is, and the mesh made of them."""
+"""Axis sizes from the config and the number of devices, and the mesh made of them."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from vit_dist.mesh import topology
 
 
 @pytest.mark.parametrize(
-    ("asked", "devices", "sizes"),
+    ("configured", "devices", "sizes"),
     [
         ({}, 8, (1, 8, 1, 1, 1)),
         ({}, 1, (1, 1, 1, 1, 1)),
@@ -27,12 +27,12 @@ from vit_dist.mesh import topology
         ({"dcn_data": 2, "data": 1, "fsdp": -1, "tensor": 2}, 8, (2, 1, 2, 1, 2)),
     ],
 )
-def test_axis_sizes_fill_in_the_rest(asked, devices, sizes):
-    assert tuple(topology.axis_sizes(config.Mesh(**asked), devices).values()) == sizes
+def test_axis_sizes_fill_in_the_rest(configured, devices, sizes):
+    assert tuple(topology.axis_sizes(config.Mesh(**configured), devices).values()) == sizes
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("configured", "message"),
     [
         ({"data": 16}, "mesh: data=16 needs 16 devices, found 8; make an axis smaller .* fake_devices=16"),
         ({"fsdp": 16}, "mesh: fsdp=16 needs 16 devices, found 8"),
@@ -47,14 +47,14 @@ def test_axis_sizes_fill_in_the_rest(asked, devices, sizes):
         ({"dcn_data": 3}, "mesh: dcn_data=3 does not divide the 8 devices here, .*mesh.data.*; take 2 or 4"),
     ],
 )
-def test_axis_sizes_that_cannot_be_had_are_refused_with_the_numbers(asked, message):
+def test_impossible_axis_sizes_are_refused_with_the_numbers(configured, message):
     with pytest.raises(ConfigError, match=message):
-        topology.axis_sizes(config.Mesh(**asked), 8)
+        topology.axis_sizes(config.Mesh(**configured), 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device says of where it is."""
+    """A stand-in for `jax.Device`."""
 
     id: int
     process_index: int
@@ -71,13 +71,13 @@ def ids(mesh):
 
 
 @pytest.mark.parametrize("slices", [False, True])
-def test_what_is_not_dcn_data_stays_within_a_node_or_slice(slices):
+def test_every_axis_but_dcn_data_stays_within_a_node_or_slice(slices):
     mesh = topology.make_mesh({"dcn_data": 2, "fsdp": 2, "tensor": 2}, nodes(2, slices=slices))
     assert dict(mesh.shape) == {"dcn_data": 2, "fsdp": 2, "tensor": 2}
     assert ids(mesh) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
 
 
-def test_slices_are_told_apart_whatever_the_order_of_the_devices():
+def test_slices_are_recognised_in_any_order_of_the_devices():
     shuffled = [nodes(2, slices=True)[i] for i in (5, 0, 4, 1, 2, 7, 3, 6)]
     assert ids(topology.make_mesh({"dcn_data": 2, "data": 4}, shuffled)) == [[0, 1, 2, 3], [5, 4, 7, 6]]
 
@@ -101,14 +101,14 @@ def test_a_mesh_smaller_than_the_slices_takes_part_of_each():
         ({"fsdp": 8}, nodes(2, platform="tpu", slices=True), "fsdp=8 spans 2 TPU slices of 4 chips; set it to 2 and"),
     ],
 )  # fmt: skip
-def test_slices_that_are_not_there_are_refused_with_what_is(sizes, devices, message):
+def test_a_wrong_number_of_slices_is_refused_with_the_right_one(sizes, devices, message):
     with pytest.raises(ConfigError, match=f"mesh.dcn_data: .*{message}"):
         topology.make_mesh(sizes, devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip(Device):
-    """Of a TPU v5e slice of 2 x 4 chips, listed host by host as jax does: 2 x 2 chips each."""
+    """A chip of a TPU v5e slice of 2 x 4 chips, listed host by host as in jax: 2 x 2 chips each."""
 
     platform: str = "tpu"
     device_kind: str = "TPU v5 lite"
@@ -127,8 +127,8 @@ def test_the_chips_of_an_axis_are_neighbours_on_the_torus():
     mesh = topology.make_mesh({"data": 2, "tensor": 4}, CHIPS)
     assert {chip.id for chip in mesh.devices.flat} == set(range(8))
     for group in mesh.devices:
-        places = np.array([chip.coords for chip in group])
-        apart = np.abs(places[:, None] - places).sum(axis=-1)  # steps along the wires, without wraparound
+        coords = np.array([chip.coords for chip in group])
+        apart = np.abs(coords[:, None] - coords).sum(axis=-1)  # steps along the links, without wraparound
         assert (np.sort(apart, axis=1)[:, 1] == 1).all()  # each has a neighbour in the group
         assert apart.max() <= 3
 

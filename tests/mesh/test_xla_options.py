@@ -1,4 +1,4 @@
-"""The compiler's options: who gets them, who does not, and that the compilers take them."""
+"""The compiler's options: which platforms get them, and that the compilers accept them."""
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ def test_the_config_turns_them_off(platform):
 
 
 def test_determinism_on_a_gpu_is_kept_with_and_without_the_table():
-    one = {"xla_gpu_deterministic_ops": True}
-    assert _compiler_options(settings("deterministic=true", "xla_options=false"), "gpu") == one
-    assert _compiler_options(settings("deterministic=true"), "gpu") == OPTIONS["gpu"] | one
+    deterministic = {"xla_gpu_deterministic_ops": True}
+    assert _compiler_options(settings("deterministic=true", "xla_options=false"), "gpu") == deterministic
+    assert _compiler_options(settings("deterministic=true"), "gpu") == OPTIONS["gpu"] | deterministic
 
 
-def test_what_a_caller_changes_stays_out_of_the_table():
+def test_changing_the_returned_options_does_not_change_the_table():
     options_for("gpu")["mine"] = True
     assert "mine" not in OPTIONS["gpu"]
 
@@ -79,10 +79,10 @@ try:
     compiled_step(program_on(sizes, "model.dtype=bfloat16", devices=devices))
 except jax.errors.JaxRuntimeError as error:
     assert "xla_tpu_no_such_option" in str(error), error
-    print("compiled, and refused what it does not know")
+    print("compiled, and refused an unknown option")
 """
 
 
 @pytest.mark.slow
-def test_the_tpu_compiler_takes_every_option_of_the_table():
-    assert "compiled, and refused what it does not know" in run_python("-c", TPU_STEP).stdout
+def test_the_tpu_compiler_accepts_every_option_of_the_table():
+    assert "compiled, and refused an unknown option" in run_python("-c", TPU_STEP).stdout

@@ -1,4 +1,4 @@
-"""Tokens split over devices: the attention by itself, the whole model, and what the compiler says that they cost."""
+"""Tokens split over devices: attention alone, the full model, and the cost of both in the compiled program."""
 
 import collections
 import functools
@@ -18,7 +18,7 @@ from vit_dist.mesh import layout
 from vit_dist.mesh.feed import batch_sharding
 from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import context
-from vit_dist.model.attention import attend, attend_across
+from vit_dist.model.attention import attend, attend_split
 from vit_dist.model.layers import dropout
 from vit_dist.plan.collectives import collectives
 from vit_dist.program import Program
@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {
     "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
 }  # fmt: skip
 RANDOM: dict[str, Any] = {"dropout": 0.1, "embedding_dropout": 0.1, "drop_path": 0.3}
-POOLS: dict[str, dict[str, Any]] = {  # none of whose tokens divide by 2
+POOLS: dict[str, dict[str, Any]] = {  # each with an odd number of tokens
     "cls": {"pool": "cls", "layer_scale": 0.5},
     "map": {"pool": "map", "registers": 3, "qk_norm": True},
     "mean": {"pool": "mean", "registers": 1, "position": "sincos2d", "patch_size": 2},
@@ -43,7 +43,7 @@ def on(**sizes: int) -> Any:
 
 @functools.cache
 def arrays(tokens: int) -> tuple[np.ndarray, ...]:
-    """Queries, keys, values [1, N, 8, 4], and what their attention is scored by."""
+    """Queries, keys, values [1, N, 8, 4], and the weights of the score of their attention."""
     numbers = np.random.default_rng(tokens)
     return tuple(numbers.normal(size=(1, tokens, 8, 4)).astype(np.float32) for _ in range(4))
 
@@ -55,91 +55,92 @@ def scored(function: Any) -> Any:
         y = function(q, k, v)
         return jnp.sum(y * weights), y
 
-    # These take longer to run in haste than to compile with care.
+    # These run longer unoptimised than they take to compile with optimisation.
     careful = {"xla_backend_optimization_level": 3}
     return jax.jit(jax.value_and_grad(score, argnums=(0, 1, 2), has_aux=True), compiler_options=careful)
 
 
 @functools.cache
 def expected(tokens: int) -> list[np.ndarray]:
-    """Of plain attention on one device: its value and three gradients, head by head to save memory."""
+    """The value and three gradients of plain attention on one device, head by head to save memory."""
     full = scored(lambda q, k, v: attend(q, k, v, "xla"))
     heads = [full(*(array[:, :, h : h + 1] for array in arrays(tokens))) for h in range(8)]
-    parts = [(np.asarray(y), *map(np.asarray, gradients)) for (_, y), gradients in heads]
-    return [np.concatenate(part, axis=2) for part in zip(*parts)]
+    by_head = [(np.asarray(y), *map(np.asarray, gradients)) for (_, y), gradients in heads]
+    return [np.concatenate(arrays, axis=2) for arrays in zip(*by_head)]
 
 
-def across(tokens: int, kind: str, dtype: Any = jnp.float32, **sizes: int) -> list[np.ndarray]:
-    """The same over a mesh, on padded arrays whose padding is anything; padding is cut off again."""
+def on_mesh(tokens: int, kind: str, dtype: Any = jnp.float32, **sizes: int) -> list[np.ndarray]:
+    """The same on a mesh, on padded arrays whose padding is arbitrary; padding is cut off again."""
     with on(**sizes):
-        padding = context.padded_length(tokens, layout.parts("tokens")) - tokens
+        padding = context.padded_length(tokens, layout.shard_count("tokens")) - tokens
         padded = [np.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0)), constant_values=3) for array in arrays(tokens)]
-        padded[3][:, tokens:] = 0  # nobody asks what becomes of padding
+        padded[3][:, tokens:] = 0  # the output for padding does not count
         split = [jax.device_put(array.astype(dtype), layout.spec(*HEADS)) for array in padded]
-        function = scored(lambda q, k, v: attend_across(q, k, v, tokens, kind, "auto", 0.0))
+        function = scored(lambda q, k, v: attend_split(q, k, v, tokens, kind, "auto", 0.0))
         (_, y), gradients = function(*split)
-        assert all(jax.typeof(one).sharding.spec == layout.spec(*HEADS) for one in (y, *gradients))
-    return [np.asarray(one, np.float32)[:, :tokens] for one in (y, *gradients)]
+        results = (y, *gradients)
+        assert all(jax.typeof(array).sharding.spec == layout.spec(*HEADS) for array in results)
+    return [np.asarray(array, np.float32)[:, :tokens] for array in results]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("tokens", "parts"),
+    ("tokens", "devices"),
     [
         *((197, 2), (197, 4), (197, 8)),
         (1024, 4),  # without padding
         (4099, 4),  # in chunks
-        *(pytest.param(tokens, parts, marks=pytest.mark.slow) for tokens in (1024, 4099) for parts in (2, 8)),
+        *(pytest.param(tokens, devices, marks=pytest.mark.slow) for tokens in (1024, 4099) for devices in (2, 8)),
     ],
 )
 def test_attention_over_split_tokens_is_full_attention_in_value_and_gradient(
-    tokens: int, parts: int, kind: str, record_property: Any
+    tokens: int, devices: int, kind: str, record_property: Any
 ) -> None:
-    found = across(tokens, kind, context=parts)
-    difference = max(np.abs(one - other).max() for one, other in zip(found, expected(tokens)))
+    results = on_mesh(tokens, kind, context=devices)
+    difference = max(np.abs(result - wanted).max() for result, wanted in zip(results, expected(tokens)))
     record_property("largest_difference", float(difference))
-    assert all(np.abs(one).max() > 0.5 for one in expected(tokens))
+    assert all(np.abs(wanted).max() > 0.5 for wanted in expected(tokens))
     assert difference < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [3, 17])
-def test_devices_that_hold_nothing_but_padding_disturb_nobody(tokens: int, kind: str) -> None:
-    for one, other in zip(across(tokens, kind, context=8), expected(tokens)):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+def test_devices_that_hold_only_padding_change_nothing(tokens: int, kind: str) -> None:
+    for result, wanted in zip(on_mesh(tokens, kind, context=8), expected(tokens)):
+        np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_and_heads_are_split_at_once(kind: str) -> None:
-    for one, other in zip(across(197, kind, context=2, tensor=4), expected(197)):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    for result, wanted in zip(on_mesh(197, kind, context=2, tensor=4), expected(197)):
+        np.testing.assert_allclose(result, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_near_float32(kind: str) -> None:
-    for one, other in zip(across(197, kind, jnp.bfloat16, context=4), expected(197)):
-        assert 0 < np.linalg.norm(one - other) < 0.01 * np.linalg.norm(other)
+    for result, wanted in zip(on_mesh(197, kind, jnp.bfloat16, context=4), expected(197)):
+        assert 0 < np.linalg.norm(result - wanted) < 0.01 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_padding_is_short_and_leaves_equal_parts_of_equal_chunks(parts: int) -> None:
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_padding_is_short_and_gives_equal_shards_of_equal_chunks(shards: int) -> None:
     for tokens in (1, 5, 197, 1024, 1025, 4099, 16_384, 65_537):
-        length = context.padded_length(tokens, parts)
-        chunks = -(-length // (parts * context.CHUNK))
-        assert length % (parts * chunks) == 0
-        assert tokens <= length < tokens + parts * chunks
+        length = context.padded_length(tokens, shards)
+        chunks = -(-length // (shards * context.CHUNK))
+        assert length % (shards * chunks) == 0
+        assert tokens <= length < tokens + shards * chunks
 
 
-def test_masks_of_dropout_are_the_same_whatever_the_padding() -> None:
+def test_dropout_masks_do_not_depend_on_the_padding() -> None:
     def mask(tokens: int) -> np.ndarray:
         x = jnp.ones((4, tokens, 6), out_sharding=layout.spec("batch", "tokens", None))
         return np.asarray(jax.jit(dropout, static_argnums=1)(x, 0.5, jax.random.key(1)))
 
-    alone = mask(13)
-    assert (alone == 0).any() and (alone[:, :5] != alone[:, 5:10]).any()
-    for parts, length in ((2, 14), (4, 16), (8, 24)):
-        with on(context=parts):
-            np.testing.assert_array_equal(mask(length)[:, :13], alone)
+    unpadded = mask(13)
+    assert (unpadded == 0).any() and (unpadded[:, :5] != unpadded[:, 5:10]).any()
+    for devices, length in ((2, 14), (4, 16), (8, 24)):
+        with on(context=devices):
+            np.testing.assert_array_equal(mask(length)[:, :13], unpadded)
 
 
 def model(**keywords: Any) -> tuple[Any, nnx.State]:
@@ -151,12 +152,12 @@ def images() -> np.ndarray:
 
 
 def logits_and_gradients(kind: str = "ring", **keywords: Any) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Of random parameters on the mesh in use, with all randomness on that a mesh with `context` allows."""
+    """Those of random parameters on the mesh in use, with all randomness that a mesh with `context` allows."""
     graph, state = model(**RANDOM, **keywords, context_attention=kind)
     numbers = np.random.default_rng(0)
 
     def fill(leaf: Any) -> jax.Array:
-        split = leaf.sharding.spec if leaf.sharding is not None and layout.parts("tokens") > 1 else None
+        split = leaf.sharding.spec if leaf.sharding is not None and layout.shard_count("tokens") > 1 else None
         return jax.device_put(numbers.normal(size=leaf.shape).astype(np.float32) / 5, split)
 
     def score(parameters: nnx.State, x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,14 +165,14 @@ def logits_and_gradients(kind: str = "ring", **keywords: Any) -> tuple[np.ndarra
         return jnp.mean(jnp.sum(jnp.sin(logits) * jnp.arange(1, 6), axis=1)), logits
 
     x = jax.device_put(images(), layout.spec("batch", None, None, None))
-    hasty = {"xla_llvm_disable_expensive_passes": True}
-    function = jax.jit(jax.value_and_grad(score, has_aux=True), compiler_options=hasty)
+    quick = {"xla_llvm_disable_expensive_passes": True}
+    function = jax.jit(jax.value_and_grad(score, has_aux=True), compiler_options=quick)
     (_, logits), gradients = function(jax.tree.map(fill, state), x, jax.random.key(0))
     return np.asarray(logits), [np.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
 
 
 @functools.cache
-def of_one_device(pool: str) -> tuple[np.ndarray, list[np.ndarray]]:
+def on_one_device(pool: str) -> tuple[np.ndarray, list[np.ndarray]]:
     return logits_and_gradients(**POOLS[pool])
 
 
@@ -186,76 +187,76 @@ def of_one_device(pool: str) -> tuple[np.ndarray, list[np.ndarray]]:
     ],
     ids=str,
 )
-def test_a_model_with_split_tokens_is_that_of_one_device(pool: str, kind: str, sizes: dict[str, int]) -> None:
-    logits, gradients = of_one_device(pool)
+def test_a_model_with_split_tokens_agrees_with_one_device(pool: str, kind: str, sizes: dict[str, int]) -> None:
+    logits, gradients = on_one_device(pool)
     with on(**sizes):
-        found, found_gradients = logits_and_gradients(kind, **POOLS[pool])
+        split_logits, split_gradients = logits_and_gradients(kind, **POOLS[pool])
     assert np.abs(logits).max() > 0.1
-    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
-    for one, other in zip(found_gradients, gradients, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(split_logits, logits, rtol=1e-5, atol=1e-5)
+    for gradient, wanted in zip(split_gradients, gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_is_embedded_with_no_traffic_and_pooled_by_one_sum() -> None:
+def test_embedding_needs_no_communication_and_pooling_one_sum() -> None:
     sizes = {"context": 8}
     with on(**sizes):
         graph, state = model(depth=1)
         x = jax.device_put(images(), layout.spec("batch", None, None, None))
         text = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).lower(state, x).compile().as_text()
-    found = [one for one in collectives(text, sizes) if one.kind != "collective-permute"]
-    assert [(one.kind, one.axes, one.bytes) for one in found] == [("all-reduce", ("context",), 8 * 32 * 4)]
+    ops = [op for op in collectives(text, sizes) if op.kind != "collective-permute"]
+    assert [(op.kind, op.axes, op.bytes) for op in ops] == [("all-reduce", ("context",), 8 * 32 * 4)]
 
 
-def passes(remat: str, scan: bool) -> tuple[int, int]:
-    """How many arrays travel round the ring, and how many exponentials of scores there are, in a gradient's jaxpr."""
+def sends_and_exponentials(remat: str, scan: bool) -> tuple[int, int]:
+    """How often an array is sent round the ring, and how many exponentials there are, in a gradient's jaxpr."""
     with on(context=4):
         graph, state = model(remat=remat, scan=scan)
         x = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32, sharding=batch_sharding(jax.sharding.get_mesh()))
         gradient = jax.grad(lambda p, x: jnp.sum(nnx.merge(graph, p)(x)))
-        found = collections.Counter()
-        for equation, times in equations(jax.make_jaxpr(gradient)(state, x).jaxpr):
-            found[equation.primitive.name] += times * len(equation.outvars)
-    return found["ppermute"], found["exp"]
+        counts = collections.Counter()
+        for equation, executions in equations(jax.make_jaxpr(gradient)(state, x).jaxpr):
+            counts[equation.primitive.name] += executions * len(equation.outvars)
+    return counts["ppermute"], counts["exp"]
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_remat_of_all_but_the_dense_products_goes_round_the_ring_no_more_often(scan: bool) -> None:
+def test_remat_names_does_not_repeat_the_ring(scan: bool) -> None:
     depth, steps = TINY["depth"], 3
-    # Forward, keys and values; backward these again, and both gradients, which are passed on two times more.
-    arrays_passed = depth * (2 * steps + 2 * steps + 2 * (steps + 2))
-    assert passes("none", scan)[0] == passes("names", scan)[0] == arrays_passed
-    assert passes("names", scan)[1] == passes("none", scan)[1]
-    assert passes("block", scan)[0] == arrays_passed + depth * 2 * steps
+    # Forward: keys and values. Backward: these again, and both gradients, which are sent two times more.
+    sends = depth * (2 * steps + 2 * steps + 2 * (steps + 2))
+    assert sends_and_exponentials("none", scan)[0] == sends_and_exponentials("names", scan)[0] == sends
+    assert sends_and_exponentials("names", scan)[1] == sends_and_exponentials("none", scan)[1]
+    assert sends_and_exponentials("block", scan)[0] == sends + depth * 2 * steps
 
 
 def compiled_step(sizes: dict[str, int], *overrides: str) -> Any:
     axes = (f"mesh.{axis}={size}" for axis, size in {"data": 1, **sizes}.items())
-    asked = settings(*axes, *overrides, *NO_DROPOUT, *NO_AUGMENTATION)
-    program = Program(asked, classes=10, steps=20, augment_on_device=True)
+    configured = settings(*axes, *overrides, *NO_DROPOUT, *NO_AUGMENTATION)
+    program = Program(configured, classes=10, steps=20, augment_on_device=True)
     with program.in_use():
-        rows, sharding = asked.batch_size, batch_sharding(program.mesh)
+        rows, sharding = configured.batch_size, batch_sharding(program.mesh)
         shapes = {"image": ((rows, 8, 8, 1), jnp.uint8), "label": ((rows,), jnp.int32), "id": ((rows,), jnp.int32)}
-        batch = {name: jax.ShapeDtypeStruct(*one, sharding=sharding) for name, one in shapes.items()}
+        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
         return program.train_step.lower(program.abstract_state(), batch).compile()
 
 
-@pytest.mark.parametrize(("kind", "passing"), [("ring", "collective-permute"), ("all_to_all", "all-to-all")])
-def test_tokens_travel_along_context_alone_and_nothing_crosses_data_between_micro_batches(
-    kind: str, passing: str
+@pytest.mark.parametrize(("kind", "collective"), [("ring", "collective-permute"), ("all_to_all", "all-to-all")])
+def test_tokens_move_along_context_only_and_nothing_crosses_data_between_micro_batches(
+    kind: str, collective: str
 ) -> None:
     sizes = {"data": 2, "context": 4}
     overrides = ("accumulate_steps=4", f"model.context_attention={kind}", "model.registers=1")
-    found = collectives(compiled_step(sizes, *overrides).as_text(), sizes)
-    assert {one.axes for one in found if one.kind == passing} == {("context",)}
-    assert {one.loops for one in found if "data" in one.axes} == {0}
-    gathered = [one.bytes for one in found if one.kind == "all-gather" and "context" in one.axes]
-    assert max(gathered) == 8 * 32 * 4  # the position embeddings' gradient, [8, 32]; of activations, nothing
+    ops = collectives(compiled_step(sizes, *overrides).as_text(), sizes)
+    assert {op.axes for op in ops if op.kind == collective} == {("context",)}
+    assert {op.loops for op in ops if "data" in op.axes} == {0}
+    gathered = [op.bytes for op in ops if op.kind == "all-gather" and "context" in op.axes]
+    assert max(gathered) == 8 * 32 * 4  # the position embeddings' gradient, [8, 32]; no activations
 
 
 @functools.cache
-def temporary_bytes(parts: int, *overrides: str) -> int:
-    """Of a step on one image of 16,384 tokens, on each device."""
-    step = compiled_step({"context": parts}, "batch_size=1", "model.image_size=512", "model.depth=1", *overrides)
+def temporary_bytes(devices: int, *overrides: str) -> int:
+    """The temporary memory of each device in a step on one image of 16,384 tokens."""
+    step = compiled_step({"context": devices}, "batch_size=1", "model.image_size=512", "model.depth=1", *overrides)
     return step.memory_analysis().temp_size_in_bytes
 
 
@@ -263,9 +264,9 @@ def temporary_bytes(parts: int, *overrides: str) -> int:
 def test_eight_devices_need_less_than_a_third_of_one_devices_memory_for_16384_tokens(
     kind: str, record_property: Any
 ) -> None:
-    one, eight = temporary_bytes(1), temporary_bytes(8, f"model.context_attention={kind}")
-    record_property("temporary_bytes", (one, eight))
-    assert 0 < eight < one / 3
+    on_one, on_eight = temporary_bytes(1), temporary_bytes(8, f"model.context_attention={kind}")
+    record_property("temporary_bytes", (on_one, on_eight))
+    assert 0 < on_eight < on_one / 3
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_eight_devices_need_less_than_a_third_of_one_devices_memory_for_16384_to
         ),
     ],
 )  # fmt: skip
-def test_a_model_whose_tokens_cannot_be_split_so_is_refused_before_anything_is_compiled(
+def test_a_model_whose_tokens_cannot_be_split_is_refused_before_compilation(
     overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -289,15 +290,15 @@ def test_a_model_whose_tokens_cannot_be_split_so_is_refused_before_anything_is_c
     ("kind", "implementation", "rate", "message"),
     [
         ("ring", "xla", 0.1, "model.attention_dropout: must be 0 with mesh.context=8"),
-        ("ring", "cudnn", 0.0, "model.attention: cudnn knows no ring; .* model.context_attention=all_to_all"),
+        ("ring", "cudnn", 0.0, "model.attention: cudnn has no ring attention; .* model.context_attention=all_to_all"),
         ("all_to_all", "cudnn", 0.0, "model.attention: cudnn needs an NVIDIA GPU"),
     ],
 )
-def test_an_attention_that_cannot_be_had_over_split_tokens_is_refused(
+def test_an_attention_that_does_not_support_split_tokens_is_refused(
     kind: str, implementation: str, rate: float, message: str
 ) -> None:
     with on(context=8), pytest.raises(ConfigError, match=message):
         x = jax.ShapeDtypeStruct(
             (1, 8, 8, 4), jnp.float32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), layout.spec(*HEADS))
         )
-        jax.eval_shape(lambda x: attend_across(x, x, x, 8, kind, implementation, rate), x)
+        jax.eval_shape(lambda x: attend_split(x, x, x, 8, kind, implementation, rate), x)

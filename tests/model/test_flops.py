@@ -34,8 +34,8 @@ def test_forward_and_training_flops_are_those_of_the_traced_program(name: str) -
         return jnp.sum(nnx.merge(graph, parameters)(images))
 
     assert products(logits, parameters, images)[1] == forward_flops(model)
-    # Traced, this has the gradient of the pixels too, as the rule of three times the forward pass has it; nobody asks
-    # for it, and the compiler leaves it out.
+    # The traced gradient includes that of the pixels, as does the rule of three times the forward pass; it is unused,
+    # and the compiler removes it.
     assert products(jax.grad(logits), parameters, images)[1] == training_flops(model)
     assert training_flops(model) == 3 * forward_flops(model)
 
@@ -62,7 +62,7 @@ def test_hardware_flops_are_those_of_the_traced_gradient(name: str, remat: str) 
     assert products(jax.grad(logits), parameters, images)[1] == hardware_flops(config.Model(**settings))
 
 
-def test_what_is_computed_again_depends_on_what_computes_attention() -> None:
+def test_recomputed_flops_depend_on_the_implementation_of_attention() -> None:
     model = config.Model(**TINY, **MODELS["cls"], remat="names")  # 2 blocks, 5 tokens of width 32
     scores = 2 * 2 * 5 * 5 * 32
     assert recomputed_flops(model, "xla") == scores
@@ -70,18 +70,18 @@ def test_what_is_computed_again_depends_on_what_computes_attention() -> None:
     assert recomputed_flops(model, "chunked") == 0
 
 
-def test_attention_over_split_tokens_is_not_computed_again_under_names() -> None:
-    def found(remat: str) -> int:
+def test_attention_over_split_tokens_is_not_recomputed_under_names() -> None:
+    def count(remat: str) -> int:
         program = program_on({"context": 2}, f"model.remat={remat}", "model.attention_dropout=0")
         with program.in_use():
             state = program.abstract_state()
             images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
             return products(jax.grad(lambda p, x: jnp.sum(program.model(p, x))), state.parameters, images)[1]
 
-    assert found("none") == found("names") < found("block")
+    assert count("none") == count("names") < count("block")
 
 
 @pytest.mark.parametrize(("variant", "billions"), [("Ti/16", 7.5), ("S/16", 27.6), ("B/16", 105.4), ("L/16", 369.6)])
 def test_training_flops_an_image_are_the_published_ones(variant: str, billions: float) -> None:
-    found = training_flops(config.Model(variant=variant, num_classes=1000)) / 1e9  # at 224
-    assert found == pytest.approx(billions, rel=0.005)
+    flops = training_flops(config.Model(variant=variant, num_classes=1000)) / 1e9  # at 224
+    assert flops == pytest.approx(billions, rel=0.005)

@@ -1,4 +1,4 @@
-"""The layers one by one: what the whole model does not show, statistics of fresh kernels, masks no mesh can change."""
+"""The single layers: details that the full model hides, statistics of new kernels, and masks on every mesh."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Any:
 
 
 def test_layer_norm_adds_a_millionth_to_the_variance() -> None:
-    x = 1e-3 * random(2, 5, 16)  # whose variance is as small
+    x = 1e-3 * random(2, 5, 16)  # with a variance as small
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(Norm(16, None, rngs=nnx.Rngs(0))(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -57,7 +57,7 @@ def test_xavier_of_two_contracted_dimensions_takes_their_product_for_its_fan() -
     assert np.asarray(dense.kernel[...]).var() == pytest.approx(2 / (96 + 32), rel=0.05)
 
 
-def test_normal_has_a_deviation_of_two_hundredths_whatever_the_fans() -> None:
+def test_normal_has_a_deviation_of_two_hundredths_for_any_fans() -> None:
     kernel = np.asarray(normal(64, 999)(jax.random.key(0), (64, 400), jnp.float32, None))
     assert kernel.std() == pytest.approx(0.02, rel=0.02)
 
@@ -68,7 +68,7 @@ def test_lecun_normal_has_variance_one_over_fan_in_and_is_cut_at_two_deviations(
     cut = 2 * math.sqrt(1 / 64) / 0.8796
     assert 0.99 * cut < np.abs(kernel).max() <= 1.0001 * cut
     normal = kernel / kernel.std()
-    assert (normal**4).mean() == pytest.approx(2.37, abs=0.08)  # of this cut normal; 3 of a whole one, 1.8 uniform
+    assert (normal**4).mean() == pytest.approx(2.37, abs=0.08)  # truncated; a full normal has 3, a uniform 1.8
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -98,16 +98,16 @@ def test_masks_are_the_same_on_every_mesh() -> None:
         x = jnp.ones((16, 4, 8), out_sharding=layout.spec(*NAMES))
         return dropout(x, 0.5, key), drop_path(x, 0.5, key)
 
-    alone = jax.jit(masks)(jax.random.key(3))
+    on_one_device = jax.jit(masks)(jax.random.key(3))
     for sizes in MESHES:
         with jax.set_mesh(mesh(sizes)):
-            found = jax.jit(masks)(jax.random.key(3))
-            assert jax.typeof(found[0]).sharding.spec == layout.spec(*NAMES)
-        for one, other in zip(alone, found, strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+            on_mesh = jax.jit(masks)(jax.random.key(3))
+            assert jax.typeof(on_mesh[0]).sharding.spec == layout.spec(*NAMES)
+        for mask, wanted in zip(on_mesh, on_one_device, strict=True):
+            np.testing.assert_array_equal(mask, wanted, err_msg=str(sizes))
 
 
-def test_a_layer_reads_its_parameters_in_the_dtype_of_its_input_and_keeps_them_in_float32() -> None:
+def test_a_layer_computes_in_the_dtype_of_its_input_and_stores_parameters_in_float32() -> None:
     mlp = Mlp(4, 8, activation="gelu", dropout=0.0, rngs=nnx.Rngs(0), initializer=xavier_uniform)
     assert mlp(jnp.ones((1, 1, 4), jnp.bfloat16), None).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(mlp))} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""Every named size and its golden parameter count; nothing is allocated, `nnx.eval_shape` makes shapes only."""
+"""Every named size and its golden parameter count, by shapes only (`nnx.eval_shape`)."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vit_dist.config import ConfigError
 from vit_dist.model import variants
 from vit_dist.model.vit import parameter_count
 
-# Of every variant: its usual patch, and the parameters with 1000 classes at 224, class-token pooling and biases.
+# Every variant with its usual patch, and the parameter count with 1000 classes at 224, class-token pooling and biases.
 # Sources: Ti, S, B, L, H: shared/design/NUMBERS.md, and 5.72, 22.05, 86.57 and 304.33 million in timm
 # (huggingface/pytorch-image-models at aa4b5850, results/*.csv); g, G: 1012.61 and 1844.44 million there.
 # The others follow from `closed_form` below; published relatives of So400m, M, giant2 and 22B are in the next table.
@@ -32,7 +32,7 @@ GOLDEN = {
     "giant2": (14, 1_136_183_784),
 }
 
-# Counts in millions that timm publishes of models without a head, which we make with one class (`width + 1` more).
+# Counts in millions that timm publishes for models without a head; ours have a head of one class (`width + 1` more).
 HEADLESS: dict[str, tuple[str, int, dict[str, Any], float]] = {
     "vit_huge_patch14_gap_224": ("H/14", 1280, {"pool": "mean"}, 630.76),
     "vit_giant_patch16_gap_224": ("g/16", 1408, {"pool": "mean"}, 1011.37),
@@ -66,7 +66,7 @@ def test_a_variant_has_its_golden_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_golden_count_is_what_the_closed_form_gives(name: str) -> None:
+def test_the_golden_count_agrees_with_the_closed_form(name: str) -> None:
     patch, golden = GOLDEN[name]
     size = variants.VARIANTS[name]
     assert size.width and size.depth and size.mlp and size.heads
@@ -80,15 +80,15 @@ def test_the_golden_count_is_what_the_closed_form_gives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HEADLESS)
-def test_counts_agree_with_timm_where_it_publishes_a_relative(name: str) -> None:
+def test_counts_agree_with_those_that_timm_publishes(name: str) -> None:
     variant, width, settings, millions = HEADLESS[name]
     assert round((count(variant, num_classes=1, **settings) - width - 1) / 1e6, 2) == millions
 
 
 def test_m16_with_mean_pooling_agrees_with_timm() -> None:
     # vit_medium_patch16_gap_256: no qkv bias, LayerScale; 38.86 million with 1000 classes.
-    found = count("M/16", image_size=256, pool="mean", qkv_bias=False, layer_scale=1e-6, num_classes=1000)
-    assert round(found / 1e6, 2) == 38.86
+    parameters = count("M/16", image_size=256, pool="mean", qkv_bias=False, layer_scale=1e-6, num_classes=1000)
+    assert round(parameters / 1e6, 2) == 38.86
 
 
 def test_the_kernels_of_22b_are_the_21743_million_of_its_paper() -> None:
@@ -124,6 +124,6 @@ def test_a_number_of_the_config_wins_over_the_variants() -> None:
         ("B/x", "model.variant: 'B/x' names no patch size"),
     ],
 )
-def test_a_name_that_is_no_variant_is_refused(name: str, message: str) -> None:
+def test_a_name_of_no_variant_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         variants.parse(name)

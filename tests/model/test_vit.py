@@ -1,6 +1,6 @@
-"""The whole model against the reference in float64, on one device and on meshes.
+"""The full model against the reference in float64, on one device and on meshes.
 
-Parameters are random numbers everywhere, biases and scales too, so that none of them can be left out unseen.
+All parameters are random, biases and scales too, so that a test fails if one of them is not used.
 """
 
 import functools
@@ -46,7 +46,7 @@ MODELS: dict[str, Settings] = {
 RANDOM: Settings = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.3}
 MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
-# The compiler takes most of these tests' time, and none of their claims is about the code it makes.
+# Most of these tests' time is compilation, and none of their claims is about the quality of the compiled code.
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
@@ -95,7 +95,7 @@ def expected_of(settings: Settings, parameters: Any, x: Any) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
+def test_logits_and_gradients_agree_with_the_reference(name: str) -> None:
     settings = MODELS[name]
     graph, state = abstract(**settings)
     parameters = filled(state)
@@ -106,18 +106,18 @@ def test_logits_and_gradients_are_those_of_the_papers_model(name: str) -> None:
     assert logits.dtype == jnp.float32 and logits.shape == (3, settings.get("num_classes", 5))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    found = flattened(nnx.to_pure_dict(gradient))
-    assert found.keys() == slopes.keys()
+    gradients = flattened(nnx.to_pure_dict(gradient))
+    assert gradients.keys() == slopes.keys()
     for path, slope in slopes.items():
-        if not path.endswith("qkv/bias"):  # of which keys' bias changes nothing: its gradient is rounding
+        if not path.endswith("qkv/bias"):  # the keys' bias changes nothing: its gradient is rounding
             assert np.abs(slope).max() > 1e-6, path
-        np.testing.assert_allclose(found[path], slope, rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(gradients[path], slope, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_parameters_have_their_agreed_names() -> None:
     _, state = abstract(registers=1, layer_scale=0.1, activation="swiglu", pre_logits=8)
-    parts = {"/".join(map(str, path[:-1])) or path[-1] for path, _ in nnx.to_flat_state(state)}
-    assert parts == set(
+    modules = {"/".join(map(str, path[:-1])) or path[-1] for path, _ in nnx.to_flat_state(state)}
+    assert modules == set(
         "patch cls position registers norm pre_logits head blocks/norm1 blocks/attention/qkv "
         "blocks/attention/projection blocks/norm2 blocks/mlp/up blocks/mlp/down blocks/mlp/gate blocks/scale1 "
         "blocks/scale2".split()
@@ -128,7 +128,7 @@ def test_parameters_have_their_agreed_names() -> None:
     )
 
 
-def test_a_fresh_model_starts_as_the_papers_do() -> None:
+def test_a_new_model_starts_as_in_the_papers() -> None:
     settings = {**TINY, "width": 128, "registers": 64, "head_bias": -6.9, "position_std": 0.01}
     graph, _ = abstract(**settings)
     model = nnx.merge(graph, jit(lambda: nnx.state(ViT(**settings, rngs=nnx.Rngs(0))))())
@@ -139,12 +139,13 @@ def test_a_fresh_model_starts_as_the_papers_do() -> None:
     np.testing.assert_array_equal(model.head.bias[...], np.full(5, -6.9, np.float32))
     qkv = np.asarray(model.blocks.attention.qkv.kernel[...])
     assert qkv.shape == (2, 128, 3, 4, 32)
-    assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(0, abs=0.02)  # each block its own key
+    # Each block has a key of its own.
+    assert np.corrcoef(qkv[0].ravel(), qkv[1].ravel())[0, 1] == pytest.approx(0, abs=0.02)
     np.testing.assert_allclose(qkv.var((1, 3, 4)), np.full((2, 3), 2 / 256), rtol=0.03)
     assert not np.any(model.blocks.attention.qkv.bias[...])
 
 
-def test_a_class_token_without_a_position_is_drawn() -> None:
+def test_a_class_token_without_a_position_starts_random() -> None:
     model = ViT(**{**TINY, "width": 128, "depth": 1, "cls_position": False, "position_std": 0.01}, rngs=nnx.Rngs(0))
     assert np.std(model.cls[...]) == pytest.approx(0.01, rel=0.2)
 
@@ -156,18 +157,18 @@ def noisy(**settings: Any) -> Any:
     stacked = filled(abstract(**RANDOM, layer_scale=0.5)[1])
     if settings.get("scan", True):
         return scored(logits_of(graph))(stacked, images(), jax.random.key(0))
-    values, gradients = scored(logits_of(graph))(_taken_apart(state, stacked), images(), jax.random.key(0))
-    return values, _put_together(gradients, stacked)
+    values, gradients = scored(logits_of(graph))(_unstacked(state, stacked), images(), jax.random.key(0))
+    return values, _stacked(gradients, stacked)
 
 
-def _taken_apart(state: nnx.State, stacked: nnx.State) -> nnx.State:
+def _unstacked(state: nnx.State, stacked: nnx.State) -> nnx.State:
     tree = nnx.to_pure_dict(stacked)
     tree["blocks"] = {i: jax.tree.map(lambda leaf, i=i: leaf[i], tree["blocks"]) for i in range(TINY["depth"])}
     nnx.replace_by_pure_dict(state, tree)
     return state
 
 
-def _put_together(gradients: nnx.State, stacked: nnx.State) -> nnx.State:
+def _stacked(gradients: nnx.State, stacked: nnx.State) -> nnx.State:
     tree = nnx.to_pure_dict(gradients)
     tree["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree["blocks"].values())
     nnx.replace_by_pure_dict(stacked, tree)
@@ -179,9 +180,9 @@ def _put_together(gradients: nnx.State, stacked: nnx.State) -> nnx.State:
     [{"scan": False}, {"remat": "names"}, {"remat": "block", "scan": False}],
     ids=str,
 )
-def test_unrolling_and_computing_again_change_neither_values_nor_gradients(settings: Settings) -> None:
-    for one, other in zip(jax.tree.leaves(noisy(**settings)), jax.tree.leaves(noisy()), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+def test_unrolling_and_remat_change_neither_values_nor_gradients(settings: Settings) -> None:
+    for leaf, wanted in zip(jax.tree.leaves(noisy(**settings)), jax.tree.leaves(noisy()), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_unrolling_and_computing_again_change_neither_values_nor_gradients(setti
     [{}, {"layer_scale": 0.1, **RANDOM}, {"activation": "swiglu", "qk_norm": True}, {"parallel": True}],
     ids=str,
 )
-def test_remat_names_computes_no_dense_product_again_but_the_attentions_scores(settings: Settings) -> None:
+def test_remat_names_recomputes_no_dense_product_except_the_attention_scores(settings: Settings) -> None:
     def count(remat: str, scan: bool = True) -> int:
         graph, state = abstract(**settings, remat=remat, scan=scan)
         function = logits_of(graph)
@@ -201,25 +202,25 @@ def test_remat_names_computes_no_dense_product_again_but_the_attentions_scores(s
     assert count("block") >= count("none") + 4 * depth  # qkv, scores, the values they weigh, up, and more
 
 
-def test_a_stack_of_blocks_begins_as_its_blocks_do_one_by_one() -> None:
-    stacked, apart = (
+def test_stacked_blocks_start_like_separate_blocks() -> None:
+    stacked, separate = (
         nnx.to_pure_dict(nnx.state(jit(lambda scan=scan: ViT(**TINY, scan=scan, rngs=nnx.Rngs(3)))()))
         for scan in (True, False)
     )
     for number in range(TINY["depth"]):
         own = jax.tree.map(lambda leaf, number=number: leaf[number], stacked["blocks"])
-        jax.tree.map(np.testing.assert_array_equal, own, apart["blocks"][number])
+        jax.tree.map(np.testing.assert_array_equal, own, separate["blocks"][number])
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_unrolled_blocks_are_guarded_against_a_compiler_that_would_undo_the_second_computation(scan: bool) -> None:
+def test_unrolled_remat_blocks_prevent_common_subexpression_elimination(scan: bool) -> None:
     graph, state = abstract(remat="block", scan=scan)
     jaxpr = jax.make_jaxpr(logits_of(graph))(state, images(1))
     guards = {e.params["prevent_cse"] for e, _ in equations(jaxpr.jaxpr) if "prevent_cse" in e.params}
     assert guards == {not scan}
 
 
-def test_bfloat16_keeps_parameters_and_logits_in_float32_and_is_near() -> None:
+def test_bfloat16_keeps_parameters_and_logits_in_float32_and_is_close() -> None:
     graph, state = abstract()
     parameters = filled(state)
     (_, exact), exact_gradient = scored(logits_of(graph))(parameters, images())
@@ -228,9 +229,9 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32_and_is_near() -> None:
     assert logits.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract(dtype="bfloat16")[1])} == {jnp.dtype("float32")}
     assert 0 < np.abs(logits - exact).max() < 0.03 * np.abs(exact).max()
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact_gradient), strict=True):
-        assert one.dtype == jnp.float32
-        assert np.linalg.norm(one - other) < 0.05 * np.linalg.norm(other) + 1e-5
+    for leaf, exact_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact_gradient), strict=True):
+        assert leaf.dtype == jnp.float32
+        assert np.linalg.norm(leaf - exact_leaf) < 0.05 * np.linalg.norm(exact_leaf) + 1e-5
 
 
 def test_randomness_needs_a_key_and_follows_it() -> None:
@@ -248,10 +249,10 @@ def test_randomness_needs_a_key_and_follows_it() -> None:
 @pytest.mark.parametrize(
     ("schedule", "rates"), [("linear", [0.0, 0.2, 0.4, 0.6]), ("constant", [0.3, 0.3, 0.3, 0.3])], ids=str
 )
-def test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_for_itself(
+def test_drop_path_follows_its_schedule_and_every_branch_of_every_block_draws_separately(
     schedule: str, rates: list[float]
 ) -> None:
-    # Branches that add 1 to a channel of their own: what is missing afterwards was dropped.
+    # Every branch adds 1 to a channel of its own: a channel without it shows that the branch was dropped.
     depth, batch = 4, 4000
     graph, state = abstract(depth=depth, drop_path=rates[-1], drop_path_schedule=schedule)
     parameters = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
@@ -286,14 +287,14 @@ def test_parameters_and_random_logits_are_the_same_on_every_mesh() -> None:
             x = jax.device_put(images(), layout.spec("batch", None, None, None))
             logits = jit(logits_of(graph))(own, x, jax.random.key(0))
             assert jax.typeof(logits).sharding.spec == layout.spec("batch", None)
-        for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(fresh), strict=True):
-            np.testing.assert_array_equal(one, other, err_msg=str(sizes))
+        for leaf, wanted in zip(jax.tree.leaves(own), jax.tree.leaves(fresh), strict=True):
+            np.testing.assert_array_equal(leaf, wanted, err_msg=str(sizes))
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5, err_msg=str(sizes))
     kernel = own["blocks"]["mlp"]["up"]["kernel"][...]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}  # of (2, 32, 64): born split
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}  # of (2, 32, 64)
 
 
-LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first dimension is whole
+LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first dimension is not split
     "patch/kernel": (None, "fsdp"),
     "patch/bias": ("fsdp",),
     "cls": ("fsdp",),
@@ -349,14 +350,14 @@ def specs(**settings: Any) -> dict[str, PartitionSpec]:
 
 
 def test_every_parameter_is_split_as_the_table_says() -> None:
-    found = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
-    assert found == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
-    found = specs(pool="map")
-    assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= found.items()
-    assert {name for name in found if name.startswith("pool")} == set(POOL_LAYOUT) - {"head/kernel"}
+    split = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
+    assert split == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
+    split = specs(pool="map")
+    assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= split.items()
+    assert {name for name in split if name.startswith("pool")} == set(POOL_LAYOUT) - {"head/kernel"}
 
 
-def test_a_model_is_used_without_any_ceremony() -> None:
+def test_a_model_runs_without_any_setup() -> None:
     model = ViT("S/16", image_size=32, patch_size=4, num_classes=10, rngs=nnx.Rngs(0))
     logits = model(images(2, (32, 32)))
     assert logits.shape == (2, 10) and logits.dtype == jnp.float32

@@ -58,11 +58,11 @@ def test_warps_and_mixes_are_the_same_on_every_mesh() -> None:
 
     first, *others = on_every_mesh(pipeline, IMAGES, TARGETS)
     for other in others:
-        for one, two in zip(first, other, strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-6)
+        for expected, array in zip(first, other, strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_normalise_scales_bytes_and_takes_one_number_or_one_a_channel() -> None:
+def test_normalise_scales_bytes_by_one_number_or_one_for_each_channel() -> None:
     np.testing.assert_allclose(
         augment.normalise(IMAGES, 0.5, 0.25), (IMAGES / 255.0 - 0.5) / 0.25, rtol=1e-5, atol=1e-5
     )
@@ -84,14 +84,14 @@ def test_resize_keeps_a_ramp_and_averages_when_it_shrinks() -> None:
 
 
 @pytest.mark.parametrize("size", [(5, 7), (20, 31)])
-def test_resize_is_pillows(size: tuple[int, int]) -> None:
+def test_resize_agrees_with_pillow(size: tuple[int, int]) -> None:
     for name, method in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
-        found = augment.resize(IMAGES[:1], size, name)[0, :, :, 0]
+        resized = augment.resize(IMAGES[:1], size, name)[0, :, :, 0]
         expected = Image.fromarray(np.asarray(IMAGES[0, :, :, 0], np.float32)).resize(size[::-1], method)
-        np.testing.assert_allclose(found, np.asarray(expected), atol=0.05)
+        np.testing.assert_allclose(resized, np.asarray(expected), atol=0.05)
 
 
-def test_with_nothing_asked_no_number_is_drawn_and_nothing_changes() -> None:
+def test_with_every_augmentation_off_no_number_is_drawn_and_nothing_changes() -> None:
     key = jax.random.key(0)
     assert augment.draw(key, (16, 12, 10), config.Data()) is None
     np.testing.assert_array_equal(augment.warp(IMAGES, key, config.Data()), IMAGES)
@@ -99,7 +99,7 @@ def test_with_nothing_asked_no_number_is_drawn_and_nothing_changes() -> None:
     assert images is IMAGES and targets is TARGETS
 
 
-def test_the_identity_map_gives_the_image_back() -> None:
+def test_the_identity_map_returns_the_image() -> None:
     maps: Any = np.broadcast_to(IDENTITY, (16, 2, 2)), np.zeros((16, 2), np.float32)
     np.testing.assert_array_equal(augment.sample(IMAGES, *maps), IMAGES)
     tiny = config.Data(crop_area=(1.0, 1.0), crop_aspect=(1.0, 1.0), shift=1e-9)
@@ -130,9 +130,9 @@ def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others() -> None:
     assert 160 < mirrored.sum() < 240
 
 
-def test_every_warp_stays_within_what_was_asked_and_uses_it() -> None:
-    def maps(**asked: Any) -> tuple[np.ndarray, np.ndarray]:
-        drawn = augment.draw(jax.random.key(2), (2000, 20, 40), config.Data(**asked))
+def test_every_warp_fills_the_configured_range_and_stays_within_it() -> None:
+    def maps(**data: Any) -> tuple[np.ndarray, np.ndarray]:
+        drawn = augment.draw(jax.random.key(2), (2000, 20, 40), config.Data(**data))
         assert drawn is not None
         return np.asarray(drawn[0]), np.asarray(drawn[1])
 
@@ -165,7 +165,7 @@ def test_a_composed_warp_undoes_shift_rotation_shear_and_scale_in_that_order() -
     plain = config.Data(rotate=20, scale=0.2, shear=10)
     inner, still = augment.draw(jax.random.key(3), (50, 20, 20), plain) or (np.zeros(0), np.zeros(0))
     np.testing.assert_array_equal(still, 0)
-    left = np.asarray(matrix) @ np.linalg.inv(inner)  # what is outermost: the flip and the box, along the axes
+    left = np.asarray(matrix) @ np.linalg.inv(inner)  # the outermost factor: the flip and the box, along the axes
     np.testing.assert_allclose(left[:, 0, 1], 0, atol=1e-5)
     np.testing.assert_allclose(left[:, 1, 0], 0, atol=1e-5)
     assert (left[:, 1, 1] > 0).all() and 10 < (left[:, 0, 0] < 0).sum() < 40
@@ -205,12 +205,12 @@ def test_cutmix_takes_a_box_and_the_target_has_exactly_its_area() -> None:
             assert rows.size == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
 
 
-def test_with_both_each_is_taken_in_about_half_of_the_steps() -> None:
+def test_with_both_each_is_applied_in_about_half_of_the_steps() -> None:
     cut = [bool(np.isin(weights, (0.0, 1.0)).all()) for weights, _ in blends(0.8, 1.0)]
     assert 18 < sum(cut) < 42
 
 
-def test_partners_are_the_mirrored_places_of_the_global_batch() -> None:
+def test_partners_are_the_rows_of_the_reversed_global_batch() -> None:
     images: Any = np.arange(6, dtype=np.float32)[:, None, None, None] * np.ones((1, 4, 4, 1), np.float32)
     mixed, targets = augment.mix(images, jnp.eye(6), jax.random.key(0), mixup=1.0)
     share = float(targets[0, 0])

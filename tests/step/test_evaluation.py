@@ -15,7 +15,7 @@ from vit_dist import config, predict
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.workdir import write_run
-from vit_dist.step.evaluation import model_input, no_totals
+from vit_dist.step.evaluation import model_input, zero_totals
 
 CLASSES, BATCH, SIZE = 7, 8, (8, 12)
 MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.4)
@@ -36,9 +36,9 @@ def settings(loss: str, eval_crop: float | None) -> config.Config:
     )
 
 
-def logits_of(asked: config.Config, parameters: Flat, pixels: np.ndarray) -> np.ndarray:
-    """The reference's, of pixels in 0..255 of the model's size."""
-    return reference.logits(dataclasses.asdict(asked.model), parameters, (pixels / 255 - MEAN) / STD).data
+def logits_of(configured: config.Config, parameters: Flat, pixels: np.ndarray) -> np.ndarray:
+    """The reference's logits of pixels in 0..255 of the model's size."""
+    return reference.logits(dataclasses.asdict(configured.model), parameters, (pixels / 255 - MEAN) / STD).data
 
 
 def pixels(seed: int, size: tuple[int, int]) -> np.ndarray:
@@ -46,42 +46,43 @@ def pixels(seed: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def center(images: np.ndarray) -> np.ndarray:
-    """Of [B, 14, 20, C]: the largest box of the shape 8:12 is 13.3 by 20, and 0.8 of it 10.7 by 16."""
+    """The centre crop of [B, 14, 20, C]: the largest box of the shape 8:12 is 13.3 by 20, and 0.8 of it 10.7 by 16."""
     return resized(images[:, 1:12, 2:18], SIZE, "bilinear")
 
 
-def test_whole_images_are_cut_to_their_centre_and_resized_on_the_device() -> None:
-    def found(images: np.ndarray, augment_on_device: bool, **data: Any) -> np.ndarray:
-        """What the model gets, as pixels."""
-        asked = settings("softmax", 0.8)
-        wanted = dataclasses.replace(asked.data, **data)
-        inputs = model_input(images, wanted, asked.model, augment_on_device=augment_on_device)
+def test_uncropped_images_are_cropped_to_the_centre_and_resized_on_the_device() -> None:
+    def input_pixels(images: np.ndarray, augment_on_device: bool, **data: Any) -> np.ndarray:
+        """The model's input, scaled back to pixels."""
+        configured = settings("softmax", 0.8)
+        changed = dataclasses.replace(configured.data, **data)
+        inputs = model_input(images, changed, configured.model, augment_on_device=augment_on_device)
         return (np.asarray(inputs, np.float64) * STD + MEAN) * 255
 
-    whole, cut = pixels(0, (14, 20)), pixels(1, SIZE)
-    np.testing.assert_allclose(found(whole, True), center(whole), atol=1e-3)
+    uncropped, cropped = pixels(0, (14, 20)), pixels(1, SIZE)
+    np.testing.assert_allclose(input_pixels(uncropped, True), center(uncropped), atol=1e-3)
     np.testing.assert_allclose(
-        found(whole, True, eval_crop=None, interpolation="bicubic"), resized(whole, SIZE, "bicubic"), atol=1e-3
+        input_pixels(uncropped, True, eval_crop=None, interpolation="bicubic"),
+        resized(uncropped, SIZE, "bicubic"),
+        atol=1e-3,
     )
-    np.testing.assert_allclose(found(cut, False), cut, atol=1e-3)  # the host has cut these already
+    np.testing.assert_allclose(input_pixels(cropped, False), cropped, atol=1e-3)  # the host has cropped these already
 
 
 @pytest.mark.parametrize("loss", MESHES)
-def test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count(loss: str) -> None:
-    asked = settings(loss, 0.8)
-    program = Program(asked, classes=CLASSES, steps=1, augment_on_device=True)
+def test_an_evaluation_sums_loss_and_correct_answers_of_the_rows_that_count(loss: str) -> None:
+    configured = settings(loss, 0.8)
+    program = Program(configured, classes=CLASSES, steps=1, augment_on_device=True)
     with program.in_use():
         parameters = random_parameters(program, 0)
-        own, totals = state_of(program, nested(parameters), nested(parameters)).parameters, no_totals(CLASSES)
+        own, totals = state_of(program, nested(parameters), nested(parameters)).parameters, zero_totals(CLASSES)
         expected: dict[str, Any] = dict.fromkeys(("loss", "count", "top1", "top5"), 0)
         expected |= {name: np.zeros(CLASSES, int) for name in ("class_count", "class_top1")}
         for seed in (1, 2):
             rng, images = np.random.default_rng(seed), pixels(seed, (14, 20))
             mask, labels = np.arange(BATCH) < 9 - 2 * seed, rng.integers(0, CLASSES, BATCH, dtype=np.int32)
-            logits = logits_of(asked, parameters, center(images))
-            labels[[0, -1]] = logits[[0, -1]].argmax(
-                axis=1
-            )  # a right answer at least in a row that counts and in another
+            logits = logits_of(configured, parameters, center(images))
+            # At least one correct answer in a row that counts and in one that does not.
+            labels[[0, -1]] = logits[[0, -1]].argmax(axis=1)
             batch = batch_of(program, image=images, label=labels, mask=mask)
             totals = program.evaluation_step(own, batch, totals)
             rank = (logits > logits[np.arange(BATCH), labels][:, None]).sum(axis=1)
@@ -102,9 +103,9 @@ def test_an_evaluation_adds_up_loss_and_right_answers_of_the_rows_that_count(los
 
 @pytest.mark.parametrize("loss", MESHES)
 def test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average(loss: str, tmp_path: Path) -> None:
-    asked, names = settings(loss, None), tuple("abcdefg")
-    program = Program(asked, classes=CLASSES, steps=1, augment_on_device=False)
-    write_run(tmp_path / "run", asked, names)
+    configured, names = settings(loss, None), tuple("abcdefg")
+    program = Program(configured, classes=CLASSES, steps=1, augment_on_device=False)
+    write_run(tmp_path / "run", configured, names)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=1, keep_best=0)
     average = random_parameters(program, 1)
     with program.in_use():
@@ -115,9 +116,9 @@ def test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average(loss:
     files = [tmp_path / f"{number}.png" for number in range(3)]
     for file, image in zip(files, images, strict=True):
         cv2.imwrite(str(file), image[..., ::-1])
-    logits = logits_of(asked, average, images)
+    logits = logits_of(configured, average, images)
     chances = 1 / (1 + np.exp(-logits)) if loss == "sigmoid" else np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for answer, row in zip(predict(tmp_path / "run", files, top=5), chances, strict=True):
         order = np.argsort(-row)[:5]
-        assert [one["name"] for one in answer["classes"]] == [names[index] for index in order]
-        assert [one["probability"] for one in answer["classes"]] == pytest.approx(list(row[order]), rel=1e-5)
+        assert [entry["name"] for entry in answer["classes"]] == [names[index] for index in order]
+        assert [entry["probability"] for entry in answer["classes"]] == pytest.approx(list(row[order]), rel=1e-5)

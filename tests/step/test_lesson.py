@@ -1,6 +1,6 @@
-"""The d2l.ai lesson's own model, in Flax Linen, against the recipe that is made after it, at its full size.
+"""The recipe after the d2l.ai lesson against the lesson's own model in Flax Linen, at full size.
 
-On 900 images of Fashion-MNIST in `../shared/data`; without them, skipped.
+The data are 900 images of Fashion-MNIST in `../shared/data`; without them the tests are skipped.
 """
 
 import functools
@@ -43,32 +43,32 @@ def curves(batch_size: int, steps: int, dropout: float, *overrides: str) -> tupl
     large = resized(images / 255, (lesson.SIDE, lesson.SIDE), "bilinear").astype(np.float32)
     model = lesson.ViT(dropout)
     parameters = model.init(jax.random.key(0), jnp.zeros((1, lesson.SIDE, lesson.SIDE, 1)), False)["params"]
-    theirs = lesson.train(model, parameters, RATE, [(large[own], labels[own]) for own in order])
+    theirs = lesson.train(model, parameters, RATE, [(large[rows], labels[rows]) for rows in order])
 
     recipe = ROOT / "configs" / "d2l_fashion_mnist.py"
-    asked = recipes.load(recipe, ["mesh.data=1", f"batch_size={batch_size}", *overrides])
-    program, ours = Program(asked, classes=lesson.CLASSES, steps=4690, augment_on_device=True), []
+    configured = recipes.load(recipe, ["mesh.data=1", f"batch_size={batch_size}", *overrides])
+    program, ours = Program(configured, classes=lesson.CLASSES, steps=4690, augment_on_device=True), []
     with program.in_use():
         state = state_of(program, lesson.as_ours(jax.tree.map(np.asarray, parameters)))
-        for own in order:
-            state, metrics = program.train_step(state, batch_of(program, image=images[own], label=labels[own]))
+        for rows in order:
+            state, metrics = program.train_step(state, batch_of(program, image=images[rows], label=labels[rows]))
             ours.append(float(metrics["loss"]))
-    print(*(f"{one:.5f} {other:.5f}" for one, other in zip(ours, theirs)), sep="\n")
+    print(*(f"{our:.5f} {their:.5f}" for our, their in zip(ours, theirs)), sep="\n")
     return ours, theirs
 
 
 def test_ten_steps_without_dropout_have_the_lessons_losses() -> None:
     ours, theirs = curves(8, 10, 0.0, *NO_DROPOUT)
     assert largest_difference(ours, theirs) < 1e-4
-    assert theirs[0] < 3 and max(theirs) > 10  # at this rate the loss climbs; that it agrees then too says the more
+    assert theirs[0] < 3 and max(theirs) > 10  # at this rate the loss climbs, which amplifies any difference
 
 
-def test_dropout_has_the_lessons_places_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_has_the_lessons_positions_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     def bernoulli(key: jax.Array, p: Any = 0.5, shape: Any = None, out_sharding: Any = None) -> jax.Array:
-        """One mask for each shape, whatever the key, and whichever of the first two dimensions leads in the draw."""
+        """The same mask for every key, symmetric in the first two dimensions, of which either may come first."""
         first, second, *rest = np.indices(shape)
-        place = 7 * (first + second) + sum(factor * index for factor, index in zip((13, 29), rest))
-        return jnp.asarray(place % 100 < 100 * p)
+        number = 7 * (first + second) + sum(factor * index for factor, index in zip((13, 29), rest))
+        return jnp.asarray(number % 100 < 100 * p)
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
     ours, theirs = curves(8, 3, DROPOUT)
@@ -81,4 +81,4 @@ def test_with_the_lessons_rate_and_dropout_the_loss_climbs_to_about_twenty_in_bo
     for losses in (ours, theirs):
         assert losses[0] == pytest.approx(2.5, abs=0.3)
         assert 15 < max(losses) < 35
-    assert np.mean(ours[5:]) == pytest.approx(np.mean(theirs[5:]), rel=0.35)  # each drops out at its own random places
+    assert np.mean(ours[5:]) == pytest.approx(np.mean(theirs[5:]), rel=0.35)  # each has dropout masks of its own

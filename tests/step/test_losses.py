@@ -53,11 +53,11 @@ def test_a_batch_split_over_a_mesh_gives_the_same_and_stays_split() -> None:
         gradient = jax.grad(lambda x: losses.softmax(x, targets).sum())(logits)
         return losses.softmax(logits, targets), losses.sigmoid(logits, targets), gradient, *correct
 
-    whole = jax.jit(everything)(LOGITS, LABELS)
+    on_one_device = jax.jit(everything)(LOGITS, LABELS)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, layout.spec("batch") or PartitionSpec())
         split = jax.jit(everything)(jax.device_put(LOGITS, rows), jax.device_put(LABELS, rows))
-    for one, other in zip(whole, split, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
-        assert other.sharding.spec[0] == ("data", "fsdp")
+    for expected, array in zip(on_one_device, split, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-6)
+        assert array.sharding.spec[0] == ("data", "fsdp")

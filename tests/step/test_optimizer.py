@@ -51,19 +51,19 @@ def make_mesh(**sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=jax.devices()[:count])
 
 
-def placed(flat: Flat, mesh: Mesh) -> dict[str, Any]:
-    def put(path: str, value: np.ndarray) -> jax.Array:
+def put(flat: Flat, mesh: Mesh) -> dict[str, Any]:
+    def shard(path: str, value: np.ndarray) -> jax.Array:
         spec = PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in SHAPES[path][1]))
         return jax.device_put(value, NamedSharding(mesh, spec))
 
-    return nested({path: put(path, value) for path, value in flat.items()})
+    return nested({path: shard(path, value) for path, value in flat.items()})
 
 
 def trained(settings: Optimizer, mesh: Mesh, steps: int = 3) -> tuple[Flat, Any]:
     """Parameters (flat) and optimizer state after a few steps under a mesh."""
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(settings, 10)
-        params = placed(numbers(0), mesh)
+        params = put(numbers(0), mesh)
         state = optimizer.init(params)
 
         @jax.jit
@@ -72,7 +72,7 @@ def trained(settings: Optimizer, mesh: Mesh, steps: int = 3) -> tuple[Flat, Any]
             return optax.apply_updates(params, updates), state
 
         for seed in range(1, steps + 1):
-            params, state = step(params, state, placed(numbers(seed), mesh))
+            params, state = step(params, state, put(numbers(seed), mesh))
         return flattened(params), state
 
 
@@ -106,16 +106,16 @@ def kernels(flat: dict[str, Any]) -> dict[str, bool]:
 @functools.cache
 def on_eight(name: str) -> tuple[Flat, Any]:
     """Parameters and state after three steps of an optimizer, everything split over eight devices."""
-    decay = 0.0 if name == "muon" else 0.2  # optax's Muon knows no mask for Adam's half
+    decay = 0.0 if name == "muon" else 0.2  # optax's Muon has no mask for the half that Adam updates
     settings = Optimizer(name=name, learning_rate=0.1, weight_decay=decay, b2=0.99, schedule="constant")
     return trained(settings, make_mesh(data=2, fsdp=2, tensor=2))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_on_a_mesh_stacked_blocks_are_updated_as_plain_optax_updates_each_by_itself_on_one_device(name: str) -> None:
+def test_stacked_blocks_on_a_mesh_are_updated_like_separate_blocks_by_plain_optax(name: str) -> None:
     def unstacked(flat: Flat) -> Flat:
-        one_by_one = {f"{path} {i}": block for path in flat if "blocks/" in path for i, block in enumerate(flat[path])}
-        return one_by_one | {path: value for path, value in flat.items() if "blocks/" not in path}
+        blocks = {f"{path} {i}": block for path in flat if "blocks/" in path for i, block in enumerate(flat[path])}
+        return blocks | {path: value for path, value in flat.items() if "blocks/" not in path}
 
     ours, _ = on_eight(name)
     reference = REFERENCES[name](optax.add_decayed_weights(0.2, kernels))
@@ -128,7 +128,7 @@ def test_on_a_mesh_stacked_blocks_are_updated_as_plain_optax_updates_each_by_its
         np.testing.assert_allclose(value, params[path], rtol=3e-6, atol=3e-6, err_msg=path)
 
 
-def test_muon_updates_each_matrix_of_the_blocks_as_plain_optax_does_and_the_rest_as_adam() -> None:
+def test_muon_updates_the_matrices_of_the_blocks_like_plain_optax_and_the_rest_like_adam() -> None:
     def matrices(flat: Flat) -> Flat:
         result: Flat = {}
         for path, value in flat.items():
@@ -166,11 +166,11 @@ def test_muon_updates_each_matrix_of_the_blocks_as_plain_optax_does_and_the_rest
 
 
 @pytest.mark.parametrize("name", [*REFERENCES, "muon"])
-def test_the_state_is_split_as_the_parameters_are_both_abstract_and_after_steps(name: str) -> None:
+def test_the_state_is_split_like_the_parameters_both_abstract_and_after_steps(name: str) -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     _, state = on_eight(name)
     with jax.set_mesh(mesh):
-        params = placed(numbers(0), mesh)
+        params = put(numbers(0), mesh)
         abstract = jax.eval_shape(make_optimizer(Optimizer(name=name), 10).init, params)
     specs = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(params)}
     like_parameters = 0
@@ -185,7 +185,7 @@ def test_the_state_is_split_as_the_parameters_are_both_abstract_and_after_steps(
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])  # the others' decay is part of their references above
-def test_weight_decay_takes_rate_times_decay_times_the_parameter_off_kernels_alone(name: str) -> None:
+def test_weight_decay_subtracts_rate_times_decay_times_the_parameter_from_kernels_only(name: str) -> None:
     settings = dataclasses.replace(PLAIN, name=name, warmup_steps=4)
     gradients = numbers(1)
     without, decayed = update(settings, gradients), update(dataclasses.replace(settings, weight_decay=0.3), gradients)
@@ -217,7 +217,7 @@ def test_the_first_rule_that_matches_sets_rate_and_decay() -> None:
         np.testing.assert_allclose(decays[path], -0.1 * rate * decay * numbers(0)[path], rtol=1e-5, atol=1e-8)
 
 
-def test_frozen_parameters_have_no_state_no_update_and_no_part_in_the_clipped_norm() -> None:
+def test_frozen_parameters_have_no_state_and_no_update_and_do_not_count_in_the_clipped_norm() -> None:
     rules = (Rule("^(blocks|patch|position)", frozen=True),)
     settings = Optimizer(name="adamw", weight_decay=0.1, rules=rules)
     state = make_optimizer(settings, 10).init(nested(numbers(0)))
@@ -236,7 +236,7 @@ def test_frozen_parameters_have_no_state_no_update_and_no_part_in_the_clipped_no
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_bfloat16_is_for_the_first_moment_alone(name: str) -> None:
+def test_bfloat16_is_for_the_first_moment_only(name: str) -> None:
     def bytes_by_type(moment: str) -> dict[str, int]:
         settings = Optimizer(name=name, moment_dtype=moment)  # type: ignore[arg-type]
         state = jax.eval_shape(make_optimizer(settings, 10).init, nested(numbers(0)))
@@ -263,7 +263,7 @@ def test_bfloat16_is_for_the_first_moment_alone(name: str) -> None:
         (Optimizer(cooldown_steps=2), r"optimizer.cooldown_steps: .* found cosine"),
     ],
 )
-def test_what_cannot_be_done_is_said_with_its_key(settings: Optimizer, message: str) -> None:
+def test_an_invalid_setting_is_refused_by_its_key(settings: Optimizer, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_optimizer(settings, 10).init(nested(numbers(0)))
 

@@ -1,7 +1,7 @@
-"""Training steps against the reference in float64, four in a row, on one device and on four; and what steps draw.
+"""Four training steps against the reference in float64, on one device and on four, and the random numbers of steps.
 
-Parameters, their average and the images are random numbers, so that nothing can be left out unseen. Adam's epsilon is
-large: the gradient of the keys' bias is zero but for rounding, which a small one would blow up to a whole step.
+Parameters, their average and the images are random, so that a test fails if one of them is not used. Adam's epsilon is
+large: the gradient of the keys' bias is zero except for rounding, which a small epsilon would amplify to a full step.
 """
 
 import dataclasses
@@ -69,14 +69,14 @@ def examples(step: int, size: tuple[int, int] = (11, 6)) -> dict[str, np.ndarray
 
 
 def fetched(tree: Any) -> Flat:
-    """The arrays by path, without what the optimizer keeps in place of frozen ones."""
+    """The arrays by path, without the optimizer's placeholders for frozen ones."""
     leaves = flattened(jax.tree.map(np.asarray, tree))
     return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
 
 
 @dataclasses.dataclass
 class Step:
-    """What one step of ours left behind."""
+    """The result of one step of ours."""
 
     parameters: Flat
     average: Flat
@@ -90,7 +90,7 @@ class Run:
     settings: config.Config
     start: Reference
     steps: list[Step]
-    drawn: dict[bytes, np.ndarray]  # by the key of each mix, what each pixel kept of its own image: [H, W]
+    drawn: dict[bytes, np.ndarray]  # by the key of each mix: the weight of each pixel's own image, [H, W]
 
 
 @functools.cache
@@ -98,7 +98,7 @@ def run(name: str) -> Run:
     """Four steps of `Program.train_step`."""
     drawn: dict[bytes, np.ndarray] = {}
 
-    def spied(images: jax.Array, targets: jax.Array, key: jax.Array, **alphas: float) -> Any:
+    def spy(images: jax.Array, targets: jax.Array, key: jax.Array, **alphas: float) -> Any:
         probe = np.zeros((2, *images.shape[1:3], 1), np.float32)
         probe[0] = 1
         weights = mix(probe, np.zeros((2, 1), np.float32), key, **alphas)[0][0, :, :, 0]
@@ -109,19 +109,19 @@ def run(name: str) -> Run:
         )
         return mix(images, targets, key, **alphas)
 
-    mix, asked = augment.mix, settings(RUNS[name])
-    program = Program(asked, classes=CLASSES, steps=TOTAL, augment_on_device=not asked.data.flip)
+    mix, configured = augment.mix, settings(RUNS[name])
+    program = Program(configured, classes=CLASSES, steps=TOTAL, augment_on_device=not configured.data.flip)
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment, "mix", spied)
+        patch.setattr(augment, "mix", spy)
         parameters, average = random_parameters(program, 0), random_parameters(program, 1)
         state, steps = state_of(program, nested(parameters), nested(average)), []
         for number in range(STEPS):
             state, metrics = program.train_step(state, batch_of(program, **examples(number)))
-            moments = [optax.tree_utils.tree_get(state.optimizer, part) for part in ("mu", "nu")]
+            moments = [optax.tree_utils.tree_get(state.optimizer, moment) for moment in ("mu", "nu")]
             trees = [fetched(tree) for tree in (state.parameters, state.ema, *moments)]
-            steps.append(Step(*trees, {key: float(found) for key, found in metrics.items()}))
+            steps.append(Step(*trees, {key: float(value) for key, value in metrics.items()}))
     jax.effects_barrier()
-    return Run(asked, Reference(parameters, average), steps, drawn)
+    return Run(configured, Reference(parameters, average), steps, drawn)
 
 
 @functools.cache
@@ -135,24 +135,24 @@ def expected(name: str) -> list[tuple[Reference, dict[str, float]]]:
     return states
 
 
-def largest_difference(found: Flat, wanted: Flat) -> float:
-    assert found.keys() == wanted.keys()
-    return max(float(np.abs(found[path] - wanted[path]).max()) for path in wanted)
+def largest_difference(ours: Flat, wanted: Flat) -> float:
+    assert ours.keys() == wanted.keys()
+    return max(float(np.abs(ours[path] - wanted[path]).max()) for path in wanted)
 
 
-# Float32 resolves 1.2e-7 of a parameter between 1 and 2, and of gradients near 1; where Adam's root is near zero, a
-# rate of 2e-2 over an epsilon of 1e-3 makes twenty times as much of the gradient's rounding. The largest difference
-# seen is 8.8e-7; a step moves parameters by 1e-2.
+# Float32 resolves 1.2e-7 of a parameter between 1 and 2, and of gradients near 1; if Adam's root is near zero, a rate
+# of 2e-2 over an epsilon of 1e-3 amplifies the gradient's rounding twentyfold. The largest difference observed is
+# 8.8e-7; a step moves parameters by 1e-2.
 TOLERANCE = 4e-6
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_four_steps_are_those_of_the_reference(name: str, record_property: Any) -> None:
+def test_four_steps_agree_with_the_reference(name: str, record_property: Any) -> None:
     assert len(run(name).drawn) == STEPS
     largest = {}
     for number, (ours, (state, metrics)) in enumerate(zip(run(name).steps, expected(name), strict=True)):
-        for part in ("parameters", "average", "first", "second"):
-            largest[part, number] = largest_difference(getattr(ours, part), getattr(state, part))
+        for tree in ("parameters", "average", "first", "second"):
+            largest[tree, number] = largest_difference(getattr(ours, tree), getattr(state, tree))
         for metric in metrics:
             largest[metric, number] = abs(ours.metrics[metric] / metrics[metric] - 1)
         assert ours.metrics.keys() == metrics.keys()
@@ -169,45 +169,48 @@ def test_the_four_steps_clip_some_gradients_and_not_others_and_warm_up_before_th
 
 
 @pytest.mark.parametrize("keys", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
-def test_the_references_gradient_is_the_slope_of_its_loss(keys: dict[str, Any]) -> None:
-    asked, rng = settings(keys), np.random.default_rng(5)
-    parameters = random_parameters(Program(asked, classes=CLASSES, steps=1, augment_on_device=True), 6)
+def test_the_gradient_of_the_reference_is_the_slope_of_its_loss(keys: dict[str, Any]) -> None:
+    configured, rng = settings(keys), np.random.default_rng(5)
+    parameters = random_parameters(Program(configured, classes=CLASSES, steps=1, augment_on_device=True), 6)
     images, targets = rng.normal(size=(BATCH, 8, 8, 2)), rng.dirichlet(np.ones(CLASSES), BATCH)
     direction = {path: rng.normal(size=leaf.shape) for path, leaf in parameters.items()}
 
     def loss(step: float) -> float:
         moved = {path: leaf + step * direction[path] for path, leaf in parameters.items()}
-        return gradient_of(asked, moved, images, targets)[1]
+        return gradient_of(configured, moved, images, targets)[1]
 
-    gradient, _ = gradient_of(asked, parameters, images, targets)
+    gradient, _ = gradient_of(configured, parameters, images, targets)
     slope = sum(float((gradient[path] * direction[path]).sum()) for path in gradient)
     assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-7)
 
 
 def test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed() -> None:
-    one, four, other = (run(name).drawn for name in list(RUNS)[:3])
-    assert one.keys() == four.keys() and len(one) == STEPS
-    assert not one.keys() & other.keys()  # of another seed
+    on_one, on_four, other_seed = (run(name).drawn for name in list(RUNS)[:3])
+    assert on_one.keys() == on_four.keys() and len(on_one) == STEPS
+    assert not on_one.keys() & other_seed.keys()
 
 
 def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -> None:
-    keys: list[bytes] = []  # each that is drawn from or split
+    keys: list[bytes] = []  # every key that is drawn from or split
     draws: list[np.ndarray] = []
 
     def spied(function: Any) -> Any:
         def spy(key: jax.Array, *arguments: Any, **keywords: Any) -> jax.Array:
             jax.debug.callback(lambda data: keys.append(data.tobytes()), jax.random.key_data(key))
-            found = function(key, *arguments, **keywords)
-            if not jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key):
-                jax.debug.callback(lambda numbers: draws.append(np.asarray(numbers)), found)
-            return found
+            result = function(key, *arguments, **keywords)
+            if not jax.dtypes.issubdtype(result.dtype, jax.dtypes.prng_key):
+                jax.debug.callback(lambda numbers: draws.append(np.asarray(numbers)), result)
+            return result
 
         return spy
 
     rows, micro = 12, 6  # sizes that no other dimension has
     rates = {f"model.{name}": 0.5 for name in ("dropout", "embedding_dropout", "attention_dropout", "drop_path")}
-    asked = {"batch_size": rows, "accumulate_steps": rows // micro, "mixup": 0.5, "cutmix": 0.5, "data.flip": True}
-    program = Program(settings(asked | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True)
+    keys_of_mix = {"mixup": 0.5, "cutmix": 0.5, "data.flip": True}
+    keys_of_batch = {"batch_size": rows, "accumulate_steps": rows // micro}
+    program = Program(
+        settings(keys_of_batch | keys_of_mix | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True
+    )
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
         for name in ("split", "bernoulli", "uniform", "beta"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
@@ -218,20 +221,20 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
             state, _ = program.train_step(state, batch_of(program, **batch))
         jax.effects_barrier()
 
-    # Once a step: the flips, and of the mix which one, how much and where. In each micro-batch: dropout of the
-    # embedding, and in each of two blocks two in the attention, two in the MLP and the paths of both.
+    # Once a step: the flips, and the kind, share and box of the mix. In each micro-batch: dropout of the embedding, and
+    # in each of two blocks two draws in the attention, two in the MLP and the drop-path of both.
     assert len(draws) == 2 * (4 + rows // micro * (1 + 2 * 6))
     assert len(set(keys)) == len(keys) > len(draws)
-    of_examples = [found for found in draws if found.ndim > 1]
-    assert len(of_examples) == len(draws) - 2 * 3  # the mix's alone are for all
-    for found in of_examples:
-        count = rows if rows in found.shape else micro
-        assert count in found.shape
-        own = np.moveaxis(found, found.shape.index(count), 0)
-        assert len({one.tobytes() for one in own}) == count
+    by_example = [draw for draw in draws if draw.ndim > 1]
+    assert len(by_example) == len(draws) - 2 * 3  # only the mix's draws are for the full batch
+    for draw in by_example:
+        count = rows if rows in draw.shape else micro
+        assert count in draw.shape
+        examples_first = np.moveaxis(draw, draw.shape.index(count), 0)
+        assert len({numbers.tobytes() for numbers in examples_first}) == count
 
 
-def test_a_fresh_state_follows_the_seed_and_its_average_begins_as_the_parameters() -> None:
+def test_a_new_state_depends_on_the_seed_and_its_average_equals_the_parameters() -> None:
     program = Program(settings({"model.depth": 1}), classes=CLASSES, steps=TOTAL, augment_on_device=True)
     first, again, other = (
         make_state(program.model, program.optimizer, seed, ema) for seed, ema in ((0, True), (0, False), (1, False))

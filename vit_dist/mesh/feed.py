@@ -1,7 +1,8 @@
-"""From the rows a process has read to global arrays on the mesh, a few batches ahead of the step.
+"""Makes global arrays on the mesh from the rows that each process reads, a few batches ahead of the step.
 
-Each process reads only the rows of the global batch that its own devices hold; together they are one array. Copies to
-the devices are asynchronous, so a batch placed ahead of time has usually arrived when the step asks for it.
+Each process reads only the rows of the global batch that its own devices hold; together the processes' rows are one
+array. Copies to the devices are asynchronous, so a batch that was put ahead of time has usually arrived when the step
+needs it.
 """
 
 import queue
@@ -19,52 +20,60 @@ Batch = dict[str, jax.Array]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the first dimension of a batch is split over the mesh."""
+    """Returns the sharding of an array whose first dimension is the batch."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return NamedSharding(mesh, PartitionSpec(layout.batch_axes() or None))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of the global batch that this process's devices hold, in order, int64 [b].
+    """Returns the rows of the global batch that this process's devices hold, in ascending order, int64 [b].
 
-    Several blocks of them where neighbours in the mesh are not of one process, as on a TPU slice, whose devices are
-    ordered by the wires between them.
+    The rows are several blocks if neighbours in the mesh belong to different processes, as on a TPU slice, whose
+    devices are ordered by the links between them.
     """
-    return _held(batch_sharding(mesh), batch_size)
+    return _local_rows(batch_sharding(mesh), batch_size)
 
 
-def _held(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+def _local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     held = np.zeros(batch_size, bool)
-    for place in places:
-        assert place is not None
-        held[place[0]] = True
+    for index in sharding.addressable_devices_indices_map((batch_size,)).values():
+        assert index is not None
+        held[index[0]] = True
     return np.flatnonzero(held)
 
 
 def put(batch: Mapping[str, np.ndarray], sharding: NamedSharding, batch_size: int) -> Batch:
-    """Local rows [b, ...] of each array -> global arrays [batch_size, ...] split as `sharding` says."""
-    if jax.process_count() == 1:
-        return jax.device_put(dict(batch), sharding)  # the same, and several times quicker
-    rows = _held(sharding, batch_size)
+    """Copies this process's rows of a batch to its devices.
 
-    def put(local: np.ndarray) -> jax.Array:
-        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+    Args:
+      batch: arrays [b, ...] by name, with the rows of `local_rows`.
+      sharding: the result's, as from `batch_sharding`.
+      batch_size: the global batch size B.
+
+    Returns:
+      Global arrays [B, ...] by the same names.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)  # the same result, several times faster
+    rows = _local_rows(sharding, batch_size)
+
+    def global_array(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
             return local[first : first + stop - start]
 
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, block)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
-    return {name: put(local) for name, local in batch.items()}
+    return {name: global_array(local) for name, local in batch.items()}
 
 
 class Prefetch:
-    """Iterates over placed batches, which a thread of its own keeps `ahead` of the step; to be closed.
+    """Iterates over batches on the devices; a thread of its own puts them there, `ahead` of the step. Call `close`.
 
-    `waited`: seconds that the caller has spent waiting for a batch so far. `copied`: seconds that the thread has spent
-    handing batches to the devices.
+    `waited`: seconds that the caller has waited for a batch so far. `copied`: seconds that the thread has spent putting
+    batches on the devices.
     """
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, batch_size: int, ahead: int):
@@ -85,17 +94,17 @@ class Prefetch:
         self.waited += time.perf_counter() - started
         if isinstance(batch, dict):
             return batch
-        self._ready.put(batch)  # for whoever asks again
+        self._ready.put(batch)  # for the next call
         if batch is None:
             raise StopIteration
         raise batch
 
     def close(self) -> None:
-        """Ends the thread; batches that it has placed are dropped."""
+        """Ends the thread and drops the batches that it has put on the devices."""
         self._closing.set()
         while self._thread.is_alive():
             try:
-                self._ready.get(timeout=0.1)  # room for what the thread is putting
+                self._ready.get(timeout=0.1)  # makes room, so that the thread's `put` returns
             except queue.Empty:
                 continue
 
@@ -103,12 +112,12 @@ class Prefetch:
         last: BaseException | None = None
         try:
             for batch in batches:
-                begun = time.perf_counter()
-                placed = put(batch, sharding, batch_size)
-                self.copied += time.perf_counter() - begun
-                self._ready.put(placed)
+                started = time.perf_counter()
+                global_batch = put(batch, sharding, batch_size)
+                self.copied += time.perf_counter() - started
+                self._ready.put(global_batch)
                 if self._closing.is_set():
                     return
-        except BaseException as error:  # not swallowed: it belongs to the caller, who meets it in `__next__`
+        except BaseException as error:  # not swallowed: `__next__` raises it to the caller
             last = error
         self._ready.put(last)

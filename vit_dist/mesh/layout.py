@@ -1,15 +1,16 @@
-"""The one table that says which mesh axes split which dimension, and the few ways an array moves between layouts.
+"""The one table that maps dimensions to mesh axes, and the few functions that move an array between layouts.
 
-Every dimension that may be split has a logical name. A parameter is made with the names of its dimensions, and
-`spec` turns them into a `PartitionSpec` for the mesh in use (`jax.set_mesh`). Change a row of `TABLE` and the whole
-system follows: initialisation, the step, the checkpoint, the memory report.
+Every dimension that may be split has a logical name. A parameter is made with the names of its dimensions, and `spec`
+turns them into a `PartitionSpec` for the mesh in use (`jax.set_mesh`). A change to a row of `TABLE` reaches the whole
+system: initialisation, the step, the checkpoint, the memory report.
 
-A parameter lives split (`spec`) and is used whole (`gathered`). What `gathered` returns is typed "reduced" over the
-axes that split the examples and tokens it meets: every device holds the same values, and their gradient is a sum over
-those axes that has not been made yet. The sum is made where the type says so: in the backward pass of `gathered`
-itself (a reduce-scatter over `fsdp`, an all-reduce over `data` and `context`), or, for parameters that went through
-`postponed` first, once after all micro-batches. Activations carry their layout in their own type (`of`), so a layer
-need not be told it. Without a mesh all of this is the identity, so that a model runs on one device with no ceremony.
+A parameter is stored split (`spec`) and used gathered (`gathered`). The type of a gathered parameter is "reduced" over
+the axes that split examples and tokens: every device holds the same values, and the parameter's gradient is a sum over
+those axes that is still to be made. The type decides where: in the backward pass of `gathered` itself (a
+reduce-scatter over `fsdp`, an all-reduce over `data` and `context`), or once after all micro-batches for parameters
+that went through `defer_reduction` first. An activation carries its layout in its own type (`spec_of`), so that layers
+need no argument for it. Without a mesh every function here is the identity, so that a model also runs on one device
+with no setup.
 """
 
 import math
@@ -21,43 +22,49 @@ from jax.sharding import PartitionSpec
 from vit_dist.config import ConfigError, nearest_multiples
 
 TABLE: dict[str, tuple[str, ...]] = {
-    "batch": ("dcn_data", "data", "fsdp"),  # examples: replicas and fully-sharded shards alike take their part
+    "batch": ("dcn_data", "data", "fsdp"),  # examples: replicas and fully sharded devices alike take a share of them
     "tokens": ("context",),  # of activations only, between the embedding and the pooling
     "width": ("fsdp",),  # of parameters only: a layer gathers it before use
     "heads": ("tensor",),  # attention heads, of parameters and of activations
     "mlp": ("tensor",),  # the MLP's hidden units, of parameters and of activations
-    "traded_heads": ("tensor", "context"),  # heads where all-to-all attention has given its tokens for them
-    # Anything else (pixels of a patch, classes, the stack of blocks) is whole on every device. Classes are not split,
-    # knowingly: 10 or 1,000 rarely divide by an axis, and the head is a thousandth of the model.
+    "all_to_all_heads": ("tensor", "context"),  # heads of activations inside all-to-all attention
+    # Every other dimension (pixels of a patch, classes, the stack of blocks) is complete on every device. Classes are
+    # not split on purpose: 10 or 1,000 rarely divide by an axis, and the head is a thousandth of the model.
 }
 
 
 def spec(*names: str | None) -> PartitionSpec | None:
-    """The `PartitionSpec` of an array whose dimensions have these logical names (None: never split).
+    """Returns the `PartitionSpec` of an array whose dimensions have these logical names (None: never split).
 
-    None without a mesh, which is what `out_sharding=` takes for "no opinion".
+    Returns None without a mesh, which means "unspecified" to `out_sharding=`.
     """
     return PartitionSpec(*(_axes(name) for name in names)) if _mesh_axes() else None
 
 
-def of(x: jax.Array, dimensions: int | None = None, *names: str | None) -> PartitionSpec | None:
-    """The layout of x; or of an array whose first `dimensions` are split as those of x, and the others by these names.
+def spec_of(x: jax.Array, dimensions: int | None = None, *names: str | None) -> PartitionSpec | None:
+    """Returns the `PartitionSpec` of x, or of an array that is split like x in its first dimensions only.
 
-    None without a mesh.
+    Args:
+      x: an array, traced or not.
+      dimensions: how many leading dimensions to take from x; None takes all.
+      *names: the logical names of the dimensions that follow them.
+
+    Returns:
+      The `PartitionSpec`; None without a mesh.
     """
     if not _mesh_axes():
         return None
     return PartitionSpec(*jax.typeof(x).sharding.spec.partitions[:dimensions], *(_axes(name) for name in names))
 
 
-def parts(name: str) -> int:
-    """Into how many parts the current mesh splits a dimension of this name; 1 without a mesh."""
+def shard_count(name: str) -> int:
+    """Returns the number of shards into which the current mesh splits a dimension of this name; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in TABLE[name] if axis in mesh.axis_names)
 
 
-def placed(array: jax.Array, *names: str | None) -> jax.Array:
-    """The array split by these names; where it was whole before, every device keeps its part and nothing travels."""
+def reshard(array: jax.Array, *names: str | None) -> jax.Array:
+    """Returns the array split by these names. Splitting a replicated array needs no communication."""
     split = spec(*names)
     if split is None:
         return array
@@ -65,40 +72,48 @@ def placed(array: jax.Array, *names: str | None) -> jax.Array:
 
 
 def batch_axes() -> tuple[str, ...]:
-    """The axes of the current mesh that split the batch, outermost first; empty where none does."""
+    """Returns the axes of the current mesh that split the batch, outermost first; empty if none does."""
     return tuple(axis for axis in TABLE["batch"] if axis in _mesh_axes())
 
 
 def gathered(parameter: jax.Array, activations: PartitionSpec | None) -> jax.Array:
-    """The parameter whole over `fsdp`, ready to meet activations of this layout; its gradient is split as it lives."""
+    """Gathers a parameter over `fsdp` for a product with activations of this layout.
+
+    The gradient comes back reduced and split as the parameter is stored.
+    """
     if activations is None:
         return parameter
-    met = {axis for axes in activations.partitions for axis in (axes if isinstance(axes, tuple) else (axes,))}
-    own = jax.typeof(parameter).sharding.spec
-    whole = (None if axes in TABLE["width"] else axes for axes in own.partitions)
-    reduced = own.reduced | met.intersection(TABLE["batch"] + TABLE["tokens"])
-    return jax.sharding.reshard(parameter, PartitionSpec(*whole, reduced=reduced))
+    used = {axis for axes in activations.partitions for axis in (axes if isinstance(axes, tuple) else (axes,))}
+    stored = jax.typeof(parameter).sharding.spec
+    partitions = (None if axes in TABLE["width"] else axes for axes in stored.partitions)
+    reduced = stored.reduced | used.intersection(TABLE["batch"] + TABLE["tokens"])
+    return jax.sharding.reshard(parameter, PartitionSpec(*partitions, reduced=reduced))
 
 
 def broadcast(parameter: jax.Array, shape: tuple[int, ...], activations: PartitionSpec | None) -> jax.Array:
-    """A gathered parameter [..., n] against activations of this shape and layout, by its last axes.
+    """Broadcasts a gathered parameter [..., n] along leading axes to activations of this shape and layout.
 
-    Activations are split by batch and a parameter is not, so an addition or product must say which layout results.
+    Activations are split by batch and a parameter is not, so an addition or product must name the layout of its result.
     """
     dimensions = tuple(range(len(shape) - parameter.ndim, len(shape)))
     return jax.lax.broadcast_in_dim(parameter, shape, dimensions, out_sharding=activations)
 
 
 def replicated(array: jax.Array) -> jax.Array:
-    """The array whole on every device."""
+    """Returns the array with a full copy on every device."""
     return jax.sharding.reshard(array, PartitionSpec()) if _mesh_axes() else array
 
 
-def postponed(parameter: jax.Array, gather: str) -> jax.Array:
-    """The parameter typed so that its gradient stays unreduced, to be summed over many micro-batches first.
+def defer_reduction(parameter: jax.Array, gather: str) -> jax.Array:
+    """Types the parameter so that its gradient stays unreduced and can first be summed over micro-batches.
 
-    gather: "microbatch" leaves the parameter split over `fsdp` and postpones the reduction over `data` alone; "step"
-    gathers it here, once, and postpones both.
+    Args:
+      parameter: an array as it is stored.
+      gather: "microbatch" leaves the parameter split over `fsdp` and defers the reduction over `data` only; "step"
+        gathers it here, once, and defers both.
+
+    Returns:
+      The same values; see `as_stored` for the way back of the gradient.
     """
     if not _mesh_axes():
         return parameter
@@ -110,43 +125,49 @@ def postponed(parameter: jax.Array, gather: str) -> jax.Array:
 
 
 def as_stored(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
-    """A gradient, unreduced or not, brought to the layout in which its parameter lives."""
+    """Reduces a gradient that is still unreduced, and splits it as its parameter is stored."""
     if not _mesh_axes():
         return gradient
     return jax.sharding.reshard(gradient, jax.typeof(parameter).sharding.spec)
 
 
 def gradient_spec(parameter: jax.Array, order: Sequence[int]) -> PartitionSpec | None:
-    """The `PartitionSpec` of a gathered parameter's gradient, not summed yet, with its dimensions in this order."""
+    """Returns the `PartitionSpec` of a gathered parameter's unreduced gradient, its dimensions in this order."""
     if not _mesh_axes():
         return None
-    own = jax.typeof(parameter).sharding.spec
-    return PartitionSpec(*(own.partitions[dimension] for dimension in order), unreduced=own.reduced)
+    stored = jax.typeof(parameter).sharding.spec
+    return PartitionSpec(*(stored.partitions[dimension] for dimension in order), unreduced=stored.reduced)
 
 
 def unreduced_zeros(parameter: jax.Array) -> jax.Array:
-    """The sum of no gradients yet, for a parameter that went through `postponed`; float32."""
+    """Returns float32 zeros to sum the gradients of a parameter that went through `defer_reduction`."""
     if not _mesh_axes():
         return jax.numpy.zeros(parameter.shape)
-    own = jax.typeof(parameter).sharding.spec
-    zeros = jax.numpy.zeros(parameter.shape, out_sharding=PartitionSpec(*own.partitions))
-    return jax.sharding.reshard(zeros, PartitionSpec(*own.partitions, unreduced=own.reduced))
+    stored = jax.typeof(parameter).sharding.spec
+    zeros = jax.numpy.zeros(parameter.shape, out_sharding=PartitionSpec(*stored.partitions))
+    return jax.sharding.reshard(zeros, PartitionSpec(*stored.partitions, unreduced=stored.reduced))
 
 
-def check_divides(key: str, size: int, name: str, sizes: dict[str, int], times: int = 1) -> None:
-    """Raises `ConfigError` where `size` (the value of config key `key`) cannot be split as dimension `name` is.
+def check_divides(key: str, size: int, name: str, sizes: dict[str, int], micro_batches: int = 1) -> None:
+    """Checks that a size can be split as the dimension of this name is.
 
-    sizes: the mesh's axes and their sizes. times: a further factor, such as the micro-batches of a batch.
+    Args:
+      key: the config key of the size, for the error.
+      size: its value.
+      name: a logical name, a key of `TABLE`.
+      sizes: the mesh's axes and their sizes.
+      micro_batches: a further divisor of the size.
+
+    Raises:
+      ConfigError: the size does not divide; the message names the nearest sizes that do.
     """
     axes = {axis: sizes[axis] for axis in TABLE[name] if sizes.get(axis, 1) > 1}
-    parts = times
-    for count in axes.values():
-        parts *= count
-    if size % parts:
+    divisor = math.prod(axes.values()) * micro_batches
+    if size % divisor:
         factors = [f"mesh.{axis}={count}" for axis, count in axes.items()]
-        factors += [f"accumulate_steps={times}"] if times > 1 else []
+        factors += [f"accumulate_steps={micro_batches}"] if micro_batches > 1 else []
         raise ConfigError(
-            f"{key}: {size} does not divide over {' x '.join(factors)}; take {nearest_multiples(size, parts)}"
+            f"{key}: {size} does not divide over {' x '.join(factors)}; take {nearest_multiples(size, divisor)}"
         )
 
 

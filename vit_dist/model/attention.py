@@ -1,14 +1,13 @@
-"""Multi-head self-attention, split by heads over `tensor`, computed by the fastest means the hardware has.
+"""Multi-head self-attention, its heads split over `tensor`, with the fastest implementation for the hardware.
 
-`attend` is the one function that meets hardware: plain einsums that XLA fuses (CPU, TPU, and wherever attention
-weights are dropped), or cuDNN's fused kernel on NVIDIA GPUs, which never writes the [N, N] weights to memory. cuDNN
-knows nothing of Explicit meshes and its backward refuses odd sequence lengths, so it runs inside `jax.shard_map`
-over batch and heads, on tokens padded to an even number whose padding is masked out. Where the mesh splits tokens,
-`attend_across` stands in its place, over what `model.context` offers.
+`attend` chooses between plain einsums that XLA fuses (CPU, TPU, and wherever attention weights are dropped), and
+cuDNN's fused kernel on NVIDIA GPUs, which never writes the [N, N] weights to memory. The cuDNN kernel does not support
+Explicit meshes, and its backward pass refuses odd sequence lengths. It therefore runs inside `jax.shard_map` over batch
+and heads, on tokens padded to an even number, with the padding masked out. If the mesh splits tokens, `attend_split`
+takes the place of `attend`, with the algorithms of `model.context`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,51 +15,34 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import context
-from vit_dist.model.layers import Dense, Norm, dropout, split_key
+from vit_dist.model.layers import INITIALIZERS, Dense, Norm, dropout, split_key
+from vit_dist.model.shape import Shape
 
-# Of cuDNN's kernel on every GPU. Hopper and later take 256, which a program compiled for an absent GPU cannot ask for.
+# The largest head of cuDNN's kernel on every GPU. Hopper and later support 256, but a program that is compiled for an
+# absent GPU cannot query it.
 LARGEST_CUDNN_HEAD = 128
 
 
 class Attention(nnx.Module):
-    """softmax(QK^T / sqrt(d)) V over `heads` heads (Vaswani et al. 2017): [B, N, D] -> [B, N, D].
+    """softmax(QK^T / sqrt(d)) V over H heads (Vaswani et al. 2017): [B, N, D] -> [B, N, D]."""
 
-    tokens: how many of the N are real where the mesh splits them; otherwise all are. across: how devices that hold
-    parts of them attend, "ring" or "all_to_all".
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        rngs: nnx.Rngs,
-        initializer: Callable,
-        qkv_bias: bool,
-        projection_bias: bool,
-        qk_norm: bool,
-        attention_dropout: float,
-        projection_dropout: float,
-        implementation: str,
-        tokens: int,
-        across: str,
-    ):
-        size = width // heads
-        self.attention_dropout = attention_dropout
-        self.projection_dropout = projection_dropout
-        self.implementation = implementation
-        self.tokens, self.across = tokens, across
-        dense: dict[str, Any] = {"rngs": rngs, "initializer": initializer}
-        self.qkv = Dense(
-            (width,), (3, heads, size), ("width", None, "heads", None), bias=0.0 if qkv_bias else None, **dense
-        )
-        names = ("heads", None, "width")
-        self.projection = Dense((heads, size), (width,), names, bias=0.0 if projection_bias else None, **dense)
-        self.query_norm = Norm(size, None, rngs=rngs, bias=False) if qk_norm else None
-        self.key_norm = Norm(size, None, rngs=rngs, bias=False) if qk_norm else None
+    def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
+        width, heads, size = shape.width, shape.heads, shape.width // shape.heads
+        self.attention_dropout = model.attention_dropout
+        self.projection_dropout = model.dropout if model.projection_dropout is None else model.projection_dropout
+        self.implementation = model.attention
+        self.tokens, self.algorithm = shape.tokens, model.context_attention
+        dense: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
+        qkv_names, projection_names = ("width", None, "heads", None), ("heads", None, "width")
+        qkv_bias, projection_bias = (0.0 if bias else None for bias in (model.qkv_bias, model.projection_bias))
+        self.qkv = Dense((width,), (3, heads, size), qkv_names, bias=qkv_bias, **dense)
+        self.projection = Dense((heads, size), (width,), projection_names, bias=projection_bias, **dense)
+        self.query_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
+        self.key_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         keys = split_key(key, 2)
@@ -68,10 +50,10 @@ class Attention(nnx.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if layout.parts("tokens") == 1:
+        if layout.shard_count("tokens") == 1:
             mixed = checkpoint_name(attend(q, k, v, self.implementation, self.attention_dropout, keys[0]), "attention")
         else:
-            mixed = attend_across(q, k, v, self.tokens, self.across, self.implementation, self.attention_dropout)
+            mixed = attend_split(q, k, v, self.tokens, self.algorithm, self.implementation, self.attention_dropout)
         return dropout(self.projection(mixed), self.projection_dropout, keys[1])
 
 
@@ -82,51 +64,74 @@ def attend(
     implementation: str,
     rate: float = 0.0,
     key: jax.Array | None = None,
-    seen: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of queries [B, Nq, H, d] over keys and values [B, Nk, H, d] -> [B, Nq, H, d], laid out as the queries.
+    """Computes attention over tokens that the mesh does not split.
 
-    implementation: "xla", "cudnn", or "auto": cuDNN where `fits_cudnn`, else XLA. "cudnn"
-    is for self-attention (Nq = Nk) and raises `ConfigError` where "auto" would take XLA. seen: bool [Nk], for "xla":
-    the keys that count.
+    Args:
+      q: queries [B, Nq, H, d].
+      k: keys [B, Nk, H, d].
+      v: values [B, Nk, H, d].
+      implementation: "xla", "cudnn" (self-attention only, Nq = Nk) or "auto", which is cuDNN if `fits_cudnn`, else XLA.
+      rate: the probability with which attention weights are dropped.
+      key: the randomness for it; None drops nothing.
+      mask: bool [Nk], False for keys to leave out; None keeps all. Only XLA applies it.
+
+    Returns:
+      [B, Nq, H, d], laid out like the queries.
+
+    Raises:
+      ConfigError: `implementation` is "cudnn" and cuDNN does not fit.
     """
-    if _takes_cudnn(q, implementation, drops=bool(rate) and key is not None):
+    if _uses_cudnn(q, implementation, drops=bool(rate) and key is not None):
         return _cudnn(q, k, v, q.shape[1])
     scores = _scores(q * q.shape[-1] ** -0.5, k)
-    if seen is not None:
-        scores = jnp.where(seen, scores, context.HIDDEN)
+    if mask is not None:
+        scores = jnp.where(mask, scores, context.MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.of(q))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.spec_of(q))
 
 
-def attend_across(
-    q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, across: str, implementation: str, rate: float
+def attend_split(
+    q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, algorithm: str, implementation: str, rate: float
 ) -> jax.Array:
-    """Self-attention of [B, N, H, d] split by tokens, of which the first `tokens` are real -> [B, N, H, d].
+    """Computes self-attention over tokens that the mesh splits.
 
-    across: "ring" or "all_to_all", where the whole sequences in between may be cuDNN's. Raises `ConfigError` for what
-    cannot be had so, such as a `rate` of dropped weights.
+    Args:
+      q: queries [B, N, H, d], split by tokens.
+      k: keys, likewise.
+      v: values, likewise.
+      tokens: how many of the N tokens are real; the rest is padding at the end.
+      algorithm: "ring" or "all_to_all".
+      implementation: as in `attend`; cuDNN is possible inside all-to-all attention only.
+      rate: the probability of dropped attention weights, which must be 0.
+
+    Returns:
+      [B, N, H, d], laid out like the queries.
+
+    Raises:
+      ConfigError: the algorithm does not support one of the other arguments.
     """
-    context.check(across, implementation, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
-    if across == "ring":
-        return context.ring(q, k, v, tokens)
-    whole = _cudnn if _takes_cudnn(q, implementation, drops=False) else context.chunked
-    mixed = context.all_to_all(q, k, v, lambda q, k, v: whole(q, k, v, tokens))
+    context.check(algorithm, implementation, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
+    if algorithm == "ring":
+        return context.ring_attention(q, k, v, tokens)
+    local = _cudnn if _uses_cudnn(q, implementation, drops=False) else context.chunked_attention
+    mixed = context.all_to_all_attention(q, k, v, lambda q, k, v: local(q, k, v, tokens))
     return checkpoint_name(mixed, "attention")
 
 
 def fits_cudnn(*, on_gpu: bool, dtype: str, head_size: int, drops: bool) -> bool:
-    """Whether cuDNN has a kernel for heads of this size and dtype; drops: attention weights are dropped."""
+    """Returns whether cuDNN has a kernel for this dtype and head size; `drops`: attention weights are dropped."""
     fitting_heads = head_size % 8 == 0 and head_size <= LARGEST_CUDNN_HEAD
     return on_gpu and dtype == "bfloat16" and fitting_heads and not drops
 
 
 @jax.custom_vjp
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Products of queries [B, Nq, H, d] and keys [B, Nk, H, d]: [B, H, Nq, Nk] in float32, whatever they come in.
+    """Multiplies queries [B, Nq, H, d] by keys [B, Nk, H, d] to scores [B, H, Nq, Nk] in float32, for any input dtype.
 
-    Rounded to bfloat16 before the softmax, a score of 20 would be off by up to 0.06, and its weight by 6 %. The
-    gradients are products in the dtype of queries and keys, where JAX's own would be of float32 with bfloat16.
+    If it were rounded to bfloat16 before the softmax, a score of 20 would be off by up to 0.06, and its weight by 6 %.
+    The gradients are products in the dtype of queries and keys, whereas JAX's own would multiply float32 by bfloat16.
     """
     return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
 
@@ -138,14 +143,14 @@ def _scores_forward(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Ar
 def _scores_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     q, k = saved
     g = g.astype(q.dtype)
-    q_gradient = jnp.einsum("bhqk,bkhd->bqhd", g, k, out_sharding=layout.of(q))
-    return q_gradient, jnp.einsum("bhqk,bqhd->bkhd", g, q, out_sharding=layout.of(k))
+    q_gradient = jnp.einsum("bhqk,bkhd->bqhd", g, k, out_sharding=layout.spec_of(q))
+    return q_gradient, jnp.einsum("bhqk,bqhd->bkhd", g, q, out_sharding=layout.spec_of(k))
 
 
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _takes_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
+def _uses_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
     fits = fits_cudnn(on_gpu=_on_gpu(), dtype=q.dtype.name, head_size=q.shape[-1], drops=drops)
     if implementation == "cudnn" and not fits:
         raise ConfigError(
@@ -156,14 +161,15 @@ def _takes_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
-    part, local = layout.of(q), functools.partial(_cudnn_local, tokens)
-    if part is None:
+    """Runs `_cudnn_local` on every device's examples and heads."""
+    split, local = layout.spec_of(q), functools.partial(_cudnn_local, tokens)
+    if split is None:
         return local(q, k, v)
-    return jax.shard_map(local, in_specs=(part, part, part), out_specs=part, check_vma=False)(q, k, v)
+    return jax.shard_map(local, in_specs=(split, split, split), out_specs=split, check_vma=False)(q, k, v)
 
 
 def _cudnn_local(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One device's examples and heads: [b, N, h, d] three times, the first `tokens` of them real -> [b, N, h, d]."""
+    """Computes one device's attention, [b, N, h, d], of q, k, v [b, N, h, d] whose first `tokens` are real."""
     examples, length = q.shape[:2]
     if length == tokens and tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -172,12 +178,12 @@ def _cudnn_local(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.A
     padded = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
-    # What the kernel leaves in the rows of padding is not said; a NaN there would spread.
+    # The kernel's output in rows of padding is undefined; a NaN there would spread.
     return jnp.where(jnp.arange(length)[:, None, None] < tokens, padded[:, :length], 0)
 
 
 def _on_gpu() -> bool:
-    """Whether the program is for an NVIDIA GPU: the kind of device of the mesh in use, which need not be here."""
+    """Returns whether the program is for NVIDIA GPUs: those of the mesh in use, which may be absent from this host."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = device.platform if device is not None else jax.default_backend()
     return platform in ("gpu", "cuda")

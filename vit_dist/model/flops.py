@@ -1,15 +1,15 @@
-"""Floating-point operations of a Vision Transformer, by arithmetic: compilers' own counts cannot be compared.
+"""Floating-point operations of a Vision Transformer, by arithmetic: the counts of different compilers are incomparable.
 
-A multiplication and an addition count apart, and only matrix products count. A training step takes three times the
-forward pass: once forward, twice backward.
+A multiplication and an addition count as two operations, and only matrix products count. A training step costs three
+times the forward pass: one forward pass, and twice as much backward.
 """
 
 from vit_dist import config
-from vit_dist.model.vit import shape_of
+from vit_dist.model.shape import shape_of
 
 
 def forward_flops(model: config.Model) -> int:
-    """Of the forward pass of one image."""
+    """Returns the operations of the forward pass of one image."""
     shape = shape_of(model)
     patches, tokens = shape.patches, shape.tokens
     width, hidden = shape.width, shape.mlp * (3 if shape.activation == "swiglu" else 2)
@@ -24,19 +24,25 @@ def forward_flops(model: config.Model) -> int:
 
 
 def training_flops(model: config.Model) -> int:
-    """Of one image in a training step."""
+    """Returns the operations per image of a training step."""
     return 3 * forward_flops(model)
 
 
 def recomputed_flops(model: config.Model, attention: str = "xla") -> int:
-    """Of one image: what the backward pass of a training step computes a second time under `model.remat`.
+    """Returns the operations per image that the backward pass repeats under `model.remat`.
 
-    A block's backward pass needs every product's inputs. "names" keeps them all but the attention weights, for which
-    queries and keys meet again; "block" keeps none, and makes again what some later input rests on.
+    The backward pass of a block needs the inputs of every product. "names" keeps all of them except the attention
+    weights, for which queries are multiplied by keys again; "block" keeps none and computes again what later inputs
+    depend on.
 
-    attention: what computes it: "xla", "cudnn", or "chunked" (`model.context`). The last two make the weights again
-    within their own backward pass, under any `remat`, which is not counted. But what cuDNN keeps for it beside the
-    output has no name, so that "names" runs its forward kernel twice.
+    Args:
+      model: the model's config.
+      attention: what computes attention: "xla", "cudnn", or "chunked" (`model.context`). The last two compute the
+        weights again within their own backward pass under any `remat`, which is not counted. But cuDNN's other saved
+        value, beside the output, has no checkpoint name, so that "names" runs cuDNN's forward kernel twice.
+
+    Returns:
+      The number of operations.
     """
     shape = shape_of(model)
     if model.remat == "none":
@@ -48,12 +54,12 @@ def recomputed_flops(model: config.Model, attention: str = "xla") -> int:
     up = 2 * shape.tokens * shape.width * shape.mlp
     block = 3 * dense + 2 * product + up * (2 if shape.activation == "swiglu" else 1)
     if not shape.parallel or model.layer_scale is not None:
-        block += dense  # the projection: the second norm's input rests on it, and its scale's gradient
+        block += dense  # the projection: the second norm's input and the gradient of LayerScale depend on it
     if model.layer_scale is not None:
-        block += up  # the second layer's result, for its scale's gradient
+        block += up  # the MLP's second layer, for the gradient of its LayerScale
     return shape.depth * block
 
 
 def hardware_flops(model: config.Model, attention: str = "xla") -> int:
-    """Of one image in a training step, with what is computed again; attention: as in `recomputed_flops`."""
+    """Returns the operations per image of a training step, repeated ones included; see `recomputed_flops`."""
     return training_flops(model) + recomputed_flops(model, attention)

@@ -1,4 +1,4 @@
-"""The sizes people know by name, and the patch size that a name such as `B/16` carries."""
+"""The published sizes of Vision Transformers by name; a name such as `B/16` also gives the patch size."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from vit_dist.schema import one_of
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What a name stands for; the last three are the variant's own architecture where the config leaves them unset."""
+    """The numbers of a named size; the last three are defaults for keys that the config leaves unset."""
 
     width: int | None = None
     depth: int | None = None
@@ -19,7 +19,7 @@ class Variant:
     qk_norm: bool = False
 
 
-PLAIN = Variant()  # where the config gives the four numbers itself
+PLAIN = Variant()  # for a config that gives the four numbers itself
 
 # B, L, H: Dosovitskiy et al. 2021 (arXiv:2010.11929); Ti, S: Touvron et al. 2021 (arXiv:2012.12877); g, G: Zhai et al.
 # 2022 (arXiv:2106.04560); e: Chen et al. 2023 (arXiv:2209.06794); So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035);
@@ -45,7 +45,10 @@ VARIANTS: dict[str, Variant] = {
 
 
 def parse(name: str) -> tuple[Variant, int]:
-    """`"B/16"` -> (the variant, 16). Raises `ConfigError` for an unknown size or a missing patch."""
+    """Returns the variant and the patch size of a name: (`VARIANTS["B"]`, 16) for "B/16".
+
+    Raises `ConfigError` for an unknown size or a missing patch size.
+    """
     size, slash, patch = name.partition("/")
     one_of("model.variant", size, VARIANTS)
     if not slash or not patch.isdigit() or int(patch) == 0:

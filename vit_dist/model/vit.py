@@ -1,16 +1,35 @@
 """The Vision Transformer: images to logits.
 
-`ViT` is a Flax NNX module whose blocks are one module with parameters stacked along a leading axis [depth, ...], run
-by `jax.lax.scan`: the compiled program, the number of arrays and the time to compile stay small whatever the depth.
-With `scan=False` each block has arrays of its own and the loop is Python's. The numbers are the same; compiling takes
-longer, and a step is quicker by the copies in and out of the stack.
+What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names in backquotes are keys of `config.Model`:
 
-Between the embedding and the pooling a mesh may split the tokens of an image (`context`). They are then padded to a
-number that divides: padding is no key in attention and no part of what is pooled, and no device embeds a token that
-is not its own.
+- Images and patches may be oblong: `image_size` and `patch_size` are one number or (height, width). The patches are
+  embedded by a dense layer on their pixels, which equals a convolution whose stride is its window. Blocks are pre-norm.
+- `pool` makes one vector of the tokens: "cls" takes the class token, as in the paper; "mean" averages the patches (Zhai
+  et al. 2022, arXiv:2106.04560; Beyer et al. 2022, arXiv:2205.01580); "map" attends to the patches with one learned
+  query, followed by an MLP (Zhai et al.).
+- `position` is "learned" or "sincos2d", fixed sines (Chen et al. 2021, MoCo v3, arXiv:2104.02057). `cls_position=False`
+  gives the class token no position (Touvron et al. 2022, DeiT-III, arXiv:2204.07118).
+- `registers` are further learned tokens, which take part in attention and are not pooled (Darcet et al. 2024,
+  arXiv:2309.16588).
+- `layer_scale` multiplies each branch by a learned factor per channel (Touvron et al. 2021, CaiT, arXiv:2103.17239).
+- `qk_norm` normalises queries and keys, and `parallel` runs attention and MLP on the same norm, side by side (both
+  Dehghani et al. 2023, ViT-22B, arXiv:2302.05442).
+- `activation` is "gelu", "gelu_tanh", or "swiglu", which gates the MLP (Shazeer 2020, arXiv:2002.05202).
+- `drop_path` drops residual branches of single examples (Huang et al. 2016, stochastic depth, arXiv:1603.09382), at a
+  rate that rises with depth or is constant (`drop_path_schedule`). Dropout has separate rates for embeddings,
+  attention weights, projections and the rest.
+- The head starts at zero (`head_zero_init`); `pre_logits` adds a tanh layer before it. Parameters and logits are
+  float32, with `dtype` for the arithmetic between them.
+- `scan` stacks the parameters of all blocks along a leading axis [depth, ...] and runs them by `jax.lax.scan`: the
+  program, the number of arrays and the compile time stay small at any depth. Without it, each block has arrays of its
+  own in a Python loop: the same numbers, a longer compilation, and a faster step, which copies nothing out of a stack.
+- `remat` computes activations again in the backward pass to save memory (Chen et al. 2016, arXiv:1604.06174): "names"
+  keeps the result of every dense product, "block" nothing inside a block.
+- A mesh with `context` splits the tokens between embedding and pooling, for ring attention (Liu et al. 2023,
+  arXiv:2310.01889) or all-to-all attention (Jacobs et al. 2023, arXiv:2309.14509); see `model.context`. Padding makes
+  the number of tokens divide. It is masked in attention and pooling, and each device embeds its own tokens only.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -21,113 +40,38 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from vit_dist import config
-from vit_dist.config import ConfigError, nearest_multiples, pair
+from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
-from vit_dist.model import context, variants
+from vit_dist.model import context
 from vit_dist.model.attention import Attention, attend
 from vit_dist.model.layers import (
+    INITIALIZERS,
     Dense,
     Mlp,
     Norm,
     Scale,
+    cast_and_gather,
     drop_path,
     dropout,
     lecun_normal,
     make_parameter,
-    normal,
-    ready,
     split_key,
-    xavier_uniform,
     zeros,
 )
 from vit_dist.model.position import sincos2d
+from vit_dist.model.shape import Shape, shape_of
 
 SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # what `remat="names"` keeps: every dense product's result
-KERNELS = {"xavier_uniform": xavier_uniform, "lecun_normal": lecun_normal, "normal": normal}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The numbers of one Vision Transformer, every default filled in."""
-
-    width: int
-    depth: int
-    mlp: int
-    heads: int
-    activation: str
-    parallel: bool
-    qk_norm: bool
-    image: tuple[int, int]
-    patch: tuple[int, int]
-    channels: int
-    classes: int
-    special: int  # tokens that are no patches, the first ones: the class token, then registers
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
-        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of an image."""
-        return self.special + self.patches
-
-
-def shape_of(model: config.Model) -> Shape:
-    """Fills in what the variant says and checks that the numbers fit each other; raises `ConfigError`."""
-    variant, patch = variants.parse(model.variant) if model.variant else (None, None)
-    numbers = {}
-    for name in ("width", "depth", "mlp", "heads", "activation", "parallel", "qk_norm"):
-        own = getattr(model, name)
-        numbers[name] = own if own is not None else getattr(variant or variants.PLAIN, name)
-        if numbers[name] is None:
-            raise ConfigError(f"model.{name}: not set, and model.variant names no size; set one of them")
-    size = model.patch_size if model.patch_size is not None else patch
-    if size is None:
-        raise ConfigError("model.patch_size: not set, and model.variant names none; set one of them")
-    if model.num_classes is None:
-        raise ConfigError("model.num_classes: not set")
-    image, patches = pair(model.image_size), pair(size)
-    for side, extent, of in zip(("height", "width"), image, patches, strict=True):
-        if extent % of:
-            near = nearest_multiples(extent, of)
-            raise ConfigError(f"model.image_size: {side} {extent} is not a multiple of the patch's {of}; take {near}")
-    if numbers["width"] % numbers["heads"]:
-        near = nearest_multiples(numbers["width"], numbers["heads"])
-        raise ConfigError(f"model.width: {numbers['width']} does not divide by {numbers['heads']} heads; take {near}")
-    if model.position == "sincos2d" and numbers["width"] % 4:
-        raise ConfigError(f"model.width: {numbers['width']} must divide by 4 for model.position=sincos2d")
-    numbers |= {"channels": model.channels, "classes": model.num_classes}
-    special = (model.pool == "cls") + model.registers
-    return Shape(**numbers, image=image, patch=patches, special=special)
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `parallel`, both on one norm at once (ViT-22B)."""
+    """Adds attention(norm(x)) to x, then mlp(norm(x)); with `parallel`, both at once on the same norm (ViT-22B)."""
 
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common: dict[str, Any] = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        common: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
         self.parallel = shape.parallel
         self.norm1 = Norm(shape.width, "width", rngs=rngs)
-        self.attention = Attention(
-            shape.width,
-            shape.heads,
-            **common,
-            qkv_bias=model.qkv_bias,
-            projection_bias=model.projection_bias,
-            qk_norm=shape.qk_norm,
-            attention_dropout=model.attention_dropout,
-            projection_dropout=model.dropout if model.projection_dropout is None else model.projection_dropout,
-            implementation=model.attention,
-            tokens=shape.tokens,
-            across=model.context_attention,
-        )
+        self.attention = Attention(model, shape, rngs)
         self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
         scale = model.layer_scale
@@ -135,7 +79,7 @@ class Block(nnx.Module):
         self.scale2 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
 
     def __call__(self, x: jax.Array, path_rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        """x: [B, N, D]; path_rate: the probability that an example leaves out a branch of this block; None: never."""
+        """Maps x [B, N, D] to [B, N, D]; `path_rate`: the probability with which an example skips a branch."""
         keys = split_key(key, 4)
         h = self.norm1(x)
         attended = self.attention(h, keys[0])
@@ -150,13 +94,10 @@ class Block(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """One learned query over the tokens `seen`, then an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560).
-
-    seen: bool [N]; None: all.
-    """
+    """Attends with one learned query, then applies an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560)."""
 
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common: dict[str, Any] = {"rngs": rngs, "initializer": KERNELS[model.kernel_init]}
+        common: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
         names, size = ("width", "heads", None), shape.width // shape.heads
         self.probe = make_parameter(rngs, initializers.normal(0.02), (1, shape.width), (None, "width"))
         self.query = Dense((shape.width,), (shape.heads, size), names, **common)
@@ -165,28 +106,35 @@ class AttentionPool(nnx.Module):
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
 
-    def __call__(self, x: jax.Array, seen: jax.Array | None) -> jax.Array:
-        split = layout.of(x, 1, None, None)  # by examples alone
-        probe = layout.broadcast(ready(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Pools the tokens of x [B, N, D] for which `mask`, bool [N], is True; None pools all."""
+        split = layout.spec_of(x, 1, None, None)  # by examples only
+        probe = layout.broadcast(cast_and_gather(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
         key_value = self.key_value(x)
-        # One query: its weights [B, H, 1, N] are small, and nothing is to be had from a fused kernel.
-        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla", seen=seen))
+        # The weights of one query, [B, H, 1, N], are small: a fused kernel would gain nothing.
+        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla", mask=mask))
         return (x + self.mlp(self.norm(x), None))[:, 0]
 
 
 class ViT(nnx.Module):
-    """`ViT("B/16", image_size=224, num_classes=1000, rngs=nnx.Rngs(0))`; keywords are those of `config.Model`.
+    """The model: `ViT("B/16", image_size=224, num_classes=1000, rngs=nnx.Rngs(0))(images)` returns logits.
 
-    Raises `ConfigError` for an unknown keyword, a value that is none of its options, and numbers that do not fit each
-    other, such as an image that is no multiple of the patch.
+    Args:
+      variant: a name such as "B/16", or None if the settings give width, depth, mlp, heads and patch_size.
+      rngs: the source of randomness for the parameters.
+      **settings: the fields of `config.Model`.
+
+    Raises:
+      ConfigError: a setting is unknown or none of its options, or the numbers do not fit each other, such as an image
+        whose size is no multiple of the patch's.
     """
 
     def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, **settings: Any):
-        # `resolve` checks whole runs; here the run is nothing but its model.
+        # `resolve` checks the config of a run; only its model matters here.
         model = config.resolve({"total_steps": 1, "model": {"variant": variant, **settings}}).model
         shape = shape_of(model)
         self.model, self.shape = model, shape
-        kernel = KERNELS[model.kernel_init]
+        kernel = INITIALIZERS[model.kernel_init]
         pixels = shape.patch[0] * shape.patch[1] * shape.channels
         # A convolution whose stride is its window is a linear map of each patch's pixels (row, column, channel).
         self.patch = Dense((pixels,), (shape.width,), (None, "width"), rngs=rngs, initializer=lecun_normal)
@@ -195,19 +143,21 @@ class ViT(nnx.Module):
             return make_parameter(rngs, initializers.normal(std), (count, shape.width), (None, "width"))
 
         has_class = model.pool == "cls"
-        # Without a position of its own, which is drawn, the class token is: it would begin as a vector of zeros.
-        drawn = initializers.zeros if model.cls_position else initializers.normal(model.position_std)
-        self.cls = make_parameter(rngs, drawn, (shape.width,), ("width",)) if has_class else None
-        # The first learned position is the class token's, unless it has none; sines have none for it.
-        places = shape.patches + (has_class and model.cls_position)
-        self.position = tokens(places, model.position_std) if model.position == "learned" else None
+        # The class token starts at zero if it has a position, which is random; else the token itself is random.
+        initializer = initializers.zeros if model.cls_position else initializers.normal(model.position_std)
+        self.cls = make_parameter(rngs, initializer, (shape.width,), ("width",)) if has_class else None
+        # With `cls_position` the first learned position is the class token's; "sincos2d" has none for it.
+        positions = shape.patches + (has_class and model.cls_position)
+        self.position = tokens(positions, model.position_std) if model.position == "learned" else None
         self.registers = tokens(model.registers, 0.02) if model.registers else None
         keys = jax.random.split(rngs.params(), shape.depth)
-        blocks = jax.vmap(lambda key: Block(model, shape, nnx.Rngs(key)))  # the same draws as one block at a time
+        blocks = jax.vmap(
+            lambda key: Block(model, shape, nnx.Rngs(key))
+        )  # draws the same numbers as one block at a time
         self.blocks = blocks(keys) if model.scan else nnx.List(Block(model, shape, nnx.Rngs(key)) for key in keys)
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None
-        # What the head sees: its size and its name in the layout.
+        # The size and the logical name of the head's input.
         hidden, name = (model.pre_logits, None) if model.pre_logits else (shape.width, "width")
         names = ("width", None)
         self.pre_logits = (
@@ -219,10 +169,17 @@ class ViT(nnx.Module):
         )
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """images [B, H, W, C] of float, normalised -> logits [B, classes] of float32.
+        """Returns the logits of images.
 
-        key: the randomness of dropout and stochastic depth; None evaluates, without either. Raises `ConfigError` for
-        images of another size, number of channels or kind than the model was made for.
+        Args:
+          images: [B, H, W, C], floats, normalised.
+          key: the randomness of dropout and stochastic depth; None evaluates, without either.
+
+        Returns:
+          [B, classes], float32.
+
+        Raises:
+          ConfigError: the images have another size, number of channels or dtype than the model expects.
         """
         expected = (*self.shape.image, self.shape.channels)
         if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, jnp.floating):
@@ -233,80 +190,80 @@ class ViT(nnx.Module):
         keys = split_key(key, 2)
         x = self.embed(images.astype(self.model.dtype))
         x = dropout(x, self.model.embedding_dropout, keys[0])
-        x = self.pooled(self.norm(self.encode(x, keys[1])))
+        x = self.pool_tokens(self.norm(self.encode(x, keys[1])))
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
         return self.head(x.astype(jnp.float32))
 
     def embed(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> tokens [B, N, D]: the class token where there is one, registers, then patches row by row.
+        """Embeds images [B, H, W, C] as tokens [B, N, D]: class token, registers, then patches row by row.
 
-        Where the mesh splits tokens, padding follows them, whose embeddings are zeros.
+        If the mesh splits tokens, padding follows, with embeddings of zero.
         """
         x = patchify(images, self.shape.patch)
-        table = self._table(x)
-        special, parts = self.shape.special, layout.parts("tokens")
-        if parts == 1:
+        table = self._added_embeddings(x)
+        special, shards = self.shape.special, layout.shard_count("tokens")
+        if shards == 1:
             x = jnp.pad(self.patch(x), ((0, 0), (special, 0), (0, 0)))
         else:
-            # Pixels take the tokens' places before they are embedded: to split them is then to leave some out.
-            padding = context.padded_length(self.shape.tokens, parts) - self.shape.tokens
-            x = layout.placed(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
-            x = jnp.where(_between(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
-            table = layout.placed(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
-        return x + layout.broadcast(table, x.shape, layout.of(x))
+            # The pixels are padded and split before the dense layer, so that a device embeds its own tokens only.
+            padding = context.padded_length(self.shape.tokens, shards) - self.shape.tokens
+            x = layout.reshard(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
+            x = jnp.where(_token_mask(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
+            table = layout.reshard(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
+        return x + layout.broadcast(table, x.shape, layout.spec_of(x))
 
-    def _table(self, x: jax.Array) -> jax.Array:
-        """What tokens have beside their pixels: [N, D]. x: any array that is split by examples, in the right dtype."""
-        split, dtype = layout.of(x), x.dtype
+    def _added_embeddings(self, x: jax.Array) -> jax.Array:
+        """Returns the embeddings [N, D] to add to those of the pixels, in the dtype of x, for the layout of x."""
+        split, dtype = layout.spec_of(x), x.dtype
         if self.position is not None:
-            position = ready(self.position, dtype, split)
+            position = cast_and_gather(self.position, dtype, split)
         else:
             position = layout.gathered(jnp.asarray(sincos2d(*self.shape.grid, self.shape.width), dtype), split)
-        own = position.shape[0] - self.shape.patches  # 1 when the class token has a learned position
-        lead = []
+        cls_positions = position.shape[0] - self.shape.patches  # 1 if the class token has a learned position, else 0
+        special = []
         if self.cls is not None:
-            cls = ready(self.cls, dtype, split)[None]
-            lead.append(cls + position[:1] if own else cls)
+            cls = cast_and_gather(self.cls, dtype, split)[None]
+            special.append(cls + position[:1] if cls_positions else cls)
         if self.registers is not None:
-            lead.append(ready(self.registers, dtype, split))
-        return jnp.concatenate([*lead, position[own:]])
+            special.append(cast_and_gather(self.registers, dtype, split))
+        return jnp.concatenate([*special, position[cls_positions:]])
 
-    def pooled(self, x: jax.Array) -> jax.Array:
-        """Tokens [B, N, D] -> what the head sees of them [B, D]."""
-        # Registers have done their work when the patches are pooled (Darcet et al. 2024).
+    def pool_tokens(self, x: jax.Array) -> jax.Array:
+        """Pools tokens [B, N, D] to the head's input [B, D]."""
+        # Registers and padding are left out (Darcet et al. 2024).
         start, stop = (0, 1) if self.cls is not None else (self.shape.special, self.shape.tokens)
-        seen = None
-        if layout.parts("tokens") == 1:
+        mask = None
+        if layout.shard_count("tokens") == 1:
             x = x[:, start:stop]
         else:
-            seen = _between(start, stop, x)
+            mask = _token_mask(start, stop, x)
         if self.pool is not None:
-            return self.pool(x, seen)
-        if seen is not None:
-            x = jnp.where(seen[:, None], x, 0)
+            return self.pool(x, mask)
+        if mask is not None:
+            x = jnp.where(mask[:, None], x, 0)
         return (jnp.sum(x, axis=1, dtype=jnp.float32) / (stop - start)).astype(x.dtype)
 
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """All blocks: [B, N, D] -> [B, N, D]."""
+        """Applies all blocks: [B, N, D] -> [B, N, D]."""
         depth = self.shape.depth
         first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path
         rates = jnp.linspace(first, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
 
         def run(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-            (graph, own), rate, key = inputs
-            return nnx.merge(graph, own)(x, rate, key), None
+            (graph, parameters), rate, key = inputs
+            return nnx.merge(graph, parameters)(x, rate, key), None
 
         if self.model.remat != "none":
             saved = jax.checkpoint_policies.save_only_these_names(*SAVED if self.model.remat == "names" else ())
-            # A loop keeps the compiler from taking the second computation for the first; unrolled, it must be told.
+            # XLA must not merge the second computation with the first; a loop prevents that, unrolled code does not.
             run = jax.checkpoint(run, policy=saved, prevent_cse=not self.model.scan)
         if self.model.scan:
             return jax.lax.scan(run, x, (nnx.split(self.blocks), rates, keys))[0]
         assert isinstance(self.blocks, nnx.List)
         for number, block in enumerate(self.blocks):
-            rate, key = (None if each is None else each[number] for each in (rates, keys))
+            rate, key = (None if values is None else values[number] for values in (rates, keys))
             x, _ = run(x, (nnx.split(block), rate, key))
         return x
 
@@ -315,22 +272,22 @@ class ViT(nnx.Module):
         return any((model.dropout, model.projection_dropout, model.attention_dropout, model.drop_path))
 
 
-def _between(start: int, stop: int, x: jax.Array) -> jax.Array:
-    """Which tokens of x [B, N, D] are those from `start` to `stop`: bool [N], split as they are."""
+def _token_mask(start: int, stop: int, x: jax.Array) -> jax.Array:
+    """Returns a mask, bool [N], that is True from `start` to before `stop`, split like the tokens of x [B, N, D]."""
     number = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1],), 0, out_sharding=layout.spec("tokens"))
     return (start <= number) & (number < stop)
 
 
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] -> [B, patches, pixels]: patches row by row, and within one (row, column, channel)."""
+    """Cuts images [B, H, W, C] into patches [B, patches, pixels], row by row; pixels are (row, column, channel)."""
     batch, rows, columns = images.shape[0], images.shape[1] // patch[0], images.shape[2] // patch[1]
-    cut = (batch, rows, patch[0], columns, patch[1], images.shape[3])
-    x = jax.lax.reshape(images, cut, out_sharding=layout.spec("batch", *(None,) * 5))
+    grid = (batch, rows, patch[0], columns, patch[1], images.shape[3])
+    x = jax.lax.reshape(images, grid, out_sharding=layout.spec("batch", *(None,) * 5))
     x = x.transpose(0, 1, 3, 2, 4, 5)
     pixels = patch[0] * patch[1] * images.shape[3]
     return jax.lax.reshape(x, (batch, rows * columns, pixels), out_sharding=layout.spec("batch", None, None))
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """How many numbers the model learns."""
+    """Returns the number of learned values of a model."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,6 +1,6 @@
-"""One step of an evaluation, as a pure function to compile, and what the model is given without augmentation.
+"""The step of an evaluation, a pure function to compile, and the model's input without augmentation.
 
-The sums over all batches stay on the devices until the last, so that nothing waits for the host.
+The sums over batches stay on the devices until the evaluation ends, so that no device waits for the host.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,15 @@ from vit_dist.step.state import ModelFunction, Parameters
 def make_evaluation_step(
     settings: config.Config, model: ModelFunction, *, augment_on_device: bool
 ) -> Callable[[Parameters, Batch, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """`step(parameters, batch, totals) -> totals` with the batch's sums added; rows of a False `mask` count nothing.
+    """Makes the function `step(parameters, batch, totals) -> totals`, which adds the sums over a batch.
 
-    Totals: `loss` float32; `count`, `top1`, `top5` int32; `class_count`, `class_top1` int32 [classes].
+    A batch has `image` uint8 [B, h, w, c], `label` int32 [B] and `mask` bool [B]; rows whose mask is False do not
+    count. Totals are `loss` float32; `count`, `top1`, `top5` int32; `class_count`, `class_top1` int32 [classes].
+
+    Args:
+      settings: the run's config.
+      model: the model function.
+      augment_on_device: as in `make_train_step`.
     """
     data, classes = settings.data, model.settings.num_classes
     assert classes is not None
@@ -50,15 +56,25 @@ def make_evaluation_step(
     return step
 
 
-def no_totals(classes: int) -> dict[str, Any]:
-    """The totals before the first batch of an evaluation."""
-    whole = {name: jnp.zeros((), jnp.int32) for name in ("count", "top1", "top5")}
-    each = {name: jnp.zeros((classes,), jnp.int32) for name in ("class_count", "class_top1")}
-    return {"loss": jnp.zeros((), jnp.float32), **whole, **each}
+def zero_totals(classes: int) -> dict[str, Any]:
+    """Returns the totals before the first batch of an evaluation."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("count", "top1", "top5")}
+    class_counts = {name: jnp.zeros((classes,), jnp.int32) for name in ("class_count", "class_top1")}
+    return {"loss": jnp.zeros((), jnp.float32), **counts, **class_counts}
 
 
 def model_input(images: jax.Array, data: config.Data, model: config.Model, *, augment_on_device: bool) -> jax.Array:
-    """uint8 [B, h, w, c] -> what the model takes, without augmentation; augment_on_device as in `make_train_step`."""
+    """Makes the model's input from images, without augmentation.
+
+    Args:
+      images: uint8 [B, h, w, c].
+      data: crop, interpolation, mean and std.
+      model: the input's size and dtype.
+      augment_on_device: as in `make_train_step`; True crops the centre here if `data.eval_crop` is set.
+
+    Returns:
+      [B, H, W, c] of the model's dtype, normalised.
+    """
     size = pair(model.image_size)
     if augment_on_device and data.eval_crop is not None:
         top, left, height, width = crop.centre_box(images.shape[1], images.shape[2], size, data.eval_crop)

@@ -1,8 +1,8 @@
-"""From a config to one optax transformation: clip, direction, weight decay, per-parameter rates, schedule.
+"""Makes an optax optimizer from a config: clip, direction, weight decay, per-parameter rates, schedule.
 
 Every optimizer is that chain and differs in the direction only, so weight decay, rules and schedule mean the same for
-all of them. A parameter is known by its path (`blocks/mlp/up/kernel`). Those of the blocks may be stacked on a leading
-axis, one slice a block; whatever takes a norm or a mean of a whole parameter does so slice by slice (`_per_block`).
+all of them. A parameter is named by its path (`blocks/mlp/up/kernel`). The parameters of the blocks may be stacked on a
+leading axis, one slice per block; transformations that take a norm or a mean do so slice by slice (`_per_block`).
 """
 
 import functools
@@ -20,25 +20,30 @@ from vit_dist.schema import one_of
 from vit_dist.step import muon
 from vit_dist.step.schedule import make_schedule
 
-Params = Any  # a nested dict of arrays, or what optax makes of one
+Params = Any  # a nested dict of arrays, or a tree that optax makes of one
 
 
 def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The whole update rule; `update(gradients, state, params)` returns what to add to the parameters.
+    """Makes the optimizer; `update(gradients, state, params)` returns the updates to add to the parameters.
 
-    Each step adds -rate * (direction + weight_decay * parameter), where the rate is the schedule's times the
-    parameter's rule. Weight decay is thus AdamW's (Loshchilov & Hutter 2019, arXiv:1711.05101) whatever the direction,
-    and reaches kernels alone unless a rule says otherwise; in LAMB it is part of what the trust ratio scales, as
-    published. Frozen parameters get no state, no update and no part in the norm that is clipped.
+    Each step adds -rate * (direction + weight_decay * parameter), where the rate is the schedule's times that of the
+    parameter's rule. Weight decay is thus AdamW's (Loshchilov & Hutter 2019, arXiv:1711.05101) for every direction. It
+    applies to kernels only, unless a rule sets it; in LAMB the trust ratio scales it too, as published. Frozen
+    parameters have no state and no update, and do not count in the norm that is clipped.
 
-    Directions: `sgd` (momentum, nesterov) · `adam`, `adamw` (the same, the decay being AdamW's in both) · `lion` ·
-    `lamb` (the trust ratio is for kernels alone: it would hold biases, which start at zero, near zero) ·
-    `adafactor` (Zhai et al. 2022, arXiv:2106.04560: first moment kept, its decay b1, second moment's decay at most
-    b2, no scaling by the parameter's size, so that Adam's rate and decay suit it) · `muon` (kernels of the blocks:
-    momentum, nesterov; everything else: Adam with b1, b2).
+    Directions:
 
-    The state has the parameters' shardings: make it by `init` on arrays, or `jax.eval_shape` of it, under the mesh.
-    `init` raises `ConfigError` for a rule that holds for no parameter.
+    - `sgd`: with momentum and nesterov.
+    - `adam`, `adamw`: the same, because both have AdamW's weight decay.
+    - `lion`.
+    - `lamb`: the trust ratio is for kernels only; it would keep biases, which start at zero, near zero.
+    - `adafactor` (Zhai et al. 2022, arXiv:2106.04560): with a first moment of decay b1 and a second of decay at most
+      b2, not scaled by the parameter's size, so that Adam's learning rate and weight decay suit it.
+    - `muon`: for kernels of the blocks, with momentum and nesterov; Adam with b1 and b2 for the others.
+
+    The state has the parameters' shardings: make it under the mesh, by `init` on arrays or `jax.eval_shape` of `init`.
+
+    Raises `ConfigError` for an unknown direction or an invalid rule; `init` does for a rule that no parameter uses.
     """
     name = one_of("optimizer.name", settings.name, DIRECTIONS)
     rules = settings.rules
@@ -47,20 +52,20 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
             re.compile(rule.path)
         except re.error as error:
             raise ConfigError(f"optimizer.rules[{i}].path: {rule.path!r} is no regular expression: {error}") from error
-    parts = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]
-    parts.append(DIRECTIONS[name](settings))
+    transforms = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]
+    transforms.append(DIRECTIONS[name](settings))
     for factor in sorted({0.0, 1.0} | {rule.weight_decay for rule in rules if rule.weight_decay is not None}):
         if factor * settings.weight_decay:
-            where = _by_path(rules, functools.partial(_decays_by, factor))
-            parts.append(optax.add_decayed_weights(factor * settings.weight_decay, where))
+            mask = _by_path(rules, functools.partial(_decays_by, factor))
+            transforms.append(optax.add_decayed_weights(factor * settings.weight_decay, mask))
     if name == "lamb":
-        where = _by_path((), lambda path, _: is_kernel(path))
-        parts.append(optax.masked(_per_block(optax.scale_by_trust_ratio()), where))
+        mask = _by_path((), lambda path, _: is_kernel(path))
+        transforms.append(optax.masked(_per_block(optax.scale_by_trust_ratio()), mask))
     for factor in sorted({rule.learning_rate for rule in rules} - {1.0}):
-        where = _by_path(rules, functools.partial(_scales_by, factor))
-        parts.append(optax.masked(optax.scale(factor), where))
-    parts.append(optax.scale_by_learning_rate(make_schedule(settings, total_steps)))
-    optimizer = optax.chain(*parts)
+        mask = _by_path(rules, functools.partial(_scales_by, factor))
+        transforms.append(optax.masked(optax.scale(factor), mask))
+    transforms.append(optax.scale_by_learning_rate(make_schedule(settings, total_steps)))
+    optimizer = optax.chain(*transforms)
     if any(rule.frozen for rule in rules):
         labels = _by_path(rules, lambda _, rule: "frozen" if rule.frozen else "trained")
         optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
@@ -73,19 +78,19 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
 
 
 def parameter_paths(params: Params) -> Any:
-    """The tree with each array replaced by its path, such as `blocks/mlp/up/kernel`."""
+    """Returns the tree with each array replaced by its path, such as `blocks/mlp/up/kernel`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
     )
 
 
 def is_kernel(path: str) -> bool:
-    """Whether the parameter of this path multiplies features, as opposed to biases, norms, tokens and positions."""
+    """Returns whether the parameter of this path multiplies features: no bias, norm, token or position embedding."""
     return path.rpartition("/")[2] == "kernel"
 
 
 def trainable(params: Params, rules: tuple[Rule, ...]) -> Any:
-    """The tree with each array replaced by whether it is trained, that is, not frozen by its rule."""
+    """Returns the tree with each array replaced by a bool: True if it is trained, False if its rule freezes it."""
     return _by_path(rules, lambda _, rule: not rule.frozen)(params)
 
 
@@ -93,9 +98,9 @@ def _rule_of(path: str, rules: tuple[Rule, ...]) -> Rule:
     return next((rule for rule in rules if re.search(rule.path, path)), Rule())
 
 
-def _by_path(rules: tuple[Rule, ...], answer: Callable[[str, Rule], Any]) -> Callable[[Params], Any]:
-    """The function that optax asks for a tree of masks or labels: the answer to each parameter's path and rule."""
-    return lambda params: jax.tree.map(lambda path: answer(path, _rule_of(path, rules)), parameter_paths(params))
+def _by_path(rules: tuple[Rule, ...], label: Callable[[str, Rule], Any]) -> Callable[[Params], Any]:
+    """Returns a function from parameters to a tree of masks or labels for optax, `label(path, rule)` for each."""
+    return lambda params: jax.tree.map(lambda path: label(path, _rule_of(path, rules)), parameter_paths(params))
 
 
 def _decays_by(factor: float, path: str, rule: Rule) -> bool:
@@ -107,21 +112,21 @@ def _scales_by(factor: float, path: str, rule: Rule) -> bool:
 
 
 def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
-    held = [next((i for i, rule in enumerate(rules) if re.search(rule.path, path)), None) for path in paths]
+    first_rules = [next((i for i, rule in enumerate(rules) if re.search(rule.path, path)), None) for path in paths]
     for i, rule in enumerate(rules):
-        if i not in held:
+        if i not in first_rules:
             matches = any(re.search(rule.path, path) for path in paths)
-            found = "matches only parameters that an earlier rule takes" if matches else "matches no parameter"
+            problem = "matches only parameters that an earlier rule takes" if matches else "matches no parameter"
             raise ConfigError(
-                f"optimizer.rules[{i}].path: {rule.path!r} {found}; the parameters are such as {', '.join(paths[:3])}"
+                f"optimizer.rules[{i}].path: {rule.path!r} {problem}; the parameters are such as {', '.join(paths[:3])}"
             )
 
 
 def _per_block(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on each block's slice of the stacked parameters by itself, and on the others as they are."""
+    """Applies `inner` to each block's slice of a stacked parameter separately, and to the other parameters directly."""
 
     def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
-        # vmap wants at least one array; there is none where a model has no blocks or they are all frozen
+        # vmap needs at least one array; there is none if the model has no blocks or all of them are frozen
         return lambda *trees: (jax.vmap(function) if jax.tree.leaves(trees[0]) else function)(*trees)
 
     stacked = optax.GradientTransformation(mapped(inner.init), mapped(inner.update))

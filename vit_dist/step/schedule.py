@@ -1,7 +1,7 @@
-"""The learning rate as a function of the step: a warm-up, then one of four shapes, then perhaps a cool-down.
+"""The learning rate as a function of the step: a warm-up, then one of four shapes, and optionally a cool-down.
 
-Steps count from 0. No step is spent at a rate of zero: the warm-up begins at 1/w of the peak, and the zero that a
-cosine or a cool-down comes to lies one step after the last.
+Steps count from 0. No step has a rate of zero: a warm-up of w steps starts at 1/w of the peak, and a cosine or a
+cool-down reaches zero one step after the last.
 """
 
 import functools
@@ -15,18 +15,22 @@ from vit_dist.config import ConfigError
 from vit_dist.schema import one_of
 
 
-@functools.cache  # so that what it has to say of a config is said once
+@functools.cache  # logs its warning once for each config
 def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedule:
-    """step -> learning rate, for steps 0 to T - 1 of T = `total_steps`, with w = `warmup_steps`.
+    """Makes the function from step to learning rate, for steps 0 to T - 1 of T = `total_steps`.
 
-    Warm-up, steps 0 to w - 1: peak * (step + 1) / w. Afterwards, with progress p = (step - w) / (T - w):
-    cosine: peak * (e + (1 - e) * (1 + cos(pi * p)) / 2), e being `end_factor` (Loshchilov & Hutter 2017,
-    arXiv:1608.03983); linear: peak * (1 - (1 - e) * p); rsqrt: peak / sqrt(1 + (step - w) / timescale), constant
-    to the eye at first (Zhai et al. 2022, arXiv:2106.04560); constant: peak. The last c = `cooldown_steps` steps of
-    the latter two are multiplied by (T - step) / c.
+    With w = `warmup_steps`, e = `end_factor` and progress p = (step - w) / (T - w):
 
-    A warm-up and cool-down that are longer than the run are scaled together to half of it, with a warning. Raises
-    `ConfigError` for a cool-down after a schedule that has its own end.
+    - warm-up, steps 0 to w - 1: peak * (step + 1) / w;
+    - cosine: peak * (e + (1 - e) * (1 + cos(pi * p)) / 2) (Loshchilov & Hutter 2017, arXiv:1608.03983);
+    - linear: peak * (1 - (1 - e) * p);
+    - rsqrt: peak / sqrt(1 + (step - w) / timescale), almost constant at first (Zhai et al. 2022, arXiv:2106.04560);
+    - constant: peak.
+
+    The last c = `cooldown_steps` steps of rsqrt and constant are multiplied by (T - step) / c. A warm-up and cool-down
+    that are longer than the run are scaled together to half of it, with a warning.
+
+    Raises `ConfigError` for a cool-down after cosine or linear, which have an end of their own.
     """
     peak = settings.learning_rate
     warmup, cooldown = _fitted(settings.warmup_steps, settings.cooldown_steps, total_steps)
@@ -53,14 +57,14 @@ def make_schedule(settings: config.Optimizer, total_steps: int) -> optax.Schedul
 
 
 def _fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
-    """The steps of warm-up and cool-down, scaled together to half of a run that has no room for both.
+    """Returns the steps of warm-up and cool-down, scaled together to half of the run if they do not fit into it.
 
-    A warm-up as long as the run leaves none either: the rate would never fall.
+    A warm-up as long as the run does not fit either, because the rate would never fall.
     """
-    asked = warmup + cooldown
-    if asked < total_steps or (asked == total_steps and cooldown):
+    needed = warmup + cooldown
+    if needed < total_steps or (needed == total_steps and cooldown):
         return warmup, cooldown
-    fitted = warmup * total_steps // (2 * asked), cooldown * total_steps // (2 * asked)
+    fitted = warmup * total_steps // (2 * needed), cooldown * total_steps // (2 * needed)
     logging.warning(
         "optimizer: warmup_steps=%d and cooldown_steps=%d do not fit into the run's %d steps; they are scaled to %d "
         "and %d, half of the run",

@@ -1,8 +1,8 @@
-"""One training step, as a pure function to compile.
+"""The training step, a pure function to compile.
 
-Everything random in a step follows from the seed, the step's number and an example's place in the global batch, so
-the curve is the same on any mesh. With micro-batches each device sums its own gradients, and they are reduced over
-devices once.
+Every random number of a step depends on the seed, the step's number and an example's row in the global batch only, so
+the loss curve is the same on any mesh. With micro-batches each device sums its own gradients, and they are reduced
+over devices once.
 """
 
 import dataclasses
@@ -31,10 +31,17 @@ def make_train_step(
     *,
     augment_on_device: bool,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """`step(state, batch) -> (state, metrics)`, where batch has `image` uint8 [B, h, w, c] and `label` int32 [B].
+    """Makes the function `step(state, batch) -> (state, metrics)`.
 
-    augment_on_device: the images are whole, at their native size; else the host has cropped and flipped them.
-    Metrics are scalars: loss, learning_rate, grad_norm, param_norm; with `log_examples`, `ids` int32 [B] too.
+    A batch has `image` uint8 [B, h, w, c] and `label` int32 [B], and `id` with `log_examples`. Metrics are scalars:
+    loss, learning_rate, grad_norm, param_norm; with `log_examples` also `ids` int32 [B].
+
+    Args:
+      settings: the run's config.
+      model: the model function.
+      optimizer: as from `make_optimizer`.
+      schedule: the learning rate by step, for the metrics.
+      augment_on_device: the images are uncropped, at their native size; False: the host has cropped and flipped them.
     """
     data, classes = settings.data, model.settings.num_classes
     assert classes is not None
@@ -43,11 +50,11 @@ def make_train_step(
     per_example = losses.LOSSES[settings.loss]
 
     def loss_sum(parameters: Parameters, images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple:
-        # What is frozen needs no backward pass, and has no part in the gradient's norm.
-        learns = trainable(parameters, settings.optimizer.rules)
-        parameters = jax.tree.map(lambda p, on: p if on else jax.lax.stop_gradient(p), parameters, learns)
-        each = per_example(model(parameters, images, key), targets)
-        return jnp.sum(each) / settings.batch_size, each
+        # Frozen parameters need no backward pass, and do not count in the gradient's norm.
+        is_trained = trainable(parameters, settings.optimizer.rules)
+        parameters = jax.tree.map(lambda p, trained: p if trained else jax.lax.stop_gradient(p), parameters, is_trained)
+        example_losses = per_example(model(parameters, images, key), targets)
+        return jnp.sum(example_losses) / settings.batch_size, example_losses
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
@@ -62,12 +69,12 @@ def make_train_step(
         targets = losses.smooth(targets, settings.label_smoothing)
         images = images.astype(model.settings.dtype)
 
-        gradients, each = sum_gradients(
+        gradients, example_losses = sum_gradients(
             loss_sum,
             state.parameters,
             (images, targets),
             dropout_key,
-            count=settings.accumulate_steps,
+            micro_batches=settings.accumulate_steps,
             gather=settings.accumulate_gather,
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
@@ -79,7 +86,7 @@ def make_train_step(
             ema=average(state.ema, parameters, settings.ema_decay, state.step) if state.ema is not None else None,
         )
         metrics = {
-            "loss": jnp.mean(each),
+            "loss": jnp.mean(example_losses),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": optax.tree.norm(gradients),
             "param_norm": optax.tree.norm(parameters),
@@ -92,43 +99,53 @@ def make_train_step(
 
 
 def sum_gradients(
-    loss: Callable, parameters: Parameters, batch: tuple, key: jax.Array, *, count: int, gather: str
+    loss: Callable, parameters: Parameters, batch: tuple, key: jax.Array, *, micro_batches: int, gather: str
 ) -> tuple[Parameters, jax.Array]:
-    """The gradient of `loss(parameters, *batch, key)` summed over `count` micro-batches, and the loss of each example.
+    """Sums the gradient of a loss over micro-batches.
 
-    Micro-batch i holds the rows i, i + count, ...: every device cuts its own rows, whatever the mesh, and no example
-    moves. gather: see `config.accumulate_gather`; one micro-batch gathers each block when its turn comes.
+    Micro-batch i of n holds the rows i, i + n, ...: every device cuts its own rows on any mesh, and no example moves.
+
+    Args:
+      loss: `loss(parameters, *batch, key)` returns the loss, a scalar, and the loss of each example.
+      parameters: the parameters, as they are stored.
+      batch: arrays [B, ...].
+      key: the randomness; each of several micro-batches gets a key of its own.
+      micro_batches: their number n.
+      gather: `config.accumulate_gather`; a single micro-batch gathers each block's parameters when the block runs.
+
+    Returns:
+      The sum of gradients, split as the parameters are stored, and the loss of each example.
     """
     differentiate = jax.grad(loss, has_aux=True)
-    if count == 1:
-        whole = jax.tree.map(lambda p: layout.postponed(p, "microbatch"), parameters)
-        gradients, each = differentiate(whole, *batch, key)
-        return jax.tree.map(layout.as_stored, gradients, parameters), each
-    whole = jax.tree.map(lambda p: layout.postponed(p, gather), parameters)
-    micro = tuple(_micro_batches(array, count) for array in batch)
+    if micro_batches == 1:
+        deferred = jax.tree.map(lambda p: layout.defer_reduction(p, "microbatch"), parameters)
+        gradients, example_losses = differentiate(deferred, *batch, key)
+        return jax.tree.map(layout.as_stored, gradients, parameters), example_losses
+    deferred = jax.tree.map(lambda p: layout.defer_reduction(p, gather), parameters)
+    sliced = tuple(_slice(array, micro_batches) for array in batch)
 
     def add(total: Parameters, inputs: tuple) -> tuple[Parameters, jax.Array]:
         rows, own_key = inputs
-        gradients, each = differentiate(whole, *rows, own_key)
-        return jax.tree.map(jnp.add, total, gradients), each
+        gradients, example_losses = differentiate(deferred, *rows, own_key)
+        return jax.tree.map(jnp.add, total, gradients), example_losses
 
-    zeros = jax.tree.map(layout.unreduced_zeros, whole)
-    total, each = jax.lax.scan(add, zeros, (micro, jax.random.split(key, count)))
-    return jax.tree.map(layout.as_stored, total, parameters), each
+    zeros = jax.tree.map(layout.unreduced_zeros, deferred)
+    total, example_losses = jax.lax.scan(add, zeros, (sliced, jax.random.split(key, micro_batches)))
+    return jax.tree.map(layout.as_stored, total, parameters), example_losses
 
 
 def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Array) -> Parameters:
-    """`ema * d + parameters * (1 - d)`, where d rises from 0.1 to `decay` so that the start is soon forgotten.
+    """Returns `ema * d + parameters * (1 - d)`, where d rises from 0.1 to `decay`, to forget the start soon.
 
     d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
     """
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: old + (new - old) * (1 - d), ema, parameters)  # exact where nothing changed
+    return jax.tree.map(lambda old, new: old + (new - old) * (1 - d), ema, parameters)  # exact if nothing changed
 
 
-def _micro_batches(array: jax.Array, count: int) -> jax.Array:
-    """[B, ...] -> [count, B / count, ...], each device cutting its own rows."""
-    rest = array.shape[1:]
-    names = ("batch", None, *(None,) * len(rest))
-    parts = jax.lax.reshape(array, (array.shape[0] // count, count, *rest), out_sharding=layout.spec(*names))
-    return jnp.moveaxis(parts, 1, 0)
+def _slice(array: jax.Array, micro_batches: int) -> jax.Array:
+    """Cuts [B, ...] to [micro_batches, B / micro_batches, ...]; each device cuts its own rows."""
+    dimensions = array.shape[1:]
+    shape = (array.shape[0] // micro_batches, micro_batches, *dimensions)
+    names = ("batch", None, *(None,) * len(dimensions))
+    return jnp.moveaxis(jax.lax.reshape(array, shape, out_sharding=layout.spec(*names)), 1, 0)
