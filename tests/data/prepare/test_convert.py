@@ -169,22 +169,22 @@ def test_a_folder_that_holds_anything_else_is_not_touched(photos: Path, tmp_path
 
 
 def test_files_of_others_in_the_folder_of_parts_are_not_touched(photos: Path, tmp_path: Path) -> None:
-    kept = [tmp_path / "old" / "parts" / "thesis.txt", tmp_path / "alien" / manifest.PARTS / "thesis.tmp"]
+    kept = [tmp_path / "old" / "parts" / "thesis.txt", tmp_path / "alien" / manifest.WORK_FOLDER / "thesis.tmp"]
     for file in kept:
         file.parent.mkdir(parents=True)
         file.write_text("years")
     _fails(r"old: is not empty \(it holds parts\)", photos, tmp_path / "old")
     _fails("alien: is not empty .it holds .vit_dist_parts/thesis.tmp", photos, tmp_path / "alien")
     ours = tmp_path / "ours"
-    (ours / manifest.PARTS).mkdir(parents=True)
-    (ours / manifest.PARTS / ".plan.json.0123abc.tmp").touch()  # of a run that was killed before it had a plan
+    (ours / manifest.WORK_FOLDER).mkdir(parents=True)
+    (ours / manifest.WORK_FOLDER / ".plan.json.0123abc.tmp").touch()  # of a run that was killed before it had a plan
     (ours / "lost+found").mkdir()  # a disk of its own
     prepare(str(photos), str(ours), shards=2, shard_range=(0, 1))
-    kept.append(ours / manifest.PARTS / "thesis.txt")
+    kept.append(ours / manifest.WORK_FOLDER / "thesis.txt")
     kept[-1].write_text("years")
     prepare(str(photos), str(ours), shards=2)
     assert all(file.read_text() == "years" for file in kept)
-    assert list((ours / manifest.PARTS).iterdir()) == [kept[-1]]
+    assert list((ours / manifest.WORK_FOLDER).iterdir()) == [kept[-1]]
 
 
 def test_a_finished_set_that_lost_a_file_is_not_called_finished(photos: Path, tmp_path: Path, caplog: Any) -> None:
@@ -311,7 +311,7 @@ def test_shards_of_another_set_are_not_merged(photos: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["{}", "{", '{"plan": 1}'])
 def test_a_shards_entry_that_cannot_be_read_is_named(photos: Path, tmp_path: Path, text: str) -> None:
     prepare(str(photos), str(tmp_path / "x"), shards=2, shard_range=(0, 1))
-    (tmp_path / "x" / manifest.PARTS / "train-00000-of-00002.array_record.json").write_text(text)
+    (tmp_path / "x" / manifest.WORK_FOLDER / "train-00000-of-00002.array_record.json").write_text(text)
     _fails("train-00000-of-00002.array_record.json: cannot be read", photos, tmp_path / "x", shards=2)
 
 
@@ -371,7 +371,9 @@ def test_a_missing_file_is_named(photos: Path, tmp_path: Path, monkeypatch: Any)
 def test_files_of_dead_runs_are_removed_and_those_of_a_live_run_are_not(photos: Path, tmp_path: Path) -> None:
     dest = tmp_path / "records"
     prepare(str(photos), str(dest), shards=2, shard_range=(0, 1))
-    dead, live, other = (dest / manifest.PARTS / f"train-0000{n}-of-00002.array_record.abc.tmp" for n in (0, 1, 7))
+    dead, live, other = (
+        dest / manifest.WORK_FOLDER / f"train-0000{n}-of-00002.array_record.abc.tmp" for n in (0, 1, 7)
+    )
     for file in (dead, live, other):
         file.write_bytes(b"unfinished")
     with live.open("rb") as writing:
@@ -521,13 +523,15 @@ def test_runs_killed_while_they_write_shards_and_run_again_make_the_same_set(
         command = [sys.executable, "-m", "vit_dist", "prepare", str(source), str(dest), *options]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
             deadline = time.monotonic() + 60
-            while process.poll() is None and len(list(dest.glob(f"{manifest.PARTS}/train*.json"))) <= finished:
+            while process.poll() is None and len(list(dest.glob(f"{manifest.WORK_FOLDER}/train*.json"))) <= finished:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
             time.sleep(moments.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
-        kills_in_a_shard += not (dest / "manifest.json").exists() and bool(list(dest.glob(f"{manifest.PARTS}/*.tmp")))
-        before, finished = finished, len(list(dest.glob(f"{manifest.PARTS}/train*.json")))
+        kills_in_a_shard += not (dest / "manifest.json").exists() and bool(
+            list(dest.glob(f"{manifest.WORK_FOLDER}/*.tmp"))
+        )
+        before, finished = finished, len(list(dest.glob(f"{manifest.WORK_FOLDER}/train*.json")))
         assert finished >= before  # finished shards stay
         if not (dest / "manifest.json").exists():
             with pytest.raises(ConfigError, match="not finished"):

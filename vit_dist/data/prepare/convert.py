@@ -212,9 +212,11 @@ def _begin(folder: Path, plan: Plan, indexes: dict[str, Index]) -> None:
 
 def _check_empty(folder: Path) -> None:
     """Raises `ConfigError` unless the folder is empty but for what a run left that was killed before it had a plan."""
-    work_folder = folder / manifest.PARTS
-    others = [file for file in _files_in(folder) if file.name not in (manifest.PARTS, "lost+found")]
-    others += [file for file in _files_in(work_folder) if not (manifest.is_part(file.name) and file.suffix == ".tmp")]
+    work_folder = folder / manifest.WORK_FOLDER
+    others = [file for file in _files_in(folder) if file.name not in (manifest.WORK_FOLDER, "lost+found")]
+    others += [
+        file for file in _files_in(work_folder) if not (manifest.is_work_file(file.name) and file.suffix == ".tmp")
+    ]
     if others:
         raise ConfigError(
             f"{folder}: is not empty (it holds {min(others).relative_to(folder)}); give a new or empty folder"
@@ -243,12 +245,12 @@ def _merge(folder: Path, plan: Plan) -> Manifest:
 
 def _written(folder: Path, plan: Plan, files: Sequence[str]) -> list[Entry]:
     """Returns the entries of these shards. Raises `ConfigError`, naming the first that is not finished."""
-    entries = {file: manifest.read_part(folder, plan, file) for file in files}
+    entries = {file: manifest.read_entry(folder, plan, file) for file in files}
     missing = [file for file, entry in entries.items() if entry is None]
     if missing:
         raise ConfigError(
             f"{folder}: {len(missing)} of {len(files)} shards are not finished, the first is {missing[0]}; run "
-            f"`vit-dist prepare` for them, or bring them from the host that did, with what it has in {manifest.PARTS}"
+            f"`vit-dist prepare` for them, or bring them from the host that did, with what it has in {manifest.WORK_FOLDER}"
         )
     return [entry for entry in entries.values() if entry is not None]
 
@@ -263,11 +265,11 @@ def _check_finished(folder: Path, finished: Manifest) -> None:
 
 def _tidy(folder: Path) -> None:
     """Removes the temporary files of `prepare`, and no others, from a finished set."""
-    for file in _files_in(folder / manifest.PARTS):
-        if manifest.is_part(file.name):
+    for file in _files_in(folder / manifest.WORK_FOLDER):
+        if manifest.is_work_file(file.name):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it holds files that are not ours
-        (folder / manifest.PARTS).rmdir()
+        (folder / manifest.WORK_FOLDER).rmdir()
     indexes = folder.glob("*.index.npz")
     temporary = (f".{manifest.MANIFEST}.", *(f".{file.name}." for file in indexes))
     for file in folder.glob(".*.tmp"):

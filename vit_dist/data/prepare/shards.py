@@ -1,6 +1,6 @@
 """Writes the shards of a set for `prepare`, several at the same time, each atomically.
 
-A shard is written under a temporary name in the folder `PARTS`, is renamed when it is complete, and then recorded there
+A shard is written under a temporary name in the folder `WORK_FOLDER`, is renamed when it is complete, and then recorded there
 as finished; a recorded shard is never written again. The next run removes the temporary files of a run that was killed.
 """
 
@@ -27,7 +27,7 @@ from vit_dist.data.progress_bar import bar
 from vit_dist.data.sets.examples import FileSource, Source
 from vit_dist.data.sets.formats.array_record import Writer, pack
 from vit_dist.data.sets.index import Names
-from vit_dist.data.sets.manifest import PARTS, Entry, Plan, read_part, write_part
+from vit_dist.data.sets.manifest import WORK_FOLDER, Entry, Plan, read_entry, write_entry
 
 _log = logging.getLogger(__name__)
 _JPEG_QUALITY, _JPEG_SAMPLING = 90, "420"
@@ -173,7 +173,7 @@ def write_shards(
         another plan; or the disk is full.
     """
     _remove_leftovers(folder, {shard.file for shard in shards})
-    unfinished = [shard for shard in shards if read_part(folder, plan, shard.file) is None]
+    unfinished = [shard for shard in shards if read_entry(folder, plan, shard.file) is None]
     if 0 < len(unfinished) < len(shards):
         _log.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(unfinished), len(shards))
     job = _Job(folder, plan, images, names, threading.Event())
@@ -213,7 +213,7 @@ def _write_shard(job: _Job, shard: Shard, advance: Callable[[], None]) -> None:
         os.fsync(partial.fileno())
         os.chmod(file, 0o644)  # only the owner may read a temporary file
         os.replace(file, job.folder / shard.file)
-    write_part(job.folder, job.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
+    write_entry(job.folder, job.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
 
 
 def _encoded(images: StoredImages, number: int) -> tuple[bytes, bool]:
@@ -244,7 +244,9 @@ def measure(file: Path) -> tuple[int, str]:
 @contextlib.contextmanager
 def _partial(folder: Path, file: str) -> Iterator[IO[bytes]]:
     """Yields a new temporary file for a shard, locked during the `with` block; removes it if the block fails."""
-    with tempfile.NamedTemporaryFile(dir=folder / PARTS, prefix=f"{file}.", suffix=".tmp", delete=False) as partial:
+    with tempfile.NamedTemporaryFile(
+        dir=folder / WORK_FOLDER, prefix=f"{file}.", suffix=".tmp", delete=False
+    ) as partial:
         with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -257,8 +259,8 @@ def _partial(folder: Path, file: str) -> Iterator[IO[bytes]]:
 
 def _remove_leftovers(folder: Path, files: set[str]) -> None:
     """Removes the temporary files that killed runs left of these shards, which no process has locked."""
-    for name, _ in entries(folder / PARTS):
+    for name, _ in entries(folder / WORK_FOLDER):
         if name.endswith(".tmp") and name.rsplit(".", 2)[0] in files:
-            with contextlib.suppress(OSError), open(folder / PARTS / name, "rb") as partial:
+            with contextlib.suppress(OSError), open(folder / WORK_FOLDER / name, "rb") as partial:
                 fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds the lock
                 os.unlink(partial.name)

@@ -18,8 +18,8 @@ from vit_dist.data.files import replacing
 from vit_dist.schema import flatten
 
 MANIFEST = "manifest.json"
-PARTS = ".vit_dist_parts"  # the folder, inside an unfinished set, of the files that `prepare` needs to resume
-PLAN = f"{PARTS}/plan.json"
+WORK_FOLDER = ".vit_dist_parts"  # the folder, inside an unfinished set, of the files that `prepare` needs to resume
+PLAN = f"{WORK_FOLDER}/plan.json"
 # Raise the number when the same source and options come to give other records, as when an encoder rounds differently.
 # Otherwise a set could be made half of old records, half of new ones, and nobody would notice.
 _FORMAT = "vit_dist records 2"
@@ -111,8 +111,8 @@ def index_file(split: str) -> str:
     return f"{split}.index.npz"
 
 
-def is_part(name: str) -> bool:
-    """Returns whether a file in the folder `PARTS` has a name that `prepare` gives."""
+def is_work_file(name: str) -> bool:
+    """Returns whether a file in the folder `WORK_FOLDER` has a name that `prepare` gives."""
     return _PART_NAME.fullmatch(name) is not None
 
 
@@ -153,13 +153,13 @@ def read_plan(folder: Path) -> Plan | None:
 
 
 def write_plan(folder: Path, plan: Plan) -> None:
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     _write(folder / PLAN, dataclasses.asdict(plan))
 
 
-def read_part(folder: Path, plan: Plan, file: str) -> Entry | None:
+def read_entry(folder: Path, plan: Plan, file: str) -> Entry | None:
     """Returns the entry of a shard if it is finished, else None. Raises `ConfigError` if it belongs to another plan."""
-    path = folder / PARTS / f"{file}.json"
+    path = folder / WORK_FOLDER / f"{file}.json"
     values = _read(path)
     if values is None:
         return None
@@ -176,8 +176,8 @@ def read_part(folder: Path, plan: Plan, file: str) -> Entry | None:
     return shard if size == shard.bytes else None
 
 
-def write_part(folder: Path, plan: Plan, shard: Entry) -> None:
-    _write(folder / PARTS / f"{shard.file}.json", {**dataclasses.asdict(shard), "plan": plan.digest})
+def write_entry(folder: Path, plan: Plan, shard: Entry) -> None:
+    _write(folder / WORK_FOLDER / f"{shard.file}.json", {**dataclasses.asdict(shard), "plan": plan.digest})
 
 
 def differences(old: Plan, new: Plan) -> str:
