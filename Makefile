@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 
 export PYTHONDONTWRITEBYTECODE := 1
 # Compiled programs are kept from one run to the next. `bench` does without: it times the compilation too.
-train test test-slow smoke: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+train test test-slow smoke: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # The tests start a hundred processes: small programs are kept too, and the package's byte code.
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 test test-slow: export PYTHONDONTWRITEBYTECODE :=
@@ -25,7 +25,7 @@ help:
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
 	@echo 'make mutants    small wrong edits of the source, each of which a test must notice (WORDS=... chooses some)'
-	@echo 'make smoke      a minute of train, eval and predict, as a user would run them'
+	@echo 'make smoke      builds the wheel, installs it into $(SMOKE) and runs every verb in an empty folder'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
@@ -33,6 +33,19 @@ help:
 	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
 	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
 	@echo 'make visit-proof the dry run as on the GPU machine: its jax, the kit'"'"'s wheels (MACHINE_PYTHON=python3.12)'
+
+# An empty virtual environment $(1), in one shell command; Debian's python3 comes without ensurepip.
+define new_venv
+if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	  $(PYTHON) -m venv --clear $(1) >&2; \
+	elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
+	  $(PYTHON) -m venv --clear --without-pip $(1) >&2; \
+	  $(PYTHON) -m pip --python $(1)/bin/python install --quiet pip >&2; \
+	else \
+	  echo "error: $(PYTHON) has neither ensurepip nor pip; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 2; \
+	fi
+endef
 
 # It speaks on stderr alone, so that stdout is the job's: `make train` ends with the line of its summary.
 setup:
@@ -43,15 +56,7 @@ setup:
 	if [ "$$made_from" != "$$(cat $(STAMP) 2>/dev/null)" ] || ! $(RUN)/python -c '' 2>/dev/null; then \
 	  set -e; \
 	  echo "Installing into $(VENV): a minute or two, once ..." >&2; \
-	  if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
-	    $(PYTHON) -m venv --clear $(VENV) >&2; \
-	  elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
-	    $(PYTHON) -m venv --clear --without-pip $(VENV) >&2; \
-	    $(PYTHON) -m pip --python $(RUN)/python install --quiet pip >&2; \
-	  else \
-	    echo "error: $(PYTHON) has neither ensurepip nor pip; on Debian and Ubuntu: apt install python3-venv" >&2; \
-	    exit 2; \
-	  fi; \
+	  $(call new_venv,$(VENV)); \
 	  $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' >&2; \
 	  echo "$$made_from" > $(STAMP); \
 	fi
@@ -86,8 +91,21 @@ test-slow: setup
 mutants: setup
 	@$(RUN)/python tests/mutants.py $(WORDS)
 
-smoke: setup
-	@tests/smoke.sh $(RUN)/vit-dist
+# The wheel, in an environment that holds nothing else, as a user has it.
+SMOKE ?= .cache/smoke
+WHEEL_OF := vit_dist configs setup.py pyproject.toml README.md LICENSE
+
+smoke:
+	@set -e; \
+	made_from=$$({ $(MADE_FROM); } | cksum); \
+	if [ "$$made_from" != "$$(cat $(SMOKE)/made-from 2>/dev/null)" ]; then $(call new_venv,$(SMOKE)); fi; \
+	rm -rf $(SMOKE)/source $(SMOKE)/wheel; mkdir $(SMOKE)/source; cp -R $(WHEEL_OF) $(SMOKE)/source; \
+	pip="$(SMOKE)/bin/python -m pip --quiet --disable-pip-version-check"; \
+	$$pip wheel --no-deps --wheel-dir $(SMOKE)/wheel $(SMOKE)/source; \
+	$$pip install -c constraints.txt $(SMOKE)/wheel/*.whl; \
+	$$pip install --no-deps --force-reinstall $(SMOKE)/wheel/*.whl; \
+	echo "$$made_from" > $(SMOKE)/made-from; \
+	tests/smoke.sh $(SMOKE)/bin/vit-dist
 
 lint: setup
 	@$(RUN)/ruff check .

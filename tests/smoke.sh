@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# A minute of vit-dist as a user would run it: plans and trains twenty steps, asks again, evaluates, classifies a picture, and
-# trains from prepared records.
-# The one argument is the command to try; `make smoke` gives that of its environment.
+# A minute of vit-dist as a user runs it, in an empty folder: plans and trains twenty steps, asks again, evaluates,
+# classifies a picture, trains from prepared records, and trains a recipe of the user's own.
+# The one argument is the command to try; `make smoke` gives that of the environment that holds the wheel.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-command=$1
+command=$(realpath -s "$1")
 python=$(dirname "$command")/python
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+unset PYTHONPATH
 
 # check TEXT EXPRESSION: says and proves something of `result`, a JSON object on stdin's last line.
 check() {
@@ -15,11 +16,12 @@ check() {
   echo "smoke: $1"
 }
 
-train() { "$command" train --config=configs/digits.py --workdir="$folder/run" --config.total_steps=20 "$@"; }
+train() { "$command" train --config=digits --workdir="$folder/run" --config.total_steps=20 "$@"; }
 
 "$command" configs | grep digits >/dev/null
-"$command" plan --config=configs/digits.py --target=cpu:4 --json |
-  check "plan says that four devices are enough, and who talks" "result['fits'] and result['collectives']"
+"$command" plan --config=digits --target=cpu:4 --json --html=plan.html |
+  check "plan fits four devices and lists their collectives" "result['fits'] and result['collectives']"
+grep -q "</html>" plan.html
 train | tee "$folder/first" | check "train takes 20 steps and evaluates 360 digits" "result['step'] == 20 and result['count'] == 360"
 train | check "train on a finished run prints its summary again" "result == json.loads(open('$folder/first').readlines()[-1])"
 "$command" eval --workdir="$folder/run" | check "eval counts 360 of 360" "result['count'] == 360 and 0 < result['loss'] < 10"
@@ -38,4 +40,15 @@ PY
 "$command" prepare --verify "$folder/records" | check "and finds them whole" "result['splits'] == {'train': 1437, 'test': 360}"
 train --workdir="$folder/other" --config.data.source=array_record --config.data.path="$folder/records" \
   --config.data.workers=1 --config.data.color_jitter=0.2 | check "train reads them by a worker process" "result['count'] == 360"
+cat >mine.py <<'PY'
+from vit_dist.configs import digits
+
+
+def get_config():
+    config = digits.get_config()
+    config.total_steps, config.batch_size = 3, 48
+    return config
+PY
+"$command" train --config=mine.py --workdir="$folder/mine" |
+  check "a recipe of one's own imports the package's" "result['step'] == 3"
 echo "smoke: passed with $("$python" --version)"

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -90,12 +91,12 @@ def test_the_last_of_two_overrides_holds():
         ("model.dept=3", r"unknown key model.dept \(did you mean model.depth\?\)"),
         ("model.zzz=3", "unknown key model.zzz$"),
         ("model.depth.x=3", "model.depth.x: model.depth is a value and has no keys below it"),
-        ("model=3", r"model: expected keys and values, found 3 \(int\)"),
+        ("model=3", r"model: expected keys and values, found 3 \(int\); set a key of it, such as model.variant$"),
         ("optimizer.rules=[{pth: head}]", r"unknown key optimizer.rules\[0\].pth \(did you mean optimizer.rules\[0\]"),
         ("optimizer.rules=3", "optimizer.rules: expected a list of {path, learning_rate, .*}, found 3"),
-        ("model.depth=three", r"model.depth: expected a whole number or null, found 'three' \(str\)"),
-        ("model.depth=1.5", "model.depth: expected a whole number or null, found 1.5"),
-        ("model.depth=true", "model.depth: expected a whole number or null, found True"),
+        ("model.depth=three", r"model.depth: expected a whole number above 0 or null, found 'three' \(str\)"),
+        ("model.depth=1.5", "model.depth: expected a whole number above 0 or null, found 1.5"),
+        ("model.depth=true", "model.depth: expected a whole number above 0 or null, found True"),
         ("model.depth=[1", r"model.depth: cannot read '\[1' as a value"),
         ("seed=2024-13-45", "seed: cannot read '2024-13-45' as a value"),
         ("seed=null", "seed: expected a whole number, found None"),
@@ -104,8 +105,9 @@ def test_the_last_of_two_overrides_holds():
         ("optimizer.learning_rate=inf", "optimizer.learning_rate: expected a number, found inf"),
         ("model.pool=meen", r"model.pool: 'meen' is none of cls, mean, map \(did you mean mean\?\)"),
         ("model.pool=3", r"model.pool: expected cls \| mean \| map, found 3"),
-        ("model.image_size=[1,2,3]", r"image_size: expected a whole number or \(a whole number, a whole number\)"),
-        ("evaluate.splits=test", "evaluate.splits: expected a list of text, found 'test'"),
+        ("model.image_size=[1,2,3]", r"image_size: expected a whole number above 0 or \(a whole number above 0, "),
+        ("evaluate.splits=test", r"evaluate.splits: expected a list of text, found 'test' \(str\); write \[test\]$"),
+        ("data.classes=red,green", r"data.classes: expected a list of text, .*; write \[red,green\]$"),
         ("seed", "seed: an override is written key=value"),
         ("seed=", r"seed: no value is given; write seed=VALUE$"),
         ("data.path=", "data.path: no value is given; write data.path=VALUE, or data.path=null for none"),
@@ -170,6 +172,22 @@ def test_epochs_are_rounded_up_to_steps_and_steps_win(steps, epochs, batch, exam
     assert config.total_steps(Config(total_steps=steps, total_epochs=epochs, batch_size=batch), examples) == total
 
 
+def test_lengths_in_epochs_become_steps_where_no_steps_are_given():
+    values = {"total_epochs": 90, "batch_size": 40, "optimizer": {"warmup_epochs": 5}}
+    values |= {"evaluate": {"every_epochs": 1}, "checkpoint": {"every_epochs": 0.5}}
+    counted = config.in_steps(config.resolve(values), 100)
+    assert (counted.total_steps, counted.optimizer.warmup_steps) == (225, 13)
+    assert (counted.evaluate.every_steps, counted.checkpoint.every_steps) == (3, 2)
+    assert config.in_steps(counted, 100) == counted
+    own = config.in_steps(config.resolve({**values, "total_steps": 75, "evaluate": {"every_steps": 7}}), 100)
+    assert (own.total_steps, own.evaluate.every_steps) == (75, 7)
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match="^batch_size: 128, but the training split has 100 images; take at most"):
+        config.in_steps(resolved("total_steps=5"), 100)
+
+
 def test_the_nearest_multiples_are_those_that_one_could_type():
     assert config.nearest_multiples(30, 8) == "24 or 32"
     assert config.nearest_multiples(3, 8) == "8"
@@ -180,7 +198,7 @@ def test_every_recipe_loads_and_says_how_to_run_it(recipe):
     settings = recipes.load(recipe)
     assert settings.total_steps or settings.total_epochs
     text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
-    assert f"configs/{recipe.name}" in text and "xpected" in text
+    assert re.search(rf"configs/{recipe.name}|--config={recipe.stem} ", text) and "xpected" in text
 
 
 def test_there_are_recipes():
@@ -213,7 +231,7 @@ def test_every_key_of_the_schema_is_read_by_the_package():
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)  # such as getattr(model, "width")
-    read.add("total_epochs")  # by `config.total_steps`
+    read |= {"total_epochs", "warmup_epochs", "every_epochs"}  # by `config.in_steps`
     read |= {"context", "dcn_data"}  # all of `mesh` is read at once, by `mesh.topology.axis_sizes`
     keys = keys_of(Config) + [f"optimizer.rules.{field.name}" for field in dataclasses.fields(config.Rule)]
     assert len(keys) > 90

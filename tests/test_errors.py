@@ -106,6 +106,7 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
         ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, .* in 0..6; 424 of 1437"),
         ("binarize_targets=true", "binarize_targets: goes with loss=sigmoid, found loss=softmax"),
+        ("batch_size=1440", "batch_size: 1440, but the training split has 1437 images; take at most as many"),
         ("data.augment_on=device data.erase=0.5", "data.augment_on: device, but data.erase is done by the host alone"),
     ],
 )  # fmt: skip
@@ -115,7 +116,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(refused_tr
 
 
 def test_a_folder_of_images_is_refused_for_what_it_lacks(refused_train, tmp_path):
-    common = ("data.source=folder", "model.channels=3", "model.num_classes=null")
+    common = ("data.source=folder", "model.channels=3", "model.num_classes=null", "batch_size=2", "mesh.data=1")
     whole = image_folder(tmp_path / "whole")
     assert "has label 1, which is not in 0..0" in refused_train(*common, f"data.path={whole}", "model.num_classes=1")
     assert "model.channels: 2, but" in refused_train(*common, f"data.path={whole}", "model.channels=2")
@@ -183,8 +184,15 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_near_miss(refused, tmp_p
         ("eval --workdir=WORKDIR --step=x", "argument --step: invalid int value: 'x'"),
         ("eval --workdir=WORKDIR --step=2 --best", "argument --best: not allowed with argument --step"),
         ("eval --workdir=WORKDIR --spilt=test", "unrecognized arguments: --spilt=test"),
+        ("train --config=x.py --workdir=WORKDIR --lr=3", "--lr=3 (did you mean --config.optimizer.learning_rate?)"),
+        ("train --config=x.py --workdir=WORKDIR --epochs 3", "--epochs 3 (did you mean --config.total_epochs?)"),
+        ("train --config=x.py --workdir=~nobody-here/run", "~nobody-here/run: no home folder of that user is known"),
+        (
+            "train --config=~nobody-here/x.py --workdir=WORKDIR",
+            "config: ~nobody-here/x.py: no home folder of that user",
+        ),
         ("predict --workdir=WORKDIR", "the following arguments are required: IMAGE"),
-        ("configs --config.seed=1", "--config.seed=1: configs only lists the recipes and takes no keys"),
+        ("configs --config.seed=1", "--config.seed=1: configs only lists, and takes no keys"),
         ("configs nowhere", "nowhere: no such folder"),
     ],
 )

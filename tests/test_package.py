@@ -13,8 +13,8 @@ ROOT = Path(vit_dist.__file__).parent
 # Ground floor first; a module imports its own floor's room or lower floors only.
 FLOORS = (
     ("schema", "configs"),
-    ("config",),
-    ("recipes", "job"),
+    ("config", "paths"),
+    ("recipes", "job", "keys"),
     ("mesh", "data"),
     ("model",),
     ("step",),
@@ -83,7 +83,7 @@ def test_a_module_imports_its_own_room_and_lower_floors_only(name):
     ("where", "allowed"),
     [
         ("config", {"schema"}),
-        ("data", {"config", "schema", "data"}),
+        ("data", {"config", "schema", "paths", "data"}),
         ("job", {"config", "schema", "job"}),
         ("mesh", {"config", "schema", "mesh"}),
         ("model", {"config", "schema", "mesh.layout", "model"}),

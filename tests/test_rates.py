@@ -63,14 +63,14 @@ def measured(seconds, step_seconds, steps=8):
             next(placed)
             time.sleep(step_seconds)
         found = window.rates(steps)
-        window.say_slow_data(found, steps)
+        window.warn_of_slow_data(found, steps)
         return found
 
 
 def test_a_slow_disk_is_named_with_the_time_it_costs(judged_at_once, caplog):
     found = measured(seconds=0.004, step_seconds=0.005)
     assert found.waited > 0.5 * found.seconds  # 16 reads of 4 ms on two threads make 32 ms a batch
-    assert found.stages.read > 8 * 16 * 0.004 * 0.9
+    assert found.data.read > 8 * 16 * 0.004 * 0.9
     (record,) = [one for one in caplog.records if "waiting for data" in one.message]
     assert "the slowest stage is read" in record.message and "shared by 2" in record.message
     assert int(record.message.split("%")[0].split()[-1]) == round(100 * found.waited / found.seconds)
@@ -98,7 +98,7 @@ def test_a_step_that_is_slower_than_its_data_says_nothing(judged_at_once, caplog
                 time.sleep(0.005)
             next(placed)
         found = window.rates(8)
-        window.say_slow_data(found, 8)
+        window.warn_of_slow_data(found, 8)
     assert found.waited < rates.SLOW_DATA * found.seconds
     assert "waiting for data" not in caplog.text
 
@@ -110,7 +110,7 @@ def test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds(capl
         with stream(0.0) as (host, placed):
             window = rates.Window(0, host, placed)
             for step, seconds in enumerate(waited, 1):
-                window.say_slow_data(rates.Rates(4.0, 10, seconds, Timings(read=2.0)), 10 * step)
+                window.warn_of_slow_data(rates.Rates(4.0, 10, seconds, Timings(read=2.0)), 10 * step)
         return [record.message.partition(" of the time")[0] for record in caplog.records]
 
     assert said(4.0, 4.0) == []  # too short to say
@@ -125,7 +125,7 @@ def test_it_is_said_once_a_minute_at_most(judged_at_once, caplog):
         window = rates.Window(0, host, placed)
         for step in range(1, 7):
             next(placed)
-            window.say_slow_data(window.rates(step), step)
+            window.warn_of_slow_data(window.rates(step), step)
     assert caplog.text.count("waiting for data") == 1
 
 
@@ -156,5 +156,5 @@ def test_windows_do_not_overlap():
         second = window.rates(8)
         read, waited = host.stages.read, placed.waited
     assert first.steps == second.steps == 4
-    assert min(first.stages.read, second.stages.read, first.stages.copy, first.waited, second.waited) > 0
-    assert first.stages.read + second.stages.read <= read and first.waited + second.waited <= waited
+    assert min(first.data.read, second.data.read, first.data.copy, first.waited, second.waited) > 0
+    assert first.data.read + second.data.read <= read and first.waited + second.waited <= waited

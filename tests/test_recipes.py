@@ -1,5 +1,6 @@
 """Recipes: found by path or by name, and Python programs like any other."""
 
+import math
 import os
 import re
 import shutil
@@ -7,13 +8,16 @@ import subprocess
 import sys
 import textwrap
 
+import cv2
+import numpy as np
 import pytest
-from system import ROOT
+from system import ROOT, rows
 
 import vit_dist
-from vit_dist import recipes, train
+from vit_dist import evaluate, predict, recipes, train
 from vit_dist.config import ConfigError
 from vit_dist.configs import digits
+from vit_dist.data.sets.index import cache_folder
 
 
 def written(folder, name, text):
@@ -152,6 +156,40 @@ def test_six_lines_of_a_notebook(tmp_path):
     assert "2 360\n" in done.stdout
     for name in vit_dist.__all__:
         assert re.search(rf"^    {name}  +\S", done.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(("batch", "epochs"), [(4, 3), (1, 1.5)])
+def test_own_images_end_at_a_rate_of_zero_however_many_there_are(batch, epochs, tmp_path, monkeypatch):
+    """The schedule's zero is one step after the last: steps T - 1 of T have (1 + cos(pi (T - 1 - w) / (T - w))) / 2."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for number in range(count):
+            file = tmp_path / "images" / split / ("cat", "dog")[number % 2] / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(file), generator.integers(0, 255, (40, 30, 3), np.uint8))
+    tiny = {"model.variant": "mu/16", "model.image_size": 32, "model.dtype": "float32", "model.depth": 1}
+    lengths = {"total_epochs": epochs, "optimizer.warmup_epochs": 0.4, "batch_size": batch, "log_every": 1}
+    summary = train("own_images", "~/run", {**tiny, **lengths, "data.path": "~/images", "mesh.data": 1})
+    steps = math.ceil(10 * epochs / batch)
+    warmup = math.ceil(4 / batch)
+    last = 1 + math.cos(math.pi * (steps - 1 - warmup) / (steps - warmup))
+    trained = [row for row in rows(tmp_path / "run") if row["split"] == "train"]
+    assert summary["step"] == steps == trained[-1]["step"] and summary["count"] == 3
+    assert trained[warmup]["learning_rate"] == pytest.approx(5e-4)
+    assert trained[-1]["learning_rate"] == pytest.approx(5e-4 * last / 2, rel=1e-4)
+    assert evaluate("~/run")["count"] == 3
+    assert len(predict("~/run", ["~/images/test/cat/0.jpg"])) == 1
+
+
+def test_every_path_of_a_config_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for data in ({"source": "folder", "path": "~/none"}, {"mixture": [{"source": "folder", "path": "~/none"}]}):
+        with pytest.raises(ConfigError, match=f"no such file or folder: {tmp_path}/none"):
+            train("digits", "~/run", {"data": data})
+    assert cache_folder("~/cache") == tmp_path / "cache"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -5,19 +5,19 @@
     evaluate("runs/digits")
     predict("runs/digits", ["one.png"])
 
-train        a recipe, its name or a config -> a run in a working directory; returns its summary
-evaluate     a run -> exact accuracy and loss of a split
-predict      a run and image files -> their classes with probabilities
-plan         a config and hardware that is not here -> memory, time, layout
-bench        a config -> images a second on the devices that are here
-inspect      a config -> its parameters, their layout and size
-prepare      a data set -> sharded records that are quick to read
-load_config  a recipe and what is to differ -> the config that these take
+train        trains a recipe or config in a working directory; returns the summary of the run
+evaluate     returns exact accuracy and loss of a run on a split
+predict      returns the classes of image files, with probabilities
+plan         returns memory, time and layout of a config on hardware that is not attached
+bench        measures images a second of a config on the attached devices
+inspect      returns the parameters of a config, their layout and size
+prepare      converts a data set into sharded records that are quick to read
+load_config  returns a recipe with changes as the config that these functions take
 ViT          the model, a Flax NNX module
 
-Names are imported when they are asked for: the data loader's worker processes import this package and must not start
-jax. `train`, `evaluate`, `plan` and others are modules too, and `vit_dist.train` is always the function; what is in the
-package `plan` is had by `from vit_dist.plan import targets`.
+A name is imported when it is first used: the worker processes of the data loader import this package and must not start
+jax. `train`, `evaluate`, `plan` and others are modules too; `vit_dist.train` is always the function, and
+`from vit_dist.plan import targets` reaches the modules of the package `plan`.
 """
 
 import importlib
@@ -44,7 +44,7 @@ _MODULES = {
     "load_config": "recipes",
     "plan": "plan.verb",
     "prepare": "data.prepare.convert",
-}  # of the names that their module does not share
+}  # names that are not the names of their modules
 
 
 class _Package(types.ModuleType):
@@ -57,10 +57,10 @@ class _Package(types.ModuleType):
         return sorted({*super().__dir__(), *__all__})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing a submodule ends by setting it on the package, where it would hide the function of its name.
+        # Importing a submodule sets it on the package, where it would hide the function of the same name.
         if name not in __all__:
             super().__setattr__(name, value)
-        elif hasattr(value, name):  # `plan` is a package, and holds its function further down
+        elif hasattr(value, name):  # not of the package `plan`, whose function is in a module of it
             super().__setattr__(name, getattr(value, name))
 
 

@@ -1,23 +1,27 @@
-"""What can be typed: every verb's options, and what is told from their form alone.
+"""The command line's options: what each verb takes, and the checks that need no config.
 
-A mistake is said in one line that begins as every other error does, with exit code 2.
+A mistake ends the process with exit code 2 and one line that begins like every other error.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from vit_dist import config
 from vit_dist.job import launcher
+from vit_dist.paths import expanded
+from vit_dist.schema import ConfigError, elsewhere
 
 Verbs = Mapping[str, Callable[[argparse.Namespace], Any]]
+_KEYS = "--config.KEY=VALUE changes a key of the recipe; `vit-dist configs --keys` lists all keys"
+_KEYS_OF_A_RUN = "--config.KEY=VALUE changes how this runs, such as mesh.data; `vit-dist configs --keys` lists all keys"
 
 
 def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
-    """The options of the verb that the words name, and `run`, what the table of verbs has for it.
+    """Returns the options of the verb in `words`, and as `run` its function in the table `verbs`.
 
-    Beside those of its own every verb has `overrides`, the `--config.a.b=value` as `a.b=value`, and `launched`, what
-    comes after `--`. A mistake ends the process with a line on stderr.
+    Every verb also has `overrides`, its `--config.a.b=value` as `a.b=value`, and `launched`, the words after `--`. A
+    mistake ends the process with a line on stderr.
     """
     words, launched = _split_launched(list(words))
     arguments, overrides = _split_overrides(words)
@@ -29,14 +33,16 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
 
 
 def _parse(arguments: Sequence[str], verbs: Verbs) -> argparse.Namespace:
-    """The options of a verb. Its paths may have options between them, which argparse takes for the end of the paths."""
+    """Returns the options of a verb. They may stand between its paths, where argparse would end the list of paths."""
     parser = _parser(verbs)
     options, left = parser.parse_known_args(arguments)
     if options.run is None:
         parser.error("the following arguments are required: VERB")
     unknown = [word for word in left if word.startswith("-") or not hasattr(options, "paths")]
     if unknown:
-        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        key = unknown[0].lstrip("-").partition("=")[0]
+        meant = elsewhere(key, config.Config, "--config.") if hasattr(options, "config") else ""
+        getattr(options, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     if left:
         options.paths += left
     return options
@@ -50,73 +56,89 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 
     def verb(name: str, *needs: str, help: str) -> argparse.ArgumentParser:
-        one = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
-        one.set_defaults(run=runs[name], parser=one)
+        keys = {"config": _KEYS, "workdir": _KEYS_OF_A_RUN}
+        epilog = next((text for need, text in keys.items() if need in needs), None)
+        verb = verbs.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
+        verb.set_defaults(run=runs[name], parser=verb)
         if "config" in needs:
-            one.add_argument(
-                "--config", required=True, metavar="FILE", help="a recipe; --config.a.b=value overrides a key"
-            )
+            verb.add_argument("--config", required=name != "plan", metavar="RECIPE", help="a recipe's name or file")
         if "workdir" in needs:
-            one.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
+            verb.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
         if "checkpoint" in needs:
-            which = one.add_mutually_exclusive_group()
+            which = verb.add_mutually_exclusive_group()
             which.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
             which.add_argument("--best", action="store_true", help="the checkpoint of the highest top-1")
         if "json" in needs:
-            one.add_argument("--json", action="store_true", help="JSON instead of a table")
-        return one
+            verb.add_argument("--json", action="store_true", help="JSON instead of a table")
+        return verb
 
-    verb("train", "config", "workdir", help="train; goes on by itself where the workdir holds the run")
-    one = verb("eval", "workdir", "checkpoint", help="evaluate a checkpoint exactly")
-    one.add_argument("--split", default="test", help="the split to evaluate (test)")
-    one = verb("predict", "workdir", "checkpoint", "json", help="classify image files")
-    one.add_argument("paths", nargs="+", metavar="IMAGE")
-    one.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
+    verb("train", "config", "workdir", help="train; resumes where the workdir holds the run")
+    evaluate = verb("eval", "workdir", "checkpoint", help="evaluate a checkpoint exactly")
+    evaluate.add_argument("--split", default="test", help="the split to evaluate (test)")
+    predict = verb("predict", "workdir", "checkpoint", "json", help="classify image files")
+    predict.add_argument("paths", nargs="+", metavar="IMAGE", type=_path)
+    predict.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
     verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config")
-    one = verb("plan", "json", help="compile a config for hardware that is not here: does it fit, how fast is it")
-    one.add_argument("--config", metavar="FILE", help="a recipe; --config.a.b=value overrides a key")
-    one.add_argument("--target", metavar="KIND:SHAPE", help="such as v5e:16x16, h200:8x4 (4 nodes of 8), cpu:8")
-    one.add_argument("--targets", action="store_true", help="list the kinds of targets, and nothing else")
-    one.add_argument("--slices", type=_count, default=1, help="of a TPU, joined by the data-centre network (1)")
-    one.add_argument("--search", action="store_true", help="look for the quickest layout that fits")
-    one.add_argument("--batch-size", type=_largest, metavar="max", help="look for the largest batch that fits")
-    one.add_argument("--examples", type=_count, help="how many the data have, for the length of a run in epochs")
-    one.add_argument("--html", metavar="FILE", type=_path, help="write the plan as a page, too")
-    one = verb("bench", "config", help="measure how fast a config trains here")
-    one.add_argument("--steps", type=int, default=30, help="how many steps to measure (30)")
-    one = verb("prepare", help="convert a data set into sharded records")
-    one.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE DEST; DEST alone with --merge, --verify")
-    one.add_argument("--source", help="what SOURCE is, as data.source; else told from its files")
-    one.add_argument("--split", action="append", default=[], help="a split to prepare, may be repeated; else all")
-    one.add_argument("--resize", type=_count, help="pixels that a longer short side is brought to")
-    one.add_argument("--encode", choices=("jpeg", "raw"), help="how images are stored; else untouched, jpeg if resized")
-    one.add_argument("--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512")
-    one.add_argument("--shard-range", type=_range, metavar="A:B", help="make these alone, other hosts make the others")
-    one.add_argument("--workers", type=_count, help="threads; else one a core")
-    one.add_argument(
-        "--on-bad", choices=("error", "skip"), help="where one is to be decoded and cannot be: stop, or store as is"
+    plan = verb("plan", "config", "json", help="compile a config for hardware that is not here: memory and speed")
+    plan.add_argument("--target", metavar="KIND:SHAPE", help="such as v5e:16x16, h200:8x4 (4 nodes of 8), cpu:8")
+    plan.add_argument("--targets", action="store_true", help="list the kinds of targets, and nothing else")
+    plan.add_argument("--slices", type=_count, default=1, help="of a TPU, joined by the data-centre network (1)")
+    plan.add_argument("--search", action="store_true", help="look for the quickest layout that fits")
+    plan.add_argument("--batch-size", type=_largest, metavar="max", help="look for the largest batch that fits")
+    plan.add_argument("--examples", type=_count, help="of the training split, for the length of a run in epochs")
+    plan.add_argument("--html", metavar="FILE", type=_path, help="also write the plan as a page")
+    bench = verb("bench", "config", help="measure how fast a config trains here")
+    bench.add_argument("--steps", type=int, default=30, help="how many steps to measure (30)")
+    prepare = verb("prepare", help="convert a data set into sharded records")
+    prepare.add_argument("paths", nargs="+", metavar="PATH", help="SOURCE DEST; DEST alone with --merge, --verify")
+    prepare.add_argument("--source", help="what SOURCE is, as data.source; else recognised by its files")
+    prepare.add_argument("--split", action="append", default=[], help="a split to prepare, may be repeated; else all")
+    prepare.add_argument("--resize", type=_count, help="pixels of the short side, for images whose own is longer")
+    prepare.add_argument(
+        "--encode", choices=("jpeg", "raw"), help="how images are stored; else as they are, or as jpeg with --resize"
     )
-    which = one.add_mutually_exclusive_group()
-    which.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
-    which.add_argument("--verify", action="store_true", help="check every byte of DEST")
-    one = verb("launch", help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
-    one.add_argument("--processes", type=_count, help="how many on this host; else one a GPU")
-    one.add_argument("--devices-per-process", type=_count, help="fake CPU devices of each; else real ones, a GPU each")
-    one.add_argument(
-        "--restarts", type=_number, default=0, help="how often to start again what crashed or was preempted"
+    prepare.add_argument(
+        "--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512"
     )
-    one.add_argument("--nodes", type=_count, help="how many hosts, each with a launch of as many processes (1)")
-    one.add_argument("--node-rank", type=_number, help="which of the hosts this is, from 0")
-    one.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 of all can be reached; of one host, any"
+    prepare.add_argument("--shard-range", type=_range, metavar="A:B", help="make only these; other hosts make the rest")
+    prepare.add_argument("--workers", type=_count, help="threads; else one a core")
+    prepare.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        help="for an image that must be decoded and cannot be: stop, or store it as it is",
     )
-    one = verb("configs", "json", help="list the recipes")
-    one.add_argument("folder", nargs="?", help="of this folder; else those that are found by name")
+    finish = prepare.add_mutually_exclusive_group()
+    finish.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
+    finish.add_argument("--verify", action="store_true", help="check every byte of DEST")
+    launch = verb("launch", help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
+    launch.add_argument("--processes", type=_count, help="how many on this host; else one a GPU")
+    launch.add_argument(
+        "--devices-per-process", type=_count, help="fake CPU devices of each; else real ones, a GPU each"
+    )
+    launch.add_argument(
+        "--restarts", type=_number, default=0, help="how often to restart after a crash or a preemption"
+    )
+    launch.add_argument("--nodes", type=_count, help="how many hosts, each with a launch of as many processes (1)")
+    launch.add_argument("--node-rank", type=_number, help="which of the hosts this is, from 0")
+    launch.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="the address of process 0 of all hosts; on one host, chosen if not given",
+    )
+    configs = verb("configs", "json", help="list the recipes, or with --keys what can be set in one")
+    configs.add_argument("folder", nargs="?", help="of this folder; else those that are found by name")
+    configs.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="list the keys with type, default and meaning: all, or those that hold PATTERN",
+    )
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line that begins as every other error does."""
+    """Reports a mistake in one line that begins like every other error."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
@@ -126,9 +148,9 @@ def _path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("no directory is given")
     try:
-        return str(Path(text).expanduser())
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: no home folder of that user is known; write it out") from error
+        return str(expanded(text, "path"))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
 
 
 def _largest(text: str) -> str:
@@ -157,7 +179,7 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
-    """What `launch` is told, and the verb with its own arguments, which are not looked at here.
+    """Returns the words of `launch` itself, and the launched verb with its own words, which the child reads.
 
     The verb comes after `--`, or is the first word that names one.
     """
@@ -172,7 +194,7 @@ def _split_launched(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Takes the `--config.a.b=value` and `--config.a.b value` out of the arguments, as `a.b=value`."""
+    """Returns the words without `--config.a.b=value` and `--config.a.b value`, and these as `a.b=value`."""
     rest, overrides = [], []
     words = list(arguments)
     while words:

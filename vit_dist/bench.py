@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import ConfigError, total_steps
+from vit_dist.config import ConfigError, in_steps
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.evaluate import open_split
 from vit_dist.job import processes
@@ -17,23 +17,32 @@ from vit_dist.recipes import Overrides, Recipe, load_config
 
 
 def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict[str, Any]:
-    """Trains for `steps` steps after the first and a few to settle, and keeps nothing.
+    """Measures how fast a config trains on the attached devices, and keeps nothing.
 
-    Returns images_per_second, step_ms, mfu (None where the devices' peak is unknown), data_wait_fraction (of the time,
-    spent waiting for the host's data), first_step_seconds (compilation included), python_ms (processor time that the
-    loop spends to take a batch and dispatch the step on idle devices: a median), and what it was measured on. Raises
-    `ConfigError`.
+    Args:
+      config: a recipe's name or file, or a config; see `load_config`.
+      overrides: changes of the config, such as {"batch_size": 64}.
+      steps: how many steps to measure, after the first and three that are not measured.
+
+    Returns:
+      images_per_second; step_ms; mfu, None where the devices' peak is unknown; data_wait_fraction, the share of the
+      time spent waiting for the host's data; first_step_seconds, with compilation; python_ms, the median processor
+      time in which the loop takes a batch and dispatches a step on idle devices; and what was measured: devices,
+      device_kind, mesh, batch_size.
+
+    Raises:
+      ConfigError: naming the key or file that is wrong.
     """
     settings = load_config(config, overrides)
     if steps < 1:
         raise ConfigError(f"steps: must be above 0, found {steps}")
     processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, "train")
+    settings = in_steps(settings, len(source))
+    assert settings.total_steps is not None
+    on_device = augments_on_device(source, settings.data)
     program = Program(
-        settings,
-        classes=len(source.class_names),
-        steps=total_steps(settings, len(source)),
-        augment_on_device=augments_on_device(source, settings.data),
+        settings, classes=len(source.class_names), steps=settings.total_steps, augment_on_device=on_device
     )
     program.check_training_batch()
     settle, probes = 3, 15
@@ -55,11 +64,11 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
             state, metrics = program.train_step(state, next(batches))
         jax.block_until_ready(metrics)
         seconds, waited = time.perf_counter() - begun, batches.waited - waited_before
-        spent = []
+        processor_seconds = []
         for _ in range(probes):
             begun = time.thread_time()
             state, metrics = program.train_step(state, next(batches))
-            spent.append(time.thread_time() - begun)
+            processor_seconds.append(time.thread_time() - begun)
             jax.block_until_ready(metrics)
     step_seconds = seconds / steps
     device = program.mesh.devices.flat[0]
@@ -69,7 +78,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
         "mfu": program.mfu(step_seconds),
         "data_wait_fraction": waited / seconds,
         "first_step_seconds": first,
-        "python_ms": statistics.median(spent) * 1000,
+        "python_ms": statistics.median(processor_seconds) * 1000,
         "devices": program.mesh.size,
         "device_kind": device.device_kind,
         "mesh": dict(program.mesh.shape),

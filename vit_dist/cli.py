@@ -1,7 +1,7 @@
-"""The command line: runs verbs, prints results on stdout, sets exit codes. What can be typed is in `arguments`.
+"""The command line: runs a verb, prints its result on stdout and returns an exit code. `arguments` reads the options.
 
-The codes are those of `job.exit_codes`; a usage, config or input error is said in one line. The verbs are imported when
-they run: they bring jax, which `--help` and a mistyped key need not wait for.
+The codes are those of `job.exit_codes`. A usage, config or input error is one line on stderr. A verb is imported when
+it runs: it imports jax, and `--help` or a mistyped key need not wait for that.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vit_dist import arguments, config, recipes
+from vit_dist import arguments, config, keys, recipes
 from vit_dist.config import ConfigError
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
+from vit_dist.paths import expanded
 from vit_dist.schema import one_of
 
-LAST_SECONDS = 10.0  # for what is open to be closed after a Ctrl-C
-# Of an `OSError`: what the disk or its owner refuses, which is nobody's mistake in here.
+LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
+# Errors of the disk or its permissions, for which the program is not at fault.
 REFUSALS = {
     errno.EACCES,
     errno.EDQUOT,
@@ -42,14 +43,14 @@ REFUSALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code. Without `argv` this is the command itself, and the process its own."""
+    """Runs one verb and returns the exit code. Without `argv` it reads the command line and owns the process."""
     if argv is None:
         _answer_ctrl_c()
         _keep_stdout_for_results()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("absl", "jax"):  # orbax and grain speak as absl
+    for library in ("absl", "jax"):  # orbax and grain log as absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    code, said, together = FAILED, "an error of the program; see what it has said itself", False
+    code, message, together = FAILED, "an error of the program; see its own messages", False
     options = argparse.Namespace()
     try:
         options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
@@ -57,33 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = options.run(options) or DONE
         together = code != FAILED
     except ConfigError as error:
-        code, said = MISTAKE, str(error)
-        print(f"error: {said}", file=sys.stderr)
+        code, message = MISTAKE, str(error)
+        print(f"error: {message}", file=sys.stderr)
     except JobError as error:
-        said = str(error)
-        print(f"error: {said}", file=sys.stderr)
+        message = str(error)
+        print(f"error: {message}", file=sys.stderr)
         if error.blamed is not None:
-            Blame(error.blamed, said).report()
+            Blame(error.blamed, message).report()
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        code, said = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
-        print(f"error: {said}", file=sys.stderr)
+        code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        code, said = INTERRUPTED, "interrupted"
-        print(said, file=sys.stderr)
+        code, message = INTERRUPTED, "interrupted"
+        print(message, file=sys.stderr)
     finally:
-        _leave(code, said, together)
+        _leave(code, message, together)
     if code == INTERRUPTED and not together and argv is None:
-        end_now(code)  # without waiting for what threads are doing, such as a save
+        end_now(code)  # without waiting for threads, such as a save
     return code
 
 
 def _answer_ctrl_c() -> None:
-    """The first Ctrl-C ends the verb by `KeyboardInterrupt`, the second the process, whatever it is doing.
+    """Makes the first Ctrl-C end the verb by `KeyboardInterrupt`, and the second end the process.
 
-    Python loses an exception that is raised while it collects garbage, and what is closed on the way out may wait for
-    a disk. So the process ends soon after the first in any case.
+    Python loses an exception that is raised while it collects garbage, and closing a file may wait for a disk. So the
+    process ends `LAST_SECONDS` after the first Ctrl-C in any case.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -93,7 +94,7 @@ def _answer_ctrl_c() -> None:
         last.start()
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a process in the background ignores it
         signal.signal(signal.SIGINT, interrupt)
 
 
@@ -104,12 +105,12 @@ def _keep_stdout_for_results() -> None:
     os.dup2(2, 1)
 
 
-def _leave(code: int, said: str, together: bool) -> None:
-    """Leaves the other processes of a job, if the verb joined any; see `processes.leave`."""
+def _leave(code: int, message: str, together: bool) -> None:
+    """Leaves the other processes of a job, if the verb joined one; see `processes.leave`."""
     if "jax" in sys.modules:
         from vit_dist.job import processes
 
-        processes.leave(code, said, together=together)
+        processes.leave(code, message, together=together)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -143,7 +144,7 @@ def _eval(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from vit_dist.predict import predict
 
-    found = predict(
+    predictions = predict(
         options.workdir,
         options.paths,
         top=options.top,
@@ -152,43 +153,39 @@ def _predict(options: argparse.Namespace) -> None:
         overrides=options.overrides,
     )
     if options.json:
-        for one in found:
-            _print_json(one)
+        for prediction in predictions:
+            _print_json(prediction)
         return
     rows = [
-        ("" if place else one["file"], choice["name"], f"{choice['probability']:.1%}")
-        for one in found
-        for place, choice in enumerate(one["classes"])
+        (prediction["file"] if rank == 0 else "", choice["name"], f"{choice['probability']:.1%}")
+        for prediction in predictions
+        for rank, choice in enumerate(prediction["classes"])
     ]
     _print_table(("image", "class", "probability"), rows)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
-    from vit_dist.describe import inspect
+    from vit_dist.describe import inspect, spec_text
 
-    found = inspect(settings)
+    account = inspect(settings)
     if options.json:
-        _print_json(found)
+        _print_json(account)
         return
     rows = [
         (
-            one["name"],
-            " x ".join(map(str, one["shape"])),
-            one["dtype"],
-            _say_spec(one["sharding"]),
-            f"{one['bytes_per_device']:,}",
+            tensor["name"],
+            " x ".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            spec_text(tensor["sharding"]),
+            f"{tensor['bytes_per_device']:,}",
         )
-        for one in found["tensors"]
+        for tensor in account["tensors"]
     ]
     _print_table(("parameter", "shape", "dtype", "sharding", "bytes a device"), rows)
-    sums = {"parameters": found["parameters"], "FLOPs of training on an image": found["flops_per_image"]}
-    sums |= {f"bytes a device, {part}": size for part, size in found["bytes_per_device"].items()}
+    sums = {"parameters": account["parameters"], "FLOPs of training on an image": account["flops_per_image"]}
+    sums |= {f"bytes a device, {tree}": size for tree, size in account["bytes_per_device"].items()}
     _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
-
-
-def _say_spec(axes: list[Any]) -> str:
-    return ", ".join("x".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -204,12 +201,12 @@ def _plan(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
     page = Path(options.html) if options.html else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        why = "is a folder" if page.is_dir() else "lies in no folder that there is"
-        raise ConfigError(f"--html: {page} {why}; name the file to write")
+        reason = "is a folder" if page.is_dir() else f"cannot be written: there is no folder {page.parent}"
+        raise ConfigError(f"--html: {page} {reason}; name the file to write")
     from vit_dist.plan import html, report
     from vit_dist.plan.verb import plan
 
-    found = plan(
+    planned = plan(
         settings,
         options.target,
         slices=options.slices,
@@ -218,13 +215,13 @@ def _plan(options: argparse.Namespace) -> None:
         examples=options.examples,
     )
     if options.json:
-        _print_json(found)
+        _print_json(planned)
     else:
-        for header, rows in report.tables(found):
+        for header, rows in report.tables(planned):
             _print_table(header, rows)
             _print_table((), [])
     if page is not None:
-        page.write_text(html.page(found), encoding="utf-8")
+        page.write_text(html.page(planned), encoding="utf-8")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -253,7 +250,7 @@ def _prepare(options: argparse.Namespace) -> None:
     for key in options.overrides:
         one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
     settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
-    found = convert.prepare(
+    summary = convert.prepare(
         source[0] if source else None,
         dest,
         kind=options.source,
@@ -266,10 +263,10 @@ def _prepare(options: argparse.Namespace) -> None:
         keep_bad=options.on_bad == "skip",
         data=settings.data,
     )
-    _print_json(found)
+    _print_json(summary)
 
 
-# Options of `prepare` that mean nothing to what is finished, and keys that say how a source is read.
+# Options of `prepare` that --merge and --verify do not take, and config keys that say how a source is read.
 _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "on_bad")
 _OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limit_gb")
 
@@ -295,31 +292,36 @@ def _launch(options: argparse.Namespace) -> int:
 
 def _configs(options: argparse.Namespace) -> None:
     if options.overrides:
-        raise ConfigError(f"--config.{options.overrides[0]}: configs only lists the recipes and takes no keys")
-    folder = Path(options.folder).expanduser() if options.folder else None
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; give one that holds recipes")
-    files = [file for one in ([folder] if folder else recipes.folders()) for file in sorted(one.glob("*.py"))]
-    rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
+        raise ConfigError(f"--config.{options.overrides[0]}: configs only lists, and takes no keys")
+    if options.keys is not None:
+        rows = keys.rows(options.keys)
+        if not rows:
+            raise ConfigError(f"--keys: no key or meaning holds {options.keys!r}; leave it out to list all")
+    else:
+        folder = expanded(options.folder, "folder") if options.folder else None
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give one that holds recipes")
+        files = [file for path in ([folder] if folder else recipes.folders()) for file in sorted(path.glob("*.py"))]
+        rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
     if options.json:
         _print_json(rows)
-    else:
-        _print_table(("name", "config", "summary"), [tuple(row.values()) for row in rows])
+    elif rows:
+        _print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def _version(options: argparse.Namespace) -> None:
     from vit_dist.run.environment import describe
 
-    found = describe(None, {})
-    versions = [f"{name} {version or 'not installed'}" for name, version in found["versions"].items()]
-    git, devices = found["git"], found["devices"]
+    environment = describe(None, {})
+    versions = [f"{name} {version or 'not installed'}" for name, version in environment["versions"].items()]
+    git, devices = environment["git"], environment["devices"]
     commit = f"commit {git['commit']}{', changed' if git['dirty'] else ''}" if git else "no checkout"
-    for line in (*versions, f"python {found['python']}", f"{devices['count']} x {devices['kind']}", commit):
+    for line in (*versions, f"python {environment['python']}", f"{devices['count']} x {devices['kind']}", commit):
         print(line)
 
 
 def _summary(recipe: Path) -> str:
-    """The first paragraph of its docstring, in one line."""
+    """Returns the first paragraph of a recipe's docstring in one line."""
     try:
         text = ast.get_docstring(ast.parse(recipe.read_bytes())) or ""
     except (SyntaxError, ValueError) as error:  # a ValueError for bytes that are no text
@@ -333,7 +335,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns wide enough for their contents, so that the lines can be cut and searched by other tools."""
+    """Prints columns as wide as their contents, so that other tools can cut and search the lines."""
     if not _first_process():
         return
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

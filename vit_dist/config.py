@@ -1,10 +1,11 @@
-"""Every key of a run, its type, default and meaning, in one place.
+"""Every key of a run with its type, bounds, default and meaning.
 
 The schema is a tree of frozen dataclasses. A recipe (`configs/*.py`) receives it as an `ml_collections.ConfigDict`
-from `default_config()`, changes what it wants and returns it (`recipes.py` runs it); `resolve` turns the result back
-into a `Config`, so that the rest of the package reads typed attributes and a key that nobody declared cannot be read.
-This module checks names and types and does the arithmetic that belongs to several keys at once; what a value *means*
-(is there such a variant, such a source) is checked by the room that knows.
+from `default_config()`, changes what it wants and returns it (`recipes.py` runs it). `resolve` turns the result back
+into a `Config`, so that the rest of the package reads typed attributes and nobody can read a key that is not declared.
+The comment behind a key is its documentation: `vit-dist configs --keys` prints it (`keys.py`). This module checks
+names, types, bounds and what several keys say together; whether a variant or a source exists is checked by the room
+that has it.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from vit_dist.schema import (
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]  # one number, or (height, width)
 Interval = tuple[float, float]
 Seed = Annotated[int, Bound("at least 0 and below 2**32", lambda value: 0 <= value < 2**32)]  # what jax's keys take
-Probability = Annotated[float, Bound("a probability, 0 to 1", lambda value: 0 <= value <= 1)]
+Probability = Annotated[float, Bound("in [0, 1]", lambda value: 0 <= value <= 1)]
 HueTurn = Annotated[float, Bound("at least 0 and at most 0.5", lambda value: 0 <= value <= 0.5)]
 ShearAngle = Annotated[float, Bound("at least 0 and below 90", lambda value: 0 <= value < 90)]
 
@@ -41,178 +42,184 @@ class Mesh:
     """How many devices each axis takes; one of the first four may be -1: all devices that are left."""
 
     data: int = -1  # replicas of the model; each takes its share of the batch
-    fsdp: int = 1  # the batch is split as over `data`, and parameters and optimizer state are split too
-    tensor: int = 1  # attention heads and MLP columns are split
-    context: int = 1  # the tokens of an image are split (see `model.context_attention`)
-    dcn_data: int = 1  # replicas over TPU slices or over nodes; the axes above are then those within one
+    fsdp: int = 1  # splits the batch as `data` does, and also parameters and optimizer state
+    tensor: int = 1  # splits attention heads and MLP columns
+    context: int = 1  # splits the tokens of an image (see `model.context_attention`)
+    dcn_data: int = 1  # replicas over TPU slices or over nodes; the axes above then lie within one of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) and its common variations."""
 
-    variant: str | None = None  # such as "B/16": size and patch; the four numbers below win over it
-    width: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    mlp: PositiveInt | None = None
-    heads: PositiveInt | None = None
-    image_size: Size = 224
-    patch_size: Size | None = None  # None: the variant's
-    channels: PositiveInt = 3
-    num_classes: PositiveInt | None = None  # None: as many as the data has
-    pool: Literal["cls", "mean", "map"] = "cls"
-    position: Literal["learned", "sincos2d"] = "learned"
-    position_std: Amount = 0.02  # of the learned position embeddings at the start
-    cls_position: bool = True  # of learned positions: the class token has one and starts at zero, as in the paper; in
+    variant: str | None = None  # size and patch, such as B/16; the four numbers below win over it
+    width: PositiveInt | None = None  # of a token
+    depth: PositiveInt | None = None  # blocks
+    mlp: PositiveInt | None = None  # hidden width of a block's MLP
+    heads: PositiveInt | None = None  # attention heads of a block
+    image_size: Size = 224  # pixels
+    patch_size: Size | None = None  # pixels; null: the variant's
+    channels: PositiveInt = 3  # of an image
+    num_classes: PositiveInt | None = None  # null: as many as the data have
+    pool: Literal["cls", "mean", "map"] = "cls"  # what the head classifies: the class token, the mean of all tokens, or
+    # what attention with one learned query finds
+    position: Literal["learned", "sincos2d"] = "learned"  # kind of position embeddings
+    position_std: Amount = 0.02  # standard deviation of learned position embeddings at the start
+    cls_position: bool = True  # with learned positions: the class token has one and starts at zero, as in the paper; in
     # DeiT-III it has none, and is drawn with `position_std` itself
     registers: Count = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
-    dropout: Share = 0.0  # after each of the MLP's two layers and after the attention's projection
-    projection_dropout: Share | None = None  # after the attention's projection alone; None: as `dropout`
-    embedding_dropout: Share = 0.0  # on the sum of patch and position embeddings
-    attention_dropout: Share = 0.0  # on the attention weights
-    drop_path: Share = 0.0  # stochastic depth (Huang et al. 2016, arXiv:1603.09382): the last block's rate
-    drop_path_schedule: Literal["linear", "constant"] = "linear"  # from 0 at the first block, or the same in all
-    layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); None: no LayerScale
-    qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442)
-    qkv_bias: bool = True
+    dropout: Share = 0.0  # rate after each of the MLP's two layers and after the attention's projection
+    projection_dropout: Share | None = None  # rate after the attention's projection alone; null: as `dropout`
+    embedding_dropout: Share = 0.0  # rate on the sum of patch and position embeddings
+    attention_dropout: Share = 0.0  # rate on the attention weights
+    drop_path: Share = 0.0  # stochastic depth (Huang et al. 2016, arXiv:1603.09382): the rate of the last block
+    drop_path_schedule: Literal["linear", "constant"] = "linear"  # rising from 0 at the first block, or equal in all
+    layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); null: no LayerScale
+    qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the
+    # variant's
+    qkv_bias: bool = True  # of the queries, keys and values
     projection_bias: bool = True  # of the attention's output projection
-    parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = None  # None, here and above: the variant's
+    parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B; null: the variant's
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = None  # of the MLP; null: the variant's
     kernel_init: Literal["xavier_uniform", "lecun_normal", "normal"] = "xavier_uniform"  # normal: N(0, 0.02^2)
-    pre_logits: PositiveInt | None = None  # width of a tanh layer before the head; None: none
-    head_zero_init: bool = True
-    head_bias: float = 0.0  # its initial value; -6.9 or -10 with a sigmoid loss
+    pre_logits: PositiveInt | None = None  # width of a tanh layer before the head; null: none
+    head_zero_init: bool = True  # the head's kernel starts at zero
+    head_bias: float = 0.0  # initial value of the head's bias; -6.9 or -10 with a sigmoid loss
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
-    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again: nothing, all but
-    # the named dense products' results, or everything inside a block
-    scan: bool = True  # blocks stacked and run by one compiled loop; False: each by itself, quicker but for compiling
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values round, or
-    # trade tokens for heads before and after, as DeepSpeed-Ulysses does
+    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again: nothing, all but the
+    # named dense products' results, or everything inside a block
+    scan: bool = True  # one compiled loop runs all blocks; false: each block is compiled, slower, and runs faster
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # what computes attention; auto: cuDNN where it can
+    context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values around a ring,
+    # or trade tokens for heads before and after, as DeepSpeed-Ulysses does
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureSource:
-    """One of the sets that a mixture is made of."""
+    """One of the sets that a mixture joins."""
 
-    source: str = "folder"
-    path: str | None = None
-    weight: float | None = None  # its share of the stream, over the sum of all; None for all: each example as likely
+    source: str = "folder"  # as data.source
+    path: str | None = None  # as data.path
+    weight: float | None = None  # its share of the stream, over the sum of all; null in all: each example as likely
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where images come from, and what is done to them before the model sees them."""
+    """Where images come from, and how they are changed before the model sees them."""
 
-    source: str = "digits"  # the container: a key of `data.sets.sources.SOURCES`
+    source: str = "digits"  # the container: digits, idx, folder, tar, imagenet_tar, webdataset, parquet, npz,
+    # tfds or array_record
     path: str | None = None  # a file or folder, or an address that fsspec knows, such as gs://bucket/images
-    mixture: tuple[MixtureSource, ...] = ()  # sets to train on together, in place of source and path
-    classes: tuple[str, ...] = ()  # keep these alone, in this order; none: all
-    fraction: Portion = 1.0  # of each class's training examples; a smaller one's are among a larger one's
-    repeats: PositiveInt = (
-        1  # times an example follows itself, augmented anew (arXiv:1902.05509); all count for the epoch
-    )
-    cache_dir: str | None = None  # for the indexes of large sets; None: the user's cache folder
+    mixture: tuple[MixtureSource, ...] = ()  # sets to train on together, instead of source and path
+    classes: tuple[str, ...] = ()  # the classes to keep, in this order; none: all
+    fraction: Portion = 1.0  # of each class's training examples; a smaller share lies within a larger one
+    repeats: PositiveInt = 1  # times that an example follows itself, augmented differently (arXiv:1902.05509); all
+    # count for the epoch
+    cache_dir: str | None = None  # folder for the indexes of large sets; null: the user's cache folder
     name: Literal["mnist", "fashion_mnist"] | None = None  # which set an `idx` source is: it names the classes
-    download: bool = False  # fetch the files of the set that `name` says where they are missing
+    download: bool = False  # fetch missing files of the set that `name` says
     in_memory: bool = False  # decode the whole split at the start and keep its pixels
     memory_limit_gb: PositiveFloat = 4.0  # of host memory, for pixels or a compressed tar kept in it
-    on_bad: Literal["error", "skip"] = "error"  # what to do about a file that does not decode
-    max_bad_fraction: Amount = 0.01  # of a split; when more of it was skipped the run stops
+    on_bad: Literal["error", "skip"] = "error"  # what to do with a file that does not decode
+    max_bad_fraction: Amount = 0.01  # of a split; the run stops when more of it was skipped
     workers: Count = 0  # processes that decode images in files; 0: threads of this one, which is quicker on few cores
-    threads: PositiveInt = 8  # of each process of the job that decode, where there are no workers
-    read_ahead_mb: PositiveFloat = 512.0  # of pixels that each process of the job has ready ahead of time
-    prefetch: PositiveInt = 2  # batches placed on the devices ahead of the step
-    mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number or one a channel
-    std: PositiveFloat | tuple[PositiveFloat, ...] = 0.5
-    crop_area: tuple[Portion, Portion] | None = (
-        None  # random resized crop: share of the image's area; None: the whole image
-    )
-    crop_aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    threads: PositiveInt = 8  # decoding threads of each process of the job, where there are no workers
+    read_ahead_mb: PositiveFloat = 512.0  # pixels that each process of the job holds ready ahead of time
+    prefetch: PositiveInt = 2  # batches on the devices ahead of the step
+    mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number, or one a channel
+    std: PositiveFloat | tuple[PositiveFloat, ...] = 0.5  # likewise
+    crop_area: tuple[Portion, Portion] | None = None  # random resized crop: shares of the image's area, from and to;
+    # null: the whole image
+    crop_aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width over height of such a crop, from and to
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased; the device's random
     # crops are sampled bilinearly
-    crop_decode: bool = False  # of JPEG, the rows and columns of a crop alone: needs vit-dist[crop-decode]
+    crop_decode: bool = False  # decode only the rows and columns of a JPEG's crop: needs vit-dist[crop-decode]
     flip: bool = False  # left-right, one time in two
-    augment_on: Literal["auto", "host", "device"] = "auto"  # what crops and flips; auto: the device does where the
-    # images are in memory and nothing is asked for that only the host can do
+    augment_on: Literal["auto", "host", "device"] = "auto"  # where images are cropped and flipped; auto: on the device
+    # if they are in memory and every augmentation can be done there
     color_jitter: Amount = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of 0.7 to 1.3
-    hue_jitter: Annotated[float, Bound("at least 0 and at most 0.5", lambda value: 0 <= value <= 0.5)] = (
-        0.0  # largest turn of the hue, as a share of the colour circle
-    )
+    hue_jitter: HueTurn = 0.0  # largest turn of the hue, as a share of the colour circle
     randaugment_layers: Count = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
     randaugment_magnitude: Amount = 10.0  # of 10, which most recipes stay below; 15 and 20 go beyond
-    randaugment_std: Amount = 0.0  # of the magnitude, drawn anew for each operation
+    randaugment_std: Amount = 0.0  # standard deviation of the magnitude, drawn anew for each operation
     three_augment: bool = False  # gray, solarised or blurred (Touvron et al. 2022, arXiv:2204.07118)
-    erase: Annotated[float, Bound("a probability, 0 to 1", lambda value: 0 <= value <= 1)] = (
-        0.0  # probability of a random box of noise (Zhong et al. 2020, arXiv:1708.04896)
-    )
+    erase: Probability = 0.0  # probability of a random box of noise (Zhong et al. 2020, arXiv:1708.04896)
     shift: Share = 0.0  # largest shift, as a share of the image's side
     rotate: Amount = 0.0  # largest rotation, in degrees
     scale: Amount = 0.0  # largest change of scale: 0.1 is between 1/1.1 and 1.1
-    shear: Annotated[float, Bound("at least 0 and below 90", lambda value: 0 <= value < 90)] = (
-        0.0  # largest shear, in degrees
-    )
-    eval_crop: Portion | None = None  # centre crop of this ratio of the short side; None: the whole image
+    shear: ShearAngle = 0.0  # largest shear, in degrees
+    eval_crop: Portion | None = None  # centre crop of an evaluation, as a share of the short side; null: the whole
+    # image
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What holds for the parameters whose path (`blocks/mlp/up/kernel`) matches a regular expression."""
+    """How to train the parameters whose path, such as `blocks/mlp/up/kernel`, matches a regular expression."""
 
-    path: str = ""
+    path: str = ""  # the regular expression
     learning_rate: Amount = 1.0  # multiplies the schedule
-    weight_decay: Amount | None = None  # multiplies `optimizer.weight_decay`; None: 1 for kernels, 0 for all else
-    frozen: bool = False
+    weight_decay: Amount | None = None  # multiplies `optimizer.weight_decay`; null: 1 for kernels, 0 for all else
+    frozen: bool = False  # these parameters do not change
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """The update rule (optax) and its schedule. Weight decay is AdamW's: scaled by the schedule."""
 
-    name: str = "adamw"
-    learning_rate: Amount = 1e-3
-    weight_decay: Amount = 0.0
-    warmup_steps: Count = 0
-    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
-    end_factor: Amount = 0.0  # of the peak, reached at the end of a cosine or linear schedule
-    rsqrt_timescale: PositiveInt = 10_000
+    name: str = "adamw"  # the update rule: sgd, adam, adamw, lion, lamb, adafactor or muon
+    learning_rate: Amount = 1e-3  # the peak of the schedule
+    weight_decay: Amount = 0.0  # of kernels, unless a rule says otherwise
+    warmup_steps: Count = 0  # in which the learning rate rises to its peak; 0: as warmup_epochs says
+    warmup_epochs: Amount = 0.0  # 0: no warm-up
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"  # after the warm-up
+    end_factor: Amount = 0.0  # share of the peak that a cosine or linear schedule ends at
+    rsqrt_timescale: PositiveInt = 10_000  # steps after which an rsqrt schedule has fallen to 0.71 of the peak
     cooldown_steps: Count = 0  # linear to zero at the end of an rsqrt or constant schedule
-    clip: PositiveFloat | None = None  # largest global norm of the gradient
-    momentum: Share = 0.9
-    nesterov: bool = False
-    b1: Share = 0.9
-    b2: Share = 0.999
-    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = None  # largest global norm of the gradient; null: any
+    momentum: Share = 0.9  # of sgd
+    nesterov: bool = False  # with momentum
+    b1: Share = 0.9  # decay of the first moment
+    b2: Share = 0.999  # decay of the second moment
+    eps: PositiveFloat = 1e-8  # added to the root of the second moment
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
-    rules: tuple[Rule, ...] = ()  # the first that matches holds
+    rules: tuple[Rule, ...] = ()  # for some of the parameters; the first that matches counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    every_steps: Count = 0  # 0: never; otherwise also at the end
-    splits: tuple[str, ...] = ("test",)
-    batch_size: PositiveInt | None = None  # None: the training batch
+    """When and on what a run is evaluated."""
+
+    every_steps: Count = 0  # steps between evaluations, with one more at the end; 0: as every_epochs says
+    every_epochs: Amount = 0.0  # epochs between evaluations, with one more at the end; 0: never
+    splits: tuple[str, ...] = ("test",)  # the first is the run's result
+    batch_size: PositiveInt | None = None  # null: the training batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every_steps: Count = 0  # 0: only at the end
-    keep_last: PositiveInt = 1
-    keep_best: Count = 0  # by top-1 of the first split of `evaluate.splits`; a best one is saved when it is measured
+    """When a run is saved, and which saves are kept."""
+
+    every_steps: Count = 0  # steps between saves, with one more at the end; 0: as every_epochs says
+    every_epochs: Amount = 0.0  # epochs between saves, with one more at the end; 0: at the end alone
+    keep_last: PositiveInt = 1  # how many of the newest are kept
+    keep_best: Count = 0  # how many of the best are kept, by top-1 of the first split of `evaluate.splits`; a best
+    # one is saved when it is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    steps: Count = 0  # how many to trace into `workdir/profile`; 0: none
-    start_step: PositiveInt = 10  # the steps after this one
+    """A trace of a few steps for TensorBoard or XProf, in `workdir/profile`."""
+
+    steps: Count = 0  # how many to trace; 0: none
+    start_step: PositiveInt = 10  # the trace begins after this step
 
 
 @dataclasses.dataclass(frozen=True)
 class Deadlines:
-    """Seconds after which a job of several processes gives up a wait, and names who did not come."""
+    """Seconds after which a job of several processes stops waiting, and names the processes that are missing."""
 
     start_seconds: PositiveInt = 300  # for all processes to join
-    peer_seconds: PositiveInt = 60  # without a sign of life from a process
+    peer_seconds: PositiveInt = 60  # without a message from a process
     step_seconds: PositiveInt = 1800  # once the data are open: in which no process begins a step or a batch
 
 
@@ -220,24 +227,24 @@ class Deadlines:
 class Config:
     """A whole run."""
 
-    seed: Seed = 0
-    total_steps: PositiveInt | None = None  # wins over total_epochs
-    total_epochs: PositiveFloat | None = None
+    seed: Seed = 0  # of everything random
+    total_steps: PositiveInt | None = None  # length of the run; null: as total_epochs says
+    total_epochs: PositiveFloat | None = None  # length of the run, where total_steps is null
     batch_size: PositiveInt = 128  # examples a step, over all devices
     accumulate_steps: PositiveInt = 1  # micro-batches a step
-    accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp: when parameters are gathered and
-    # gradients scattered: once a step costs memory for both whole, once a micro-batch costs traffic
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp: how often parameters are gathered and
+    # gradients scattered; once a step takes memory for all of both, once a micro-batch takes more traffic
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy over the classes, or of each class by itself
     binarize_targets: bool = False  # sigmoid loss: every class that is in the mixed image counts in full (DeiT-III)
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = 0.0  # share of a target that goes to all classes evenly
     mixup: Amount = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412); 0: none
     cutmix: Amount = 0.0  # likewise (Yun et al. 2019, arXiv:1905.04899); with both, each is taken one time in two
-    ema_decay: Share = 0.0  # 0: none
-    log_every: PositiveInt = 20
-    log_examples: bool = False
-    deterministic: bool = False  # bitwise repeatable on GPUs too, at some cost
+    ema_decay: Share = 0.0  # of the parameters' moving average; 0: none is kept
+    log_every: PositiveInt = 20  # steps between rows of metrics
+    log_examples: bool = False  # rows hold a digest of the batch's example ids
+    deterministic: bool = False  # bitwise repeatable on GPUs too, and slower there
     fake_devices: Count = 0  # CPU devices to pretend to have, in each process; 0: the real ones
-    xla_options: bool = True  # compile with the options of `mesh/xla_options.py`; False: XLA's own defaults
+    xla_options: bool = True  # compile with the options of `mesh/xla_options.py`; false: XLA's own defaults
     mesh: Mesh = Mesh()
     model: Model = Model()
     data: Data = Data()
@@ -249,46 +256,70 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The schema's defaults, for a recipe to change; `recipes.load` checks what comes back."""
+    """Returns the schema's defaults, for a recipe to change; `recipes.load` checks the result."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
-    """Nested values -> a checked `Config`. Raises `ConfigError` naming the key."""
+    """Returns nested values as a checked `Config`. Raises `ConfigError` naming the key."""
     config = typed(values)
     _check(config)
     return config
 
 
 def typed(values: Mapping[str, Any]) -> Config:
-    """As `resolve`, names and types alone: what a recipe says before the command line has had its say."""
+    """Returns nested values as a `Config` of which only names, types and bounds are checked."""
     return build(Config, values)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values that JSON can hold and `resolve` takes back."""
+    """Returns nested plain values that JSON can hold and `resolve` takes back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """The keys, such as `model.depth`, that two configs give different values."""
+    """Returns the keys, such as `model.depth`, whose values differ between two configs."""
     flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     return [key for key in flat_new if flat_old.get(key) != flat_new[key]]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
+    """Returns (height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def nearest_multiples(value: int, of: int) -> str:
-    """'24 or 32' for 30 and 8: the sizes to suggest where one does not divide."""
+    """Returns the multiples of `of` on either side of `value` as text for an error message: '24 or 32' for 30 and 8."""
     below = value // of * of
     return f"{below} or {below + of}" if below else str(of)
 
 
+def in_steps(config: Config, train_examples: int) -> Config:
+    """Returns the config of a run over so many training examples, with every length in steps.
+
+    A length in epochs takes effect where that in steps is not set. Raises `ConfigError` for a batch that is larger than
+    the training split.
+    """
+    if config.batch_size > train_examples:
+        raise ConfigError(
+            f"batch_size: {config.batch_size}, but the training split has {train_examples} images; take at most as many"
+        )
+
+    def steps(steps: int, epochs: float) -> int:
+        return steps or math.ceil(epochs * train_examples / config.batch_size)
+
+    optimizer, evaluate, checkpoint = config.optimizer, config.evaluate, config.checkpoint
+    return dataclasses.replace(
+        config,
+        total_steps=total_steps(config, train_examples),
+        optimizer=dataclasses.replace(optimizer, warmup_steps=steps(optimizer.warmup_steps, optimizer.warmup_epochs)),
+        evaluate=dataclasses.replace(evaluate, every_steps=steps(evaluate.every_steps, evaluate.every_epochs)),
+        checkpoint=dataclasses.replace(checkpoint, every_steps=steps(checkpoint.every_steps, checkpoint.every_epochs)),
+    )
+
+
 def total_steps(config: Config, train_examples: int) -> int:
-    """Optimizer steps of the whole run: `total_steps`, or the epochs' worth of batches, rounded up."""
+    """Returns the optimizer steps of the whole run: `total_steps`, or those of `total_epochs`, rounded up."""
     if config.total_steps is not None:
         return config.total_steps
     assert config.total_epochs is not None
@@ -296,7 +327,7 @@ def total_steps(config: Config, train_examples: int) -> int:
 
 
 def _check(config: Config) -> None:
-    """What can be said of the values without data, devices or a model."""
+    """Raises `ConfigError` for values that contradict each other, without data, devices or a model."""
     if config.total_steps is None and config.total_epochs is None:
         raise ConfigError("total_steps: neither it nor total_epochs is set; set one")
     flat = flatten(dataclasses.asdict(config))

@@ -1,4 +1,4 @@
-"""What a config would train, without data and without training: parameters, layout, arithmetic, memory."""
+"""`inspect`: the parameters, layout, arithmetic and memory of a config, without data and without training."""
 
 import logging
 import math
@@ -21,10 +21,18 @@ _log = logging.getLogger(__name__)
 
 
 def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
-    """The account of a config on the devices that it asks for; opens no data and allocates no arrays.
+    """Describes a config on the devices that it asks for, without opening data or allocating arrays.
 
-    Returns parameters (how many), flops_per_image (of a training step), bytes_per_device: {parameters, optimizer, ema},
-    mesh, and tensors: a list of {name, shape, dtype, sharding, bytes_per_device}.
+    Args:
+      config: a recipe's name or file, or a config; see `load_config`.
+      overrides: changes of the config, such as {"mesh.fsdp": 8}.
+
+    Returns:
+      parameters (their number), flops_per_image (of a training step), bytes_per_device: {parameters, optimizer, ema},
+      mesh, and tensors: a list of {name, shape, dtype, sharding, bytes_per_device}.
+
+    Raises:
+      ConfigError: naming the key or file that is wrong.
     """
     settings = load_config(config, overrides)
     processes.start(settings.fake_devices, settings.deadlines)
@@ -34,18 +42,18 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     program.check_training_batch()
     with program.in_use():
         state = program.abstract_state()
-    parts = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}
+    trees = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}
     return {
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters)),
         "flops_per_image": flops.training_flops(program.settings.model),
-        "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in parts.items()},
+        "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()},
         "mesh": dict(program.mesh.shape),
         "tensors": list(tensors(state.parameters)),
     }
 
 
 def tensors(parameters: Any) -> Iterator[dict[str, Any]]:
-    """Name, shape, dtype, sharding and bytes per device of each array of a tree that knows its shardings."""
+    """Yields name, shape, dtype, sharding and bytes per device of each array of a tree that knows its shardings."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         yield {
             "name": jax.tree_util.keystr(path, simple=True, separator="/"),
@@ -57,25 +65,31 @@ def tensors(parameters: Any) -> Iterator[dict[str, Any]]:
 
 
 def bytes_per_device(leaf: Any) -> int:
-    """Bytes that one device holds of an array, by its sharding."""
+    """Returns the bytes that one device holds of an array."""
     shape = leaf.sharding.shard_shape(leaf.shape) if _spec(leaf) else leaf.shape
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
 def parameter_table(parameters: Any) -> str:
-    """The parameters of a tree, a line each, as text."""
+    """Returns a text with a line for each parameter of a tree."""
     table = Table("parameter", "shape", "sharding", "bytes a device", box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in tensors(parameters):
-        shape, split = " x ".join(map(str, one["shape"])), ", ".join(str(axis or "-") for axis in one["sharding"])
-        table.add_row(one["name"], shape, split, f"{one['bytes_per_device']:,}")
+    for tensor in tensors(parameters):
+        shape, split = " x ".join(map(str, tensor["shape"])), spec_text(tensor["sharding"])
+        table.add_row(tensor["name"], shape, split, f"{tensor['bytes_per_device']:,}")
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
     table.add_row("all", f"{count:,}", "", f"{sum(map(bytes_per_device, jax.tree.leaves(parameters))):,}")
     console = Console(width=120)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
+
+
+def spec_text(axes: list[Any]) -> str:
+    """Returns the mesh axes that split each dimension of an array, such as `fsdp, -`; `replicated` if none does."""
+    names = ["x".join(axis) if isinstance(axis, list) else axis or "-" for axis in axes]
+    return ", ".join(names) if any(axes) else "replicated"
 
 
 def _spec(leaf: Any) -> tuple[Any, ...]:

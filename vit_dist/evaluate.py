@@ -17,6 +17,7 @@ from vit_dist.data.stream.loader import evaluation_batches
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
+from vit_dist.paths import expanded
 from vit_dist.program import Program, restored
 from vit_dist.recipes import Overrides
 from vit_dist.run.failures import everyones
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What an evaluation found, over all processes. `bad`: did not decode (`data.on_bad=skip`), and counted nowhere."""
+    """The result of an evaluation over all processes. `bad` are examples that did not decode and are not counted."""
 
     count: int
     loss: float  # mean over the examples, without label smoothing
@@ -39,17 +40,18 @@ class Result:
     bad: tuple[BadExample, ...] = ()
 
     def row(self) -> dict[str, Any]:
-        """What a row of `metrics.jsonl` holds; `class_top1` in the order of the classes."""
+        """Returns the values of a row of `metrics.jsonl`; `class_top1` is in the order of the classes."""
         values: dict[str, Any] = {"count": self.count, "loss": self.loss, "top1": self.top1, "top5": self.top5}
         values["class_top1"] = list(self.class_top1.values())
         return values | ({"skipped": len(self.bad)} if self.bad else {})
 
 
 def evaluate_source(program: Program, parameters: Parameters, source: Source) -> Result:
-    """Runs the whole source through the model. The mesh must be in use.
+    """Evaluates parameters on every example of a source. The mesh must be in use.
 
-    Raises `TooManyBadExamples` for files that do not decode, unless they may be skipped, on all processes alike; and
-    `RuntimeError` if the examples counted and skipped are not the examples there are.
+    Raises:
+      TooManyBadExamples: on all processes, for files that do not decode, unless they may be skipped.
+      RuntimeError: where the examples counted and skipped are not all examples.
     """
     settings = program.settings
     batch_size = program.evaluation_batch_size()
@@ -88,7 +90,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
 
 
 def open_split(settings: config.Config, split: str) -> Source:
-    """A split whose labels the model can tell. Raises `ConfigError`."""
+    """Opens a split of the config's data. Raises `ConfigError`, also for more classes than the model has."""
     source = open_source(settings.data, split, settings.model.channels)
     check_labels(source, settings.model.num_classes or len(source.class_names))
     return source
@@ -102,27 +104,37 @@ def evaluate(
     best: bool = False,
     overrides: Overrides = (),
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run: the newest, the best, or that of `step`.
+    """Evaluates a checkpoint of a run.
 
-    Returns split, step, count, loss, top1, top5, class_top1; and the same under `parameters` for the plain parameters
-    where the run keeps an average, which is what the first ones then are of. Raises `ConfigError`.
+    Args:
+      workdir: the directory of the run.
+      split: which split of its data.
+      step: the checkpoint of this step; None: the newest, or with `best` that of the highest top-1.
+      best: see `step`.
+      overrides: changes of its config that leave the run the same, such as {"mesh.data": 4}.
+
+    Returns:
+      split, step, count, loss, top1, top5 and class_top1. Where the run keeps a moving average of the parameters these
+      are the average's, and `parameters` holds the same of the parameters themselves.
+
+    Raises:
+      ConfigError: where there is no such run, checkpoint or split.
     """
-    settings = read_config(Path(workdir), overrides)
+    workdir = expanded(workdir, "workdir")
+    settings = read_config(workdir, overrides)
     processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, split)
     on_device = augments_on_device(source, settings.data)
-    with restored(Path(workdir), settings, augment_on_device=on_device, step=step, best=best) as (
-        program,
-        found,
-        parameters,
-    ):
+    run = restored(workdir, settings, augment_on_device=on_device, step=step, best=best)
+    with run as (program, restored_step, parameters):
         results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
         bad = results["parameters"].bad
-        for one in bad:
-            _log.warning("%s: skipped %s: %s", split, one.name, one.reason)
+        for example in bad:
+            _log.warning("%s: skipped %s: %s", split, example.name, example.reason)
         check_bad(bad, settings.data.max_bad_fraction, len(source))
-    main = results.get("ema") or results["parameters"]
-    answer: dict[str, Any] = {"split": split, "step": found, **main.row(), "class_top1": main.class_top1}
-    if "ema" in results:
-        answer["parameters"] = {**results["parameters"].row(), "class_top1": results["parameters"].class_top1}
-    return answer
+    answer = {"split": split, "step": restored_step, **_answer(results.get("ema") or results["parameters"])}
+    return answer | ({"parameters": _answer(results["parameters"])} if "ema" in results else {})
+
+
+def _answer(result: Result) -> dict[str, Any]:
+    return {**result.row(), "class_top1": result.class_top1}

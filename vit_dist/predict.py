@@ -13,6 +13,7 @@ from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image
 from vit_dist.job import processes
 from vit_dist.mesh.feed import batch_sharding, put
+from vit_dist.paths import expanded
 from vit_dist.program import restored
 from vit_dist.recipes import Overrides
 from vit_dist.run.workdir import class_names, read_config
@@ -28,12 +29,23 @@ def predict(
     best: bool = False,
     overrides: Overrides = (),
 ) -> list[dict[str, Any]]:
-    """For each file, `{"file", "classes": [{"name", "probability"}, ...]}`, the `top` most probable first.
+    """Classifies image files, cropped and resized as for evaluation, by the moving average where the run keeps one.
 
-    The weights are the moving average where the run keeps one. Images are cut and resized as for evaluation. Raises
-    `ConfigError` for a file that cannot be read, before anything is computed.
+    Args:
+      workdir: the directory of the run.
+      files: the images, in any format that OpenCV reads.
+      top: how many classes to return.
+      step: the checkpoint of this step; None: the newest, or with `best` that of the highest top-1.
+      best: see `step`.
+      overrides: changes of the run's config that leave it the same, such as {"fake_devices": 1}.
+
+    Returns:
+      For each file `{"file", "classes": [{"name", "probability"}, ...]}`, the most probable class first.
+
+    Raises:
+      ConfigError: for a file that cannot be read, before anything is computed.
     """
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     if top < 1:
         raise ConfigError(f"top: must be above 0, found {top}")
     settings = read_config(workdir, overrides)
@@ -41,7 +53,7 @@ def predict(
     model = settings.model
     if model.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {model.channels}, but image files are decoded to 1 or 3")
-    images = [_read(Path(file), settings.data, pair(model.image_size), model.channels) for file in files]
+    images = [_read(expanded(file, "predict"), settings.data, pair(model.image_size), model.channels) for file in files]
     processes.start(settings.fake_devices, settings.deadlines)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
@@ -57,11 +69,11 @@ def predict(
         answers: list[dict[str, Any]] = []
         for start in range(0, len(images), size):
             rows = np.zeros((size, *images[0].shape), np.uint8)
-            some = images[start : start + size]
-            rows[: len(some)] = some
-            placed = put({"image": rows}, sharding, size)["image"]
-            found = np.asarray(jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), placed)))
-            for file, row in zip(files[start:], found[: len(some)], strict=False):
+            chunk = images[start : start + size]
+            rows[: len(chunk)] = chunk
+            batch = put({"image": rows}, sharding, size)["image"]
+            result = jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), batch))
+            for file, row in zip(files[start:], np.asarray(result)[: len(chunk)], strict=False):
                 order = np.argsort(-row, kind="stable")[:top]
                 classes = [{"name": _name(names, index), "probability": float(row[index])} for index in order]
                 answers.append({"file": str(file), "classes": classes})

@@ -1,7 +1,7 @@
-"""A config made into compiled functions on a mesh: what every verb that computes begins with.
+"""A config made into compiled functions on a mesh; every verb that computes begins with a `Program`.
 
-Building a `Program` checks everything that can be checked without running: the model's numbers, the mesh against the
-devices, each split dimension against its axes. It allocates nothing and compiles nothing until it is asked to.
+Building a `Program` checks what can be checked without running: the model's numbers, the mesh against the devices, each
+split dimension against its axes. It allocates nothing, and compiles nothing before the first call of its functions.
 """
 
 import contextlib
@@ -31,14 +31,20 @@ from vit_dist.step.schedule import make_schedule
 from vit_dist.step.state import ModelFunction, Parameters, State, make_state
 
 _log = logging.getLogger(__name__)
-UNUSED = 1_000_000  # a length for the schedule of a program that will not train
+UNUSED = 1_000_000  # steps of the schedule of a program that does not train
 
 
 class Program:
     """The model, optimizer and steps of one config on one mesh.
 
-    settings: the config with `model.num_classes` filled in. `train_step(state, batch) -> (state, metrics)` takes the
-    state's buffers for its own. Everything is to be called with `mesh` in use (`with program.in_use():`).
+    Call everything with the mesh in use (`with program.in_use():`).
+
+    Attributes:
+      settings: the config with `model.num_classes` filled in.
+      steps: the length of the schedule.
+      mesh: the devices.
+      train_step: `(state, batch) -> (state, metrics)`; it donates the buffers of the state.
+      evaluation_step: `(parameters, batch, totals) -> totals`; it donates the buffers of the totals.
     """
 
     def __init__(
@@ -50,10 +56,17 @@ class Program:
         augment_on_device: bool,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """classes: of the data, where the config leaves them open. steps: of the whole run, for the schedule.
-        devices: None for those that are here.
+        """Checks the config and builds the functions.
 
-        augment_on_device: the data are whole images in memory, for the device to crop and resize (`ArraySource`).
+        Args:
+          settings: the config.
+          classes: how many the data have, for a config that does not say.
+          steps: the length of the run, for the schedule.
+          augment_on_device: whether batches hold images at their own size, for the device to crop, resize and flip.
+          devices: the devices of the mesh; None: all that are attached.
+
+        Raises:
+          ConfigError: naming the key that does not fit.
         """
         model = settings.model
         if model.num_classes is None:
@@ -77,42 +90,42 @@ class Program:
         self.evaluation_step = jax.jit(evaluation_step, donate_argnums=2, compiler_options=options)
 
     def check_training_batch(self) -> None:
-        """Raises `ConfigError` where the batch does not divide over the mesh; an evaluation's need not."""
+        """Raises `ConfigError` where the training batch does not divide over the mesh; an evaluation's need not."""
         sizes = dict(self.mesh.shape)
         layout.check_divides("batch_size", self.settings.batch_size, "batch", sizes, self.settings.accumulate_steps)
 
     def in_use(self) -> Any:
-        """A context in which jax knows the mesh."""
+        """Returns a context in which jax knows the mesh."""
         return jax.set_mesh(self.mesh)
 
     def abstract_state(self) -> State:
-        """The state's shapes, dtypes and shardings."""
+        """Returns the shapes, dtypes and shardings of the state."""
         return jax.eval_shape(self._make_state)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A training batch's shapes, dtypes and shardings, of images as large as the model takes them."""
+        """Returns the shapes, dtypes and shardings of a training batch, with images of the model's size."""
         rows, sharding = self.settings.batch_size, feed.batch_sharding(self.mesh)
         images = (rows, *self.image_size(), self.settings.model.channels)
         shapes = {"image": (images, np.uint8), "label": ((rows,), np.int32), "id": ((rows,), np.int32)}
-        return {name: jax.ShapeDtypeStruct(*one, sharding=sharding) for name, one in shapes.items()}
+        return {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
 
     def new_state(self) -> State:
-        """The state before the first step; every array is born split."""
+        """Returns the state before the first step; every device makes only its own shards."""
         make = jax.jit(self._make_state)
         self.compile_together(make)
         return make()
 
     def compile_together(self, compiled: Any, *arguments: Any) -> None:
-        """Compiles a function, and waits until all processes have: to be called before the first call of it.
+        """Compiles a function before its first call, and waits until all processes have compiled it.
 
-        Some compile sooner than others, and devices that begin to talk wait no longer than they please: gloo 30 s.
+        Processes compile at different speeds, and the first collective of a program times out: gloo's after 30 s.
         """
         if jax.process_count() > 1:
             compiled.lower(*arguments).compile()
             processes.gather(None)
 
     def training_batches(self, source: Source, start_step: int, stop_step: int) -> Batches:
-        """This process's rows of the batches of these steps."""
+        """Returns this process's rows of the batches of steps `start_step` to `stop_step - 1`."""
         settings = self.settings
         return train_batches(
             source,
@@ -127,25 +140,25 @@ class Program:
         )
 
     def local_rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a global batch that this process reads."""
+        """Returns the rows of a global batch that this process reads."""
         return feed.local_rows(self.mesh, batch_size)
 
     def evaluation_batch_size(self) -> int:
-        """`evaluate.batch_size`, rounded up so that each device has as many rows; what is added is masked."""
-        asked = self.settings.evaluate.batch_size or self.settings.batch_size
-        parts = math.prod(self.mesh.shape[axis] for axis in layout.TABLE["batch"] if axis in self.mesh.shape)
-        return -(-asked // parts) * parts
+        """Returns `evaluate.batch_size`, rounded up so that every device has as many rows; added rows are masked."""
+        size = self.settings.evaluate.batch_size or self.settings.batch_size
+        shards = math.prod(self.mesh.shape[axis] for axis in layout.TABLE["batch"] if axis in self.mesh.shape)
+        return -(-size // shards) * shards
 
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images that the model takes."""
+        """Returns (height, width) of the images that the model takes."""
         return pair(self.settings.model.image_size)
 
     def flops_per_step(self) -> int:
-        """Floating-point operations of one training step over all devices."""
+        """Returns the floating-point operations of one training step over all devices."""
         return flops.training_flops(self.settings.model) * self.settings.batch_size
 
     def mfu(self, step_seconds: float) -> float | None:
-        """The share of the devices' peak arithmetic that a step of this length uses; None where the peak is unknown."""
+        """Returns the model FLOPs utilisation of a step of this length; None where the devices' peak is unknown."""
         peak = peak_flops(self.mesh.devices.flat[0].device_kind, self.settings.model.dtype)
         return None if peak is None else self.flops_per_step() / (step_seconds * peak * self.mesh.size)
 
@@ -157,9 +170,20 @@ class Program:
 def restored(
     workdir: Path, settings: config.Config, *, augment_on_device: bool, step: int | None = None, best: bool = False
 ) -> Iterator[tuple[Program, int, dict[str, Parameters]]]:
-    """With the mesh in use: a program, the step of the checkpoint, and its `parameters` and, where kept, their `ema`.
+    """Restores the parameters of a checkpoint, with the mesh in use.
 
-    step: which checkpoint; None: the newest, or with `best` the one of the highest top-1. Raises `ConfigError`.
+    Args:
+      workdir: the directory of the run.
+      settings: its config.
+      augment_on_device: see `Program`.
+      step: the step of the checkpoint; None: the newest, or with `best` that of the highest top-1.
+      best: see `step`.
+
+    Yields:
+      The program, the step, and the trees `parameters` and, where the run keeps it, `ema`.
+
+    Raises:
+      ConfigError: where there is no such checkpoint.
     """
     assert settings.model.num_classes is not None
     program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, augment_on_device=augment_on_device)
@@ -172,14 +196,14 @@ def restored(
                     raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best")
             state = program.abstract_state()
             wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
-            found, trees = checkpoints.restore(wanted, step)
-            yield program, found, trees
+            restored_step, trees = checkpoints.restore(wanted, step)
+            yield program, restored_step, trees
     finally:
         checkpoints.close()
 
 
 def check_model(model: config.Model, sizes: dict[str, int]) -> None:
-    """Raises `ConfigError` where a model, `num_classes` filled in, cannot be split over axes of these sizes."""
+    """Raises `ConfigError` where a model cannot be split over axes of these sizes; its `num_classes` is filled in."""
     shape = vit.shape_of(model)
     layout.check_divides("model.width", shape.width, "width", sizes)
     layout.check_divides("model.heads", shape.heads, "heads", sizes)
@@ -201,6 +225,6 @@ def _mesh(settings: config.Config, devices: list[jax.Device]) -> Mesh:
     if jax.process_count() > 1 and mesh.size < len(devices):
         raise ConfigError(
             f"mesh: takes {mesh.size} of the {len(devices)} devices of {jax.process_count()} processes, which would "
-            "leave some with nothing to do; set one axis to -1"
+            "leave some processes idle; set one axis to -1"
         )
     return mesh

@@ -1,4 +1,4 @@
-"""A recipe file and what the command line says of it, made into a `Config`.
+"""Makes a `Config` of a recipe and overrides.
 
 A recipe is a Python file whose `get_config()` returns the schema's defaults with its own changes. Overrides such as
 `model.depth=4` are read as YAML, with the type that the schema declares for their key.
@@ -20,6 +20,7 @@ import yaml
 
 from vit_dist import configs
 from vit_dist.config import Config, ConfigError, resolve, to_dict, typed
+from vit_dist.paths import expanded
 from vit_dist.schema import check_known, flatten, near_miss
 
 Recipe: TypeAlias = str | Path | Config | ml_collections.ConfigDict
@@ -29,11 +30,11 @@ Overrides: TypeAlias = (
 
 
 def load_config(recipe: Recipe, overrides: Overrides = ()) -> Config:
-    """The config of a run, checked.
+    """Makes and checks the config of a run.
 
     Args:
-      recipe: the name or file of a recipe, such as `digits`; or a config that another call or a recipe has returned.
-      overrides: what is to differ from it, as texts like `model.depth=4` or as keys and values.
+      recipe: the name or file of a recipe, such as `digits`; or a config that another call or a recipe returned.
+      overrides: changes of it, as texts like `model.depth=4` or as keys and values.
 
     Returns:
       The config, as `train`, `plan` and the others take it.
@@ -51,26 +52,26 @@ def load_config(recipe: Recipe, overrides: Overrides = ()) -> Config:
 
 
 def load(recipe: str | Path, overrides: Overrides = ()) -> Config:
-    """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and resolves.
+    """Runs a recipe's `get_config()`, applies overrides such as `model.depth=4`, and checks the result.
 
-    recipe: a file, or the name of one as `find` knows it. Raises `ConfigError` for a missing or broken file, an unknown
-    key, an ill-typed value or keys that contradict each other.
+    `recipe` is a name or file, as in `find`. Raises `ConfigError` for a missing or broken file, an unknown key, a value
+    of the wrong type or keys that contradict each other.
     """
     path = find(recipe)
     values = _run_recipe(path)
     try:
         written = typed(values.to_dict())
-    except ConfigError as error:  # the file's own, before the command line has had its say
+    except ConfigError as error:  # of the file itself, without the overrides
         raise ConfigError(f"{path}: {error}") from error
     return resolve(override(to_dict(written), overrides))
 
 
 def find(recipe: str | Path) -> Path:
-    """The file of a recipe: a path that exists, or a name such as `digits` that one of `folders` has.
+    """Returns the file of a recipe: a path that exists, or a file of that name in one of `folders`.
 
     Raises `ConfigError` where there is none.
     """
-    path = Path(recipe).expanduser()
+    path = expanded(recipe, "config")
     if path.is_file():
         if path.suffix != ".py":
             raise ConfigError(f"{recipe}: a config file is a Python file, .py, such as configs/digits.py")
@@ -87,13 +88,13 @@ def find(recipe: str | Path) -> Path:
 
 
 def folders() -> list[Path]:
-    """Where recipes are looked for by name: `configs` in the current folder, then this package's own."""
-    here = Path("configs")
-    own = [] if here.resolve() == configs.FOLDER.resolve() else [configs.FOLDER]
-    return [folder for folder in (here, *own) if folder.is_dir()]
+    """Returns the folders of recipes that have names: `configs` in the current folder, then the package's own."""
+    current = Path("configs")
+    own = [] if current.resolve() == configs.FOLDER.resolve() else [configs.FOLDER]
+    return [folder for folder in (current, *own) if folder.is_dir()]
 
 
-# What a mistake in a recipe raises, which is the user's own program.
+# What a mistake in a recipe can raise: it is a program of the user.
 _RECIPE_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
@@ -101,13 +102,13 @@ _RECIPE_ERRORS = (
 
 
 def _run_recipe(path: Path) -> ml_collections.ConfigDict:
-    """What `get_config()` returns. A recipe may import those beside it, and have dataclasses of its own."""
+    """Returns what `get_config()` returns. A recipe may import its neighbours and define dataclasses."""
     spec = importlib.util.spec_from_file_location(f"vit_dist_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    beside = str(path.parent.resolve())
-    sys.path.insert(0, beside)
-    sys.modules[spec.name] = module  # where dataclasses look up what their annotations name
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    sys.modules[spec.name] = module  # dataclasses look up the names in their annotations there
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_config"):
@@ -118,9 +119,9 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
     except ConfigError:
         raise
     except _RECIPE_ERRORS as error:
-        raise ConfigError(f"{path}{_line_in(path, error)}: {_say_error(error)}") from error
+        raise ConfigError(f"{path}{_line_in(path, error)}: {_error_text(error)}") from error
     finally:
-        sys.path.remove(beside)
+        sys.path.remove(folder)
     if not isinstance(recipe, ml_collections.ConfigDict):
         raise ConfigError(
             f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict, such as "
@@ -130,31 +131,31 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
 
 
 def _line_in(path: Path, error: Exception) -> str:
-    """The last line of the file on the way to the error, such as ":12"."""
+    """Returns the last line of the file in the error's traceback, such as ":12"."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f":{lines[-1]}" if lines else ""
 
 
-def _say_error(error: Exception) -> str:
-    """An exception of a recipe in one line; what a ConfigDict says of an unknown key is a KeyError within another."""
+def _error_text(error: Exception) -> str:
+    """Returns an exception of a recipe in one line. A ConfigDict wraps the KeyError of an unknown key in another."""
     inner = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else str(inner)
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def override(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """Applies `a.b=value` assignments; values are read as YAML, so `true`, `1e-3`, `[96,128]` and `null` are typed."""
+    """Applies `a.b=value` assignments to the values; reads each as YAML: `true`, `1e-3`, `[96,128]`, `null`."""
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: expected several such as ['seed=1'], or keys and values, found {overrides!r}")
     if isinstance(overrides, Mapping):
         overrides = [assignment(key, value) for key, value in flatten(overrides).items()]
-    for one in overrides:
-        key, equals, text = one.partition("=")
+    for change in overrides:
+        key, equals, text = change.partition("=")
         if not equals:
             raise ConfigError(f"{key}: an override is written key=value, such as --config.{key}=1")
         *parents, leaf = key.split(".")
         if not all((*parents, leaf)):
-            raise ConfigError(f"{one}: names no key; an override is written like --config.model.depth=4")
+            raise ConfigError(f"{change}: names no key; an override is written like --config.model.depth=4")
         node, hint = values, Config
         for depth, parent in enumerate(parents):
             check_known(hint, parent, ".".join(parents[:depth]), Config)
@@ -172,7 +173,7 @@ def override(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
 
 
 def assignment(key: str, value: Any) -> str:
-    """`key=value` as `override` reads it."""
+    """Returns `key=value` as `override` reads it."""
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
@@ -186,11 +187,11 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
     if isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint):
         return None
-    return [_number(one) for one in value] if isinstance(value, list) else _number(value)
+    return [_number(item) for item in value] if isinstance(value, list) else _number(value)
 
 
 def _number(value: Any) -> Any:
-    """A number that YAML 1.1 takes for text, such as 1e-3; anything else as it is."""
+    """Returns the number that YAML 1.1 takes for text, such as 1e-3, and any other value as it is."""
     if not isinstance(value, str):
         return value
     try:

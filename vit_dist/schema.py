@@ -1,7 +1,7 @@
-"""Nested values made into typed dataclasses, with errors that name the key.
+"""Makes typed dataclasses of nested values, with errors that name the key.
 
-A field's type says what a value may be. `Annotated[int, Bound(...)]` also says which numbers it may be, so that a key's
-bounds stand beside it.
+The type of a field is the type of its key; `Annotated[int, Bound(...)]` adds the bounds of a number, so that they stand
+beside the key.
 """
 
 import dataclasses
@@ -12,16 +12,19 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-_SHORT = {"lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps"}
+_SHORT = {
+    "lr": "learning_rate", "wd": "weight_decay", "epochs": "total_epochs", "steps": "total_steps",
+    "batch": "batch_size",
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be done; the message is one line that says which key or file, and what to do."""
+    """The user asked for something that cannot be done. The message is one line: key or file, problem, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Which numbers a key may be, in words and as a test."""
+    """The numbers that a key allows, in words and as a test."""
 
     wanted: str
     holds: Callable[[float], bool]
@@ -38,10 +41,14 @@ Portion = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < valu
 
 
 def build(hint: Any, value: Any, key: str = "") -> Any:
-    """`value` as the type `hint` of the field at `key`. Raises `ConfigError`."""
+    """Returns `value` as the type `hint` of the field at `key`. Raises `ConfigError` where it is not of that type."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__})")
+            first = dataclasses.fields(hint)[0].name
+            raise ConfigError(
+                f"{key or 'config'}: expected keys and values, found {value!r} ({type(value).__name__}); "
+                f"set a key of it, such as {key + '.' if key else ''}{first}"
+            )
         for name in value:
             check_known(hint, name, key)
         hints = typing.get_type_hints(hint, include_extras=True)
@@ -61,13 +68,15 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
     elif origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(items) == len(value):
-            return tuple(build(item, one, f"{key}[{i}]") for i, (item, one) in enumerate(zip(items, value)))
+            pairs = enumerate(zip(items, value))
+            return tuple(build(item_hint, item, f"{key}[{index}]") for index, (item_hint, item) in pairs)
     elif origin is Literal:
         if isinstance(value, str):
             return one_of(key, value, arguments)
     elif _fits(hint, value):
         return hint(value) if hint in (int, float) else value
-    raise ConfigError(f"{key}: expected {_name(hint)}, found {value!r} ({type(value).__name__})")
+    written = f"; write [{value}]" if origin is tuple and isinstance(value, str) else ""
+    raise ConfigError(f"{key}: expected {describe_type(hint)}, found {value!r} ({type(value).__name__}){written}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -90,45 +99,45 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _name(hint: Any) -> str:
-    """A type as a person would say it."""
+def describe_type(hint: Any) -> str:
+    """Returns a type in words, with its bounds, such as `a whole number above 0 or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _name(arguments[0])
+        return f"{describe_type(arguments[0])} {arguments[1].wanted}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_name(a) for a in arguments)
+        return " or ".join(map(describe_type, arguments))
     if origin is tuple:
-        return (
-            f"a list of {_name(arguments[0])}" if arguments[-1] is Ellipsis else f"({', '.join(map(_name, arguments))})"
-        )
+        if arguments[-1] is Ellipsis:
+            return f"a list of {describe_type(arguments[0])}"
+        return f"({', '.join(map(describe_type, arguments))})"
     if origin is Literal:
         return " | ".join(map(str, arguments))
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
     return plain.get(hint) or "{" + ", ".join(field.name for field in dataclasses.fields(hint)) + "}"
 
 
-def check_known(hint: Any, name: str, parent: str, whole: Any = None) -> None:
-    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, declares no key `name`.
+def check_known(hint: Any, name: str, parent: str, schema: Any = None) -> None:
+    """Raises `ConfigError` where the dataclass `hint`, at key `parent`, has no key `name`.
 
-    whole: the dataclass of the whole schema, whose other keys may be what was meant.
+    The message suggests a near miss there, or a key anywhere in the dataclass `schema`.
     """
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
-        meant = near_miss(name, fields, parent) or (_elsewhere(name, whole) if whole else "")
+        meant = near_miss(name, fields, parent) or (elsewhere(name, schema) if schema else "")
         raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
 
 
-def _elsewhere(name: str, whole: Any) -> str:
-    """The keys anywhere in a schema that end as `name`, one of its usual short forms, or nearly so."""
-    keys = flatten(dataclasses.asdict(whole()))
+def elsewhere(name: str, schema: Any, prefix: str = "") -> str:
+    """Returns ` (did you mean ...?)` with the keys that end in `name`, its long form or a close word; else nothing."""
+    keys = flatten(dataclasses.asdict(schema()))
     ends = {key.rpartition(".")[2] for key in keys}
     wanted = _SHORT.get(name) or next(iter(difflib.get_close_matches(name, ends, n=1, cutoff=0.75)), None)
-    meant = [key for key in keys if key.rpartition(".")[2] == wanted]
+    meant = [prefix + key for key in keys if key.rpartition(".")[2] == wanted]
     return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
 def one_of(key: str, value: str, options: Iterable[str]) -> str:
-    """`value`, if it is among the options; otherwise a `ConfigError` that lists them and the near miss."""
+    """Returns `value`. Raises `ConfigError` where it is none of the options, with these and the near miss."""
     options = list(options)
     if value not in options:
         raise ConfigError(f"{key}: {value!r} is none of {', '.join(options)}{near_miss(value, options)}")

@@ -1,8 +1,8 @@
 """Training: build, restore, step, log, evaluate, save.
 
-The loop dispatches a step while the one before it runs; what a step measured is read one step late, so the devices
-never wait for Python. Rows are on the disk before the checkpoint of their step is, so that a run that is killed and
-started again cuts the rows past its checkpoint and writes them anew, none doubled and none missing.
+The loop dispatches a step while the previous one runs, and reads the metrics of a step one step later, so the devices
+never wait for Python. Rows are on the disk before the checkpoint of their step. A run that is killed and started again
+deletes the rows after its checkpoint and writes them again, so that none is doubled and none is missing.
 """
 
 import contextlib
@@ -12,12 +12,11 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 
-from vit_dist.config import ConfigError, total_steps
+from vit_dist.config import ConfigError, in_steps
 from vit_dist.data.sets.examples import Source, fingerprint
 from vit_dist.data.stream.bad_examples import BadExample, TooManyBadExamples
 from vit_dist.data.stream.loader import Batches
@@ -27,6 +26,7 @@ from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.job import processes
 from vit_dist.job.preemption import StopRequest
 from vit_dist.mesh.feed import Prefetch
+from vit_dist.paths import expanded
 from vit_dist.plan.attached import plan_attached
 from vit_dist.plan.report import lines
 from vit_dist.program import Program
@@ -42,7 +42,7 @@ from vit_dist.step.state import State
 
 _log = logging.getLogger(__name__)
 
-# What an account of a compiled program can raise, of a backend that reports less or other than those known.
+# What the account of a compiled program can raise on a backend whose reports are not those known.
 _PLAN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError,
@@ -64,13 +64,13 @@ class Diverged(Exception):
 def train(
     config: Recipe, workdir: str | Path, overrides: Overrides = (), *, own_process: bool = False
 ) -> dict[str, Any]:
-    """Trains into `workdir`, going on from where it stands if it holds this run.
+    """Trains into `workdir`, and resumes there if it holds this run.
 
     Args:
       config: a recipe's name or file, or a config; see `load_config`.
       workdir: where the run is kept.
-      overrides: what is to differ from the config, such as {"batch_size": 64}.
-      own_process: this process does nothing else, so that a second Ctrl-C may end it; see `StopRequest`.
+      overrides: changes of the config, such as {"batch_size": 64}.
+      own_process: whether this process does nothing else, so that a second Ctrl-C may end it; see `StopRequest`.
 
     Returns:
       The summary: step, count, loss, top1 (of the last evaluation of the first split; None without one), seconds (of
@@ -83,92 +83,82 @@ def train(
       Diverged: for a loss that is not finite; no such state is ever saved.
     """
     settings = load_config(config, overrides)
-    workdir = Path(workdir)
+    workdir = expanded(workdir, "workdir")
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
     source = open_split(settings, "train")
+    settings = in_steps(settings, len(source))
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
-    steps = total_steps(settings, len(source))
     on_device = augments_on_device(source, settings.data)
-    for name, one in splits.items():
-        if augments_on_device(one, settings.data) != on_device:  # a mixture can be of another kind than its test set
+    for name, split in splits.items():
+        if augments_on_device(split, settings.data) != on_device:  # a mixture can be of another kind than its test set
             raise ConfigError(
-                f"evaluate.splits: of the splits {name} and train one is files and one is pixels in memory; "
-                "the model cannot take both, so prepare both alike or set data.in_memory"
+                f"evaluate.splits: one of the splits {name} and train is files and the other pixels in memory; the "
+                "model cannot take both, so prepare both alike or set data.in_memory"
             )
+    steps = settings.total_steps
+    assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
     program.check_training_batch()
-    prints = {name: fingerprint(one) for name, one in {"train": source, **splits}.items()}
-    processes.check_same("the config and the data", repr((program.settings, prints)))
+    fingerprints = {name: fingerprint(split) for name, split in {"train": source, **splits}.items()}
+    processes.check_same("the config and the data", repr((program.settings, fingerprints)))
     processes.alive()
-    # Process 0 says for all what is there: a network's disk may show it to the others later.
+    # Process 0 looks for all: a network file system may show the others an older state.
     if processes.gather(run_files.holds_run(workdir))[0]:
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
-        environment.check_same_data(workdir, prints)
-        done, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]
+        environment.check_same_data(workdir, fingerprints)
+        summary, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]
         if saved[-1] > steps:
             raise ConfigError(
                 f"total_steps: the run in {workdir} has done {saved[-1]} steps, more than the {steps} asked for; "
                 "ask for more or choose another --workdir"
             )
-        if done is not None and done["step"] == steps:
-            return done
+        if summary is not None and summary["step"] == steps:
+            return summary
     with program.in_use():
         program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
-            environment.write(workdir, environment.describe(program.mesh, prints))
+            environment.write(workdir, environment.describe(program.mesh, fingerprints))
         run_files.check_shared(workdir)
-        with StopRequest(own_process=own_process) as stop, Session(program, workdir, source, splits) as session:
-            return session.run(stop)
+        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
+            return Session(program, workdir, source, splits, opened).run(stop)
 
 
 class Session:
-    """One process's part in one stretch of a run, from start or resume to end or preemption."""
+    """One process's work from the start of a run, or its resume, to its end or preemption."""
 
-    def __init__(self, program: Program, workdir: Path, source: Source, splits: dict[str, Source]):
+    def __init__(
+        self, program: Program, workdir: Path, source: Source, splits: dict[str, Source], opened: contextlib.ExitStack
+    ):
+        """Restores the newest checkpoint or makes a new state; `opened` closes what this opens."""
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits = source, splits
+        keep, profile = self.settings.checkpoint, self.settings.profile
+        keep_best = keep.keep_best if splits else 0
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best)
+        opened.enter_context(contextlib.closing(self.checkpoints))
+        self.state, self.seconds_before = self._restore()
+        self.step = self.first_step = int(self.state.step)
+        self.bad_images = BadExampleList(workdir, resume_step=self.step)
+        self.log: MetricLog | None = None
+        self.progress: Progress | None = None
+        self.profile: StepProfile | None = None
+        if jax.process_index() == 0:  # it alone writes
+            self.log = opened.enter_context(contextlib.closing(MetricLog(workdir, resume_step=self.step)))
+            self.progress = opened.enter_context(contextlib.closing(Progress(program.steps, self.step)))
+            if profile.steps:
+                trace = StepProfile(workdir, profile.start_step, profile.steps)
+                self.profile = opened.enter_context(contextlib.closing(trace))
         self.result: dict[str, Any] | None = None  # the row that the summary and the best checkpoint go by
         self.pending: Pending | None = None
         self.host: Batches | None = None
-        self._open = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as opened:
-            keep, profile = self.settings.checkpoint, self.settings.profile
-            self.checkpoints = opened.enter_context(
-                contextlib.closing(
-                    Checkpoints(
-                        self.workdir / "checkpoints",
-                        keep_last=keep.keep_last,
-                        keep_best=keep.keep_best if self.splits else 0,
-                    )
-                )
-            )
-            self.state, self.seconds_before = self._restore()
-            self.step = self.first_step = int(self.state.step)
-            self.bad_images = BadExampleList(self.workdir, resume_step=self.step)
-            self.log = self.progress = self.profile = None
-            if jax.process_index() == 0:  # it alone writes
-                self.log = opened.enter_context(contextlib.closing(MetricLog(self.workdir, resume_step=self.step)))
-                self.progress = opened.enter_context(contextlib.closing(Progress(self.program.steps, self.step)))
-                if profile.steps:
-                    trace = StepProfile(self.workdir, profile.start_step, profile.steps)
-                    self.profile = opened.enter_context(contextlib.closing(trace))
-            self.started = time.perf_counter()
-            self._open = opened.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        processes.rest()
-        self._open.__exit__(kind, error, trace)
+        self.started = time.perf_counter()
+        opened.callback(processes.rest)
 
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
-        self._say_what_runs()
+        self._print_run()
         self.host = host = program.training_batches(self.source, self.step, program.steps)
         batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
         window = Window(self.step, host, batches)
@@ -178,10 +168,10 @@ class Session:
                 processes.alive(self.step + 1)
                 if self.step == self.first_step:
                     program.compile_together(program.train_step, self.state, batch)
-                    self._say_plan(batch)
+                    self._print_plan(batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
-                jax.block_until_ready(before)  # two steps under way are enough, and a stop is answered soon
+                jax.block_until_ready(before)  # two dispatched steps are enough, and a stop is answered soon
                 before = metrics
                 self._write_pending()
                 last = self.step == program.steps
@@ -190,7 +180,7 @@ class Session:
                     _log.info("first step, with its compilation: %.1f s", window.seconds())
                     window.restart(self.step)
                     if self.progress is not None:
-                        self.progress.update(self.step)  # the time left is reckoned from here
+                        self.progress.update(self.step)  # the time left is estimated from here
                 if last or self.step % settings.log_every == 0:
                     self.pending = Pending(self.step, metrics, window)
                 if self.profile is not None and self.step in self.profile.edges:
@@ -205,14 +195,14 @@ class Session:
                     if evaluating:
                         try:
                             self._evaluate()
-                        except TooManyBadExamples:  # what was trained is not lost for it
+                        except TooManyBadExamples:  # the training so far is not lost
                             self._save()
                             self.checkpoints.wait()
                             raise
                     if saving or (evaluating and self._is_one_of_the_best()):
                         self._save()
                     if evaluating:
-                        self._draw()  # a picture comes after what must not be lost
+                        self._draw()  # after the checkpoint, which must not be lost
                     window.restart(self.step)
                 if stopping and not last:
                     self.checkpoints.wait()
@@ -229,17 +219,20 @@ class Session:
         return State(**{"ema": None, **trees}), seconds
 
     def _save(self) -> None:
+        """Begins to save this step; rows up to it are on the disk first."""
         if self.log is not None:
             self.log.flush()
+        if self.progress is not None:
+            self.progress.line(f"saving step {self.step} to {self.workdir / 'checkpoints'}")
         metadata = {"seconds": self._seconds()}
         self.checkpoints.save(self.step, _trees(self.state), metrics=self._measured(), metadata=metadata)
 
     def _is_one_of_the_best(self) -> bool:
-        """What process 0 finds: a network's disk may show the others something else, and all save together."""
+        """Whether to save this step as one of the best. Process 0 decides, so that all processes save together."""
         return processes.gather(self.checkpoints.would_keep(self._measured()))[0]
 
     def _measured(self) -> dict[str, float] | None:
-        """What the best checkpoint goes by, where this step was evaluated."""
+        """Returns the metric that the best checkpoint goes by; None where this step was not evaluated."""
         if self.result is None or self.result["step"] != self.step:
             return None
         return {"top1": self.result["top1"]}
@@ -247,9 +240,9 @@ class Session:
     def _evaluate(self) -> None:
         """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
         for number, (split, source) in enumerate(self.splits.items()):
-            found = evaluate_source(self.program, self.state.parameters, source)
-            self._note_bad(self.step, split, found.bad, source)
-            row, name = found.row(), _row_name(split)
+            result = evaluate_source(self.program, self.state.parameters, source)
+            self._note_bad(self.step, split, result.bad, source)
+            row, name = result.row(), _row_name(split)
             self._write(name, row)
             if self.state.ema is not None:
                 row = evaluate_source(self.program, self.state.ema, source).row()
@@ -269,13 +262,13 @@ class Session:
             self.progress.line(f"{split} at step {self.step}: top1 {row['top1']:.4f}  loss {row['loss']:.4f}")
 
     def _write_pending(self) -> None:
-        """Reads and writes the metrics of the last logged step, which the devices have finished by now."""
+        """Writes the metrics of the last logged step, which the devices have finished by now."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
         row = pending.read(self.program)
         assert self.host is not None
-        bad = self.host.bad(pending.step - self.first_step)  # not of the batches that were only read ahead
+        bad = self.host.bad(pending.step - self.first_step)  # without the batches that were only read ahead
         skipped = self._note_bad(pending.step, "train", bad, self.source)
         row |= {"skipped": skipped} if skipped else {}
         if self.log is not None:
@@ -288,13 +281,13 @@ class Session:
     def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
         wrong = {name: float(metrics[name]) for name in ("loss", "param_norm") if not math.isfinite(metrics[name])}
         if wrong:
-            found = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+            values = ", ".join(f"{name} is {value}" for name, value in wrong.items())
             saved = self.checkpoints.latest()
-            left = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
-            raise Diverged(f"step {step}: {found}; {left}; lower optimizer.learning_rate?")
+            last = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
+            raise Diverged(f"step {step}: {values}; {last}; lower optimizer.learning_rate?")
 
     def _note_bad(self, step: int, split: str, bad: Sequence[BadExample], source: Source) -> int:
-        """Lists what was skipped, over all processes, and stops the run where it is too much; returns the count."""
+        """Lists the examples that any process skipped and returns their count; ends the run if they are too many."""
         data = self.settings.data
         if data.on_bad == "error":
             return 0
@@ -322,8 +315,8 @@ class Session:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _say_what_runs(self) -> None:
-        """The parameters, and what runs where, for whoever reads the log."""
+    def _print_run(self) -> None:
+        """Prints the parameters, the mesh, the length of the run and where images are augmented."""
         if self.progress is None:
             return
         self.progress.line(parameter_table(self.state.parameters))
@@ -337,17 +330,17 @@ class Session:
         if self.settings.checkpoint.keep_best and not self.splits:
             self.progress.line("nothing is evaluated, so checkpoint.keep_best finds no best: the newest alone are kept")
         if self.step:
-            self.progress.line(f"going on from step {self.step}")
+            self.progress.line(f"resuming from step {self.step}")
 
-    def _say_plan(self, batch: dict[str, jax.Array]) -> None:
-        """What the step needs and how long it should take; compiles it."""
+    def _print_plan(self, batch: dict[str, jax.Array]) -> None:
+        """Compiles the training step and prints the memory and time that it needs."""
         if self.progress is None:
             return
         step = self.program.train_step
         executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
         try:
             planned = lines(plan_attached(self.program, executable, self.state, batch))
-        except _PLAN_ERRORS as error:  # a run does not end because nobody can say how long it will take
+        except _PLAN_ERRORS as error:  # a run does not need its plan
             _log.warning("no plan of this run can be made (%s: %s); it goes on", type(error).__name__, error)
             return
         for line in planned:
@@ -355,23 +348,23 @@ class Session:
 
 
 def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:
-    """The row that an earlier session ended with; empty where nothing was evaluated."""
+    """Returns the last evaluation's row of an earlier session; empty where nothing was evaluated."""
     names = [_row_name(split) for split in splits[:1]]
     rows = [row for row in read_rows(workdir) if row["split"] in (*names, *(f"{name}/ema" for name in names))]
     return max(rows, key=lambda row: (row["step"], row["split"]), default={})
 
 
 def _row_name(split: str) -> str:
-    """How the rows of an evaluation are named: as its split, unless these are the rows of the training steps."""
+    """Returns the name of an evaluation's rows: its split, but not `train`, which names the rows of training steps."""
     return "train/evaluated" if split == "train" else split
 
 
 def _due(every: int, step: int, last: bool) -> bool:
-    """Whether what is done `every` so many steps (0: never), and at the end, is due after `step`."""
+    """Whether to do after `step` what is done every so many steps (0: never) and at the end."""
     return bool(every) and (last or step % every == 0)
 
 
 def _trees(state: State) -> dict[str, Any]:
-    """The state as the named trees of a checkpoint; an average that is not kept has none."""
+    """Returns the state as the named trees of a checkpoint, without `ema` where none is kept."""
     names = [field.name for field in dataclasses.fields(State)]
     return {name: getattr(state, name) for name in names if getattr(state, name) is not None}

@@ -5,6 +5,7 @@ never interrupted would have written: rows past the step resumed from are cut be
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from vit_dist.run.clu_writers import SummaryWriter, metric_writers, periodic_act
 from vit_dist.run.files import write_atomically
 
 ROWS = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -150,6 +152,7 @@ class StepProfile(periodic_actions.PeriodicAction):
         """Ends a trace that is under way; the last step must have been waited for, or the trace lacks it."""
         if self._tracing:
             jax.profiler.stop_trace()
+            _log.info("the profile is in %s", self._directory)
             self._tracing = False
 
 

@@ -487,7 +487,7 @@ def test_a_full_disk_is_one_line_and_no_set(photos: Path, tmp_path: Path) -> Non
 
     done = _command(photos, tmp_path / "x", preexec_fn=no_room)
     assert done.returncode == 2 and done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if "taken for" not in line]
+    errors = [line for line in done.stderr.splitlines() if "recognised as" not in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and "File too large" in errors[0]
     assert not list((tmp_path / "x").rglob("*.tmp")) and not list((tmp_path / "x").rglob("*.array_record"))
     assert _command(photos, tmp_path / "x").returncode == 0

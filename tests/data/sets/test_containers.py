@@ -23,24 +23,23 @@ BATCH = 500
 
 @pytest.fixture(scope="module")
 def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource]:
-
     packed = Path(__file__).parents[4] / "shared/data/cifar10/test.tar.gz"
     if not packed.exists():
         pytest.skip(f"{packed} is not here")
-    place = tmp_path_factory.mktemp("cifar10")
+    root = tmp_path_factory.mktemp("cifar10")
 
-    def opened(source: str, path: Path) -> FileSource:
-        found = open_source(Data(source=source, path=str(path), cache_dir=str(place / "cache")), "test")
-        assert isinstance(found, FileSource)
-        return found
+    def opened(name: str, path: Path) -> FileSource:
+        source = open_source(Data(source=name, path=str(path), cache_dir=str(root / "cache")), "test")
+        assert isinstance(source, FileSource)
+        return source
 
     with tarfile.open(packed) as tar:
-        tar.extractall(place / "folder", filter="data")
-    found = {"tar": opened("tar", packed.parent), "folder": opened("folder", place / "folder")}
-    prepare(str(place / "folder"), str(place / "records"), data=Data(cache_dir=str(place / "cache")))
-    found["array_record"] = opened("array_record", place / "records")
+        tar.extractall(root / "folder", filter="data")
+    sources = {"tar": opened("tar", packed.parent), "folder": opened("folder", root / "folder")}
+    prepare(str(root / "folder"), str(root / "records"), data=Data(cache_dir=str(root / "cache")))
+    sources["array_record"] = opened("array_record", root / "records")
 
-    images = found["folder"]
+    images = sources["folder"]
     order = np.random.default_rng(0).permutation(len(images))  # a Parquet file need not lie in the order of ids
     names = pyarrow.array([images.names[i] for i in order])
     encoded = pyarrow.array([images.read(i) for i in order])
@@ -51,14 +50,14 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource
             "label": pyarrow.array(images.labels[order].astype(np.int64)),
         }
     ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    (place / "parquet").mkdir()
-    parquet.write_table(table, place / "parquet/test-00000-of-00001.parquet", row_group_size=100)
-    found["parquet"] = opened("parquet", place / "parquet")
-    return found
+    (root / "parquet").mkdir()
+    parquet.write_table(table, root / "parquet/test-00000-of-00001.parquet", row_group_size=100)
+    sources["parquet"] = opened("parquet", root / "parquet")
+    return sources
 
 
 def stream(source: FileSource) -> list[dict[str, np.ndarray]]:
-    """Two epochs and a bit, of every seventh part of each batch."""
+    """Two epochs and a bit, of the first seventh of each batch."""
     rows = range(BATCH // 7)
     return list(
         train_batches(
@@ -82,6 +81,6 @@ def test_every_container_has_the_same_ids_labels_and_bytes(containers: dict[str,
 def test_every_container_makes_the_same_stream_of_pixels(containers: dict[str, FileSource]) -> None:
     streams = {name: stream(source) for name, source in containers.items()}
     for step, expected in enumerate(streams["folder"]):
-        for found in streams.values():
-            assert all(np.array_equal(found[step][name], expected[name]) for name in ("id", "label", "image"))
+        for batches in streams.values():
+            assert all(np.array_equal(batches[step][name], expected[name]) for name in ("id", "label", "image"))
     assert len(streams["folder"]) == 41

@@ -19,7 +19,7 @@ from peak import PEAK_BYTES
 from vit_dist.config import ConfigError, Data
 from vit_dist.data.sets import index
 from vit_dist.data.sets.examples import file_source
-from vit_dist.data.sets.index import Index, Names, in_order, kept
+from vit_dist.data.sets.index import Index, Names, cached, sorted_index
 from vit_dist.data.sets.sources import open_source
 
 
@@ -41,29 +41,29 @@ def test_a_million_names_take_no_more_than_their_bytes() -> None:
 
 
 def test_ids_follow_class_then_name_and_spans_go_along() -> None:
-    found = in_order(["a", "b"], ["b/2", "a/9", "b/1", "a/1"], [1, 0, 1, 0], [(0, i, 1) for i in range(4)])
-    assert list(found.names) == ["a/1", "a/9", "b/1", "b/2"]
-    assert found.labels.tolist() == [0, 0, 1, 1] and found.labels.dtype == np.int32
-    assert found.spans is not None and found.spans[:, 1].tolist() == [3, 1, 2, 0]
+    result = sorted_index(["a", "b"], ["b/2", "a/9", "b/1", "a/1"], [1, 0, 1, 0], [(0, i, 1) for i in range(4)])
+    assert list(result.names) == ["a/1", "a/9", "b/1", "b/2"]
+    assert result.labels.tolist() == [0, 0, 1, 1] and result.labels.dtype == np.int32
+    assert result.spans is not None and result.spans[:, 1].tolist() == [3, 1, 2, 0]
 
 
 def test_labels_follow_the_classes_of_the_train_split() -> None:
-    found = in_order(["b", "d"], ["b/1", "d/1"], [0, 1])
-    assert found.with_classes(("a", "b", "c", "d"), "here").labels.tolist() == [1, 3]
-    with pytest.raises(ConfigError, match="here: class 'd' is not among the 2"):
-        found.with_classes(("a", "b"), "here")
+    result = sorted_index(["b", "d"], ["b/1", "d/1"], [0, 1])
+    assert result.with_classes(("a", "b", "c", "d"), "test").labels.tolist() == [1, 3]
+    with pytest.raises(ConfigError, match="test: class 'd' is not among the 2"):
+        result.with_classes(("a", "b"), "test")
 
 
 def test_ids_follow_the_train_splits_order_of_classes_and_spans_go_along() -> None:
-    found = in_order(["b", "d"], ["b/1", "b/2", "d/1", "d/2"], [0, 0, 1, 1], [(0, i, 1) for i in range(4)])
-    other = found.with_classes(("d", "b"), "here")
+    result = sorted_index(["b", "d"], ["b/1", "b/2", "d/1", "d/2"], [0, 0, 1, 1], [(0, i, 1) for i in range(4)])
+    other = result.with_classes(("d", "b"), "test")
     assert list(other.names) == ["d/1", "d/2", "b/1", "b/2"] and other.labels.tolist() == [0, 0, 1, 1]
     assert other.spans is not None and other.spans[:, 1].tolist() == [2, 3, 0, 1]
 
 
 @pytest.fixture
 def large() -> Index:
-    return in_order(["a", "b"], [f"{number:05}" for number in range(12_000)], [0, 1] * 6_000)
+    return sorted_index(["a", "b"], [f"{number:05}" for number in range(12_000)], [0, 1] * 6_000)
 
 
 def test_a_large_index_is_built_once_and_anew_when_its_stamp_changes(large: Index, tmp_path: Path) -> None:
@@ -74,30 +74,30 @@ def test_a_large_index_is_built_once_and_anew_when_its_stamp_changes(large: Inde
         return large
 
     for stamp, count in (("one", 1), ("one", 1), ("two", 2), ("two", 2), ("one", 3)):
-        found = kept("set", stamp, str(tmp_path), build)
+        result = cached("set", stamp, str(tmp_path), build)
         assert len(built) == count
-        assert list(found.names[:3]) == list(large.names[:3]) and np.array_equal(found.labels, large.labels)
-        assert found.class_names == large.class_names and found.spans is None
-    kept("another set", "one", str(tmp_path), build)
+        assert list(result.names[:3]) == list(large.names[:3]) and np.array_equal(result.labels, large.labels)
+        assert result.class_names == large.class_names and result.spans is None
+    cached("another set", "one", str(tmp_path), build)
     assert len(built) == 4
 
 
 def test_an_index_of_another_format_is_not_read(large: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept("set", "one", str(tmp_path), lambda: large)
+    cached("set", "one", str(tmp_path), lambda: large)
     other = dataclasses.replace(large, class_names=("c", "d"))
-    assert kept("set", "one", str(tmp_path), lambda: other).class_names == ("a", "b")
+    assert cached("set", "one", str(tmp_path), lambda: other).class_names == ("a", "b")
     monkeypatch.setattr(index, "_FORMAT", 99)
-    assert kept("set", "one", str(tmp_path), lambda: other).class_names == ("c", "d")
+    assert cached("set", "one", str(tmp_path), lambda: other).class_names == ("c", "d")
 
 
-def test_an_index_says_what_its_making_had_to_say_whenever_it_is_opened(
+def test_an_index_logs_its_notes_whenever_it_is_opened(
     large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     large = dataclasses.replace(large, split="val", notes=("left out 3 files", "and ä"))
     for _ in range(2):
         caplog.clear()
-        found = kept("set", "one", str(tmp_path), lambda: large)
-        assert found.split == "val" and file_source("here", "val", found, Nothing()).split == "val"
+        result = cached("set", "one", str(tmp_path), lambda: large)
+        assert result.split == "val" and file_source("test", "val", result, Nothing()).split == "val"
         assert [record.message for record in caplog.records] == ["left out 3 files", "and ä"]
 
 
@@ -106,7 +106,7 @@ class Nothing:
         raise OSError
 
 
-def test_who_waits_for_an_index_says_so_and_others_do_not_wait(
+def test_an_index_in_the_making_holds_up_only_those_that_need_it(
     large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -118,11 +118,11 @@ def test_who_waits_for_an_index_says_so_and_others_do_not_wait(
         return large
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each with a lock of its own, as two processes
-        first = pool.submit(kept, "set", "one", str(tmp_path), slowly)
+        first = pool.submit(cached, "set", "one", str(tmp_path), slowly)
         assert building.wait(30)
-        kept("another set", "one", str(tmp_path), lambda: large)
+        cached("another set", "one", str(tmp_path), lambda: large)
         assert "waiting" not in caplog.text
-        second = pool.submit(kept, "set", "one", str(tmp_path), slowly)
+        second = pool.submit(cached, "set", "one", str(tmp_path), slowly)
         while "waiting for another process that indexes set" not in caplog.text:
             assert not second.done()
             time.sleep(0.01)
@@ -134,35 +134,35 @@ def test_who_waits_for_an_index_says_so_and_others_do_not_wait(
 
 
 def test_an_index_that_is_there_is_read_while_another_holds_the_lock(large: Index, tmp_path: Path) -> None:
-    kept("set", "one", str(tmp_path), lambda: large)
+    cached("set", "one", str(tmp_path), lambda: large)
     (file,) = tmp_path.glob("*.npz")
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert len(kept("set", "one", str(tmp_path), lambda: large)) == 12_000
+        assert len(cached("set", "one", str(tmp_path), lambda: large)) == 12_000
 
 
-def test_a_small_index_is_not_kept(tmp_path: Path) -> None:
-    kept("set", "one", str(tmp_path), lambda: in_order(["a"], ["1"], [0]))
+def test_a_small_index_is_not_cached(tmp_path: Path) -> None:
+    cached("set", "one", str(tmp_path), lambda: sorted_index(["a"], ["1"], [0]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_index_is_built_again(large: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kept("set", "one", str(tmp_path), lambda: large)
+    cached("set", "one", str(tmp_path), lambda: large)
     (file,) = tmp_path.glob("*.npz")
-    whole = file.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], whole[:100] + bytes(1000) + whole[1100:]):
+    original = file.read_bytes()
+    for damaged in (b"", original[: len(original) // 2], original[:100] + bytes(1000) + original[1100:]):
         file.write_bytes(damaged)
-        assert list(kept("set", "one", str(tmp_path), lambda: large).names) == list(large.names)
+        assert list(cached("set", "one", str(tmp_path), lambda: large).names) == list(large.names)
         assert "building that index again" in caplog.text
-        assert file.read_bytes() == whole  # and is deterministic
+        assert file.read_bytes() == original  # and is deterministic
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_only_time(large: Index, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert kept("set", "one", str(tmp_path / "file"), lambda: large) is large
+    assert cached("set", "one", str(tmp_path / "file"), lambda: large) is large
 
 
-def test_a_home_folder_that_nobody_knows_costs_only_time(
+def test_an_unknown_home_folder_costs_only_time(
     large: Index, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unknown() -> Path:
@@ -170,15 +170,15 @@ def test_a_home_folder_that_nobody_knows_costs_only_time(
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", unknown)
-    assert kept("set", "one", None, lambda: large) is large
-    assert kept("set", "one", "~no such user/x", lambda: large) is large
+    assert cached("set", "one", None, lambda: large) is large
+    assert cached("set", "one", "~no such user/x", lambda: large) is large
     assert caplog.text.count("cannot keep the index of set: data.cache_dir: ") == 2
 
 
-def test_a_folder_is_walked_again_only_when_an_entry_came_or_went(
+def test_a_folder_is_walked_again_only_when_an_entry_is_added_or_removed(
     image_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(index, "_CACHED_FROM", 1)
     data = Data(source="folder", path=str(image_set), cache_dir=str(tmp_path / "cache"))
     for folder in (image_set / "train", *(image_set / "train").iterdir()):
         os.utime(folder, ns=(1, 1))  # long ago: what has just changed is not trusted
@@ -220,12 +220,12 @@ def test_an_index_of_1_200_000_files_is_read_in_seconds_and_within_a_gigabyte(tm
         "print(len(source), source.names[777_777], fingerprint(source), time.perf_counter() - begun, "
         "peak_bytes())\n"
     )
-    said = []
+    outputs = []
     for _ in range(2):
         command = [sys.executable, "-c", code, str(tmp_path / "set"), str(tmp_path / "cache")]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
-        said.append(done.stdout.split())
-    (first, second) = said
+        outputs.append(done.stdout.split())
+    (first, second) = outputs
     print("built and read:", first, second)
     assert first[:3] == second[:3] and second[0] == "1200000"
     assert float(second[3]) < 10 and float(second[4]) < 1e9

@@ -1,4 +1,4 @@
-"""Several sets as one: joined by class name, each seen by its weight, and named where one of them cannot be joined."""
+"""Mixtures: sets are joined by class name and seen by weight, and a set that cannot be joined is named."""
 
 import dataclasses
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vit_dist.config import ConfigError, Data, Part
+from vit_dist.config import ConfigError, Data, MixtureSource
 from vit_dist.data.pictures.images import decode
 from vit_dist.data.sets.examples import ArraySource, FileSource, Source, fingerprint
 from vit_dist.data.sets.mixture import open_mixture
@@ -31,10 +31,11 @@ def other_set(tmp_path: Path, encode: Callable[..., bytes]) -> Path:
 
 
 def _data(*paths: Path, weights: tuple[float | None, ...] = (), **keys: object) -> Data:
-    parts = tuple(
-        Part("folder", str(path), weight) for path, weight in zip(paths, weights or [None] * len(paths), strict=True)
+    sources = tuple(
+        MixtureSource("folder", str(path), weight)
+        for path, weight in zip(paths, weights or [None] * len(paths), strict=True)
     )
-    return Data(**{"source": "folder", "path": str(paths[0]), "mixture": parts, **keys})  # type: ignore[arg-type]
+    return Data(**{"source": "folder", "path": str(paths[0]), "mixture": sources, **keys})  # type: ignore[arg-type]
 
 
 def _files(data: Data, split: str = "train") -> FileSource:
@@ -49,27 +50,27 @@ def _fails(message: str, data: Data, split: str = "train") -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_parts_stand_one_after_another_under_the_names_of_all_classes(image_set: Path, other_set: Path) -> None:
+def test_sources_are_joined_end_to_end_with_the_classes_of_all(image_set: Path, other_set: Path) -> None:
     source = _files(_data(image_set, other_set))
     assert source.class_names == ("ant", "cat", "dog") and source.labels.dtype == np.int32
     assert source.labels.tolist() == [1] * 5 + [2] * 8 + [0] * 2 + [2] * 3
-    assert source.parts == ()
+    assert source.mixture == ()
     assert source.name(0) == f"{image_set}/train/cat/0.png" and source.name(15) == f"{other_set}/train/dog/0.png"
     for index in range(len(source)):
         assert source.read(index) == Path(source.name(index)).read_bytes()
-    there = pickle.loads(pickle.dumps(source))
-    assert [there.read(index) for index in range(18)] == [source.read(index) for index in range(18)]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [copy.read(index) for index in range(18)] == [source.read(index) for index in range(18)]
 
 
-def test_classes_that_all_parts_share_keep_their_order() -> None:
-    def open_one(data: Data, split: str) -> Source:
+def test_classes_that_all_sources_share_keep_their_order() -> None:
+    def open_set(data: Data, split: str) -> Source:
         return ArraySource(np.zeros((3, 1, 1, 1), np.uint8), np.arange(3, dtype=np.int32), ("z", "a", "m"))
 
-    source = open_mixture(_data(Path("a"), Path("b")), "train", open_one)
+    source = open_mixture(_data(Path("a"), Path("b")), "train", open_set)
     assert source.class_names == ("z", "a", "m") and source.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_names_are_told_below_what_the_parts_have_in_common(image_set: Path, other_set: Path) -> None:
+def test_names_are_relative_to_the_folder_that_holds_all_sources(image_set: Path, other_set: Path) -> None:
     source = _files(_data(image_set, other_set))
     assert source.where == str(image_set.parent) and source.names[0] == "set/train/cat/0.png"
     same = _files(_data(image_set, image_set))
@@ -81,23 +82,23 @@ def test_names_are_told_below_what_the_parts_have_in_common(image_set: Path, oth
     assert fingerprint(_files(_data(*paths))) == before
     source = dataclasses.replace(source, where="gs://bucket/train")
 
-    def open_one(data: Data, split: str) -> Source:
+    def open_set(data: Data, split: str) -> Source:
         return source if data.path == "a" else dataclasses.replace(source, where="/data/train")
 
-    far = open_mixture(_data(Path("a"), Path("b")), "train", open_one)
+    far = open_mixture(_data(Path("a"), Path("b")), "train", open_set)
     assert far.name(0) == "gs://bucket/train/set/train/cat/0.png"
     assert far.name(18) == "/data/train/set/train/cat/0.png"
 
 
 def test_weights_travel_with_the_source_into_the_order(image_set: Path, other_set: Path) -> None:
     source = _files(_data(image_set, other_set, weights=(1.0, 3.0)))
-    assert source.parts == ((13, 1.0), (5, 3.0)) and source.split == "train"
-    sizes, weights = tuple(size for size, _ in source.parts), tuple(weight for _, weight in source.parts)
+    assert source.mixture == ((13, 1.0), (5, 3.0)) and source.split == "train"
+    sizes, weights = tuple(size for size, _ in source.mixture), tuple(weight for _, weight in source.mixture)
     ids = Order(0, sizes, weights).ids(np.arange(BLOCK))
     assert [(ids < 13).sum(), (ids >= 13).sum()] == list(block_slots((1.0, 3.0))) == [4096, 12288]
 
 
-def test_weights_are_for_all_parts_or_none_and_above_0(image_set: Path, other_set: Path) -> None:
+def test_weights_are_set_for_all_sources_or_none_and_above_0(image_set: Path, other_set: Path) -> None:
     _fails(r"data.mixture\[1\].weight: not set, but others", _data(image_set, other_set, weights=(1.0, None)))
     _fails(
         r"data.mixture\[0\].weight: must be above 0 and finite, found 0",
@@ -114,18 +115,18 @@ def test_evaluation_splits_are_labelled_as_training_is(
         test = _files(_data(image_set, other_set), "test")
     assert test.class_names == ("ant", "cat", "dog") and test.labels.tolist() == [1] * 3 + [2] * 4
     assert "no images to evaluate on of 1 classes of data.mixture, such as 'ant'" in caplog.text
-    assert test.name(0) == f"{image_set}/test/cat/0.png" and test.parts == () and test.split == "test"
+    assert test.name(0) == f"{image_set}/test/cat/0.png" and test.mixture == () and test.split == "test"
     alone = _data(other_set, path=str(image_set))  # cats are evaluated on, but not trained on
     _fails("data.path: class 'cat' is none of the 2 of data.mixture; .*data.source and data.path", alone, "test")
     assert len(_files(dataclasses.replace(alone, classes=("dog",)), "test")) == 4
     _fails("data.path: class '0' is none of the 3", _data(image_set, other_set, source="digits", path=None), "test")
 
 
-def test_chosen_classes_are_taken_of_each_part_that_has_them(image_set: Path, other_set: Path) -> None:
+def test_chosen_classes_are_taken_from_each_source_that_has_them(image_set: Path, other_set: Path) -> None:
     data = _data(image_set, other_set, weights=(1.0, 1.0), classes=("dog", "ant"))
     train, test = _files(data), _files(data, "test")
     assert train.class_names == test.class_names == ("dog", "ant")
-    assert train.labels.tolist() == [0] * 8 + [1] * 2 + [0] * 3 and train.parts == ((8, 1.0), (5, 1.0))
+    assert train.labels.tolist() == [0] * 8 + [1] * 2 + [0] * 3 and train.mixture == ((8, 1.0), (5, 1.0))
     assert test.labels.tolist() == [0] * 4
     chosen = dataclasses.replace(data, classes=("ant",))
     _fails(r"data.mixture\[0\]: has none of data.classes, such as 'ant'", chosen)
@@ -133,10 +134,10 @@ def test_chosen_classes_are_taken_of_each_part_that_has_them(image_set: Path, ot
     _fails("data.classes: 'dgo' is not among the data's 3 classes .*dog", dataclasses.replace(data, classes=("dgo",)))
 
 
-def test_a_fraction_is_of_each_class_of_each_part(image_set: Path, other_set: Path) -> None:
+def test_a_fraction_is_of_each_class_of_each_source(image_set: Path, other_set: Path) -> None:
     data = _data(image_set, other_set, weights=(1.0, 2.0), fraction=0.5)
     train = _files(data)
-    assert train.labels.tolist() == [1] * 3 + [2] * 4 + [0] + [2] * 2 and train.parts == ((7, 1.0), (3, 2.0))
+    assert train.labels.tolist() == [1] * 3 + [2] * 4 + [0] + [2] * 2 and train.mixture == ((7, 1.0), (3, 2.0))
     for index in range(len(train)):
         assert train.read(index) == Path(train.name(index)).read_bytes()
     assert len(_files(data, "test")) == 7
@@ -148,29 +149,33 @@ def test_a_mixture_of_pixels_is_pixels(image_set: Path, other_set: Path) -> None
     files = _files(_data(image_set, other_set))
     pixels = open_source(_data(image_set, other_set, weights=(1.0, 3.0), in_memory=True), "train")
     assert isinstance(pixels, ArraySource) and pixels.images.shape == (18, 12, 10, 3)
-    assert pixels.parts == ((13, 1.0), (5, 3.0)) and np.array_equal(pixels.labels, files.labels)
+    assert pixels.mixture == ((13, 1.0), (5, 3.0)) and np.array_equal(pixels.labels, files.labels)
     assert all(np.array_equal(pixels.images[i], decode(files.read(i), 3)) for i in range(18))
-    digits = Data(mixture=(Part("digits", None, 2.0), Part("digits", None, 1.0)))
+    digits = Data(mixture=(MixtureSource("digits", None, 2.0), MixtureSource("digits", None, 1.0)))
     twice, once = open_source(digits, "train"), open_source(Data(), "train")
     assert isinstance(twice, ArraySource) and isinstance(once, ArraySource)
-    assert twice.parts == ((1437, 2.0), (1437, 1.0)) and twice.class_names == once.class_names
+    assert twice.mixture == ((1437, 2.0), (1437, 1.0)) and twice.class_names == once.class_names
     assert np.array_equal(twice.images, np.concatenate([once.images, once.images]))
     assert len(open_source(digits, "test")) == 360
 
 
 def test_what_does_not_mix_is_named(image_set: Path, other_set: Path) -> None:
-    kinds = Data(mixture=(Part("digits"), Part("folder", str(image_set))))
-    _fails("data.mixture: part 1 is image files, part 0 an array of pixels; .*vit-dist prepare", kinds)
+    kinds = Data(mixture=(MixtureSource("digits"), MixtureSource("folder", str(image_set))))
+    _fails("data.mixture: source 1 is image files, source 0 an array of pixels; .*vit-dist prepare", kinds)
     _fails(r"data.mixture\[1\]: data.path: no such file or folder: .*nowhere", _data(image_set, Path("/nowhere")))
-    _fails(r"data.mixture\[0\]: data.source: 'foldr' is none of", Data(mixture=(Part("foldr", str(image_set)),)))
-    _fails("data.mixture: takes .*data.memory_limit_gb", Data(mixture=(Part("digits"),) * 2, memory_limit_gb=1e-4))
+    _fails(
+        r"data.mixture\[0\]: data.source: 'foldr' is none of", Data(mixture=(MixtureSource("foldr", str(image_set)),))
+    )
+    _fails(
+        "data.mixture: takes .*data.memory_limit_gb", Data(mixture=(MixtureSource("digits"),) * 2, memory_limit_gb=1e-4)
+    )
 
-    def open_one(data: Data, split: str) -> Source:
-        size, count = (int(part) for part in str(data.path).split())
+    def open_set(data: Data, split: str) -> Source:
+        size, count = (int(number) for number in str(data.path).split())
         return ArraySource(np.zeros((count, size, size, 1), np.uint8), np.zeros(count, np.int32), ("a",))
 
-    with pytest.raises(ConfigError, match=r"data.mixture\[1\]: images of 3x3x1, but those of part 0 are 2x2x1"):
-        open_mixture(_data(Path("2 4"), Path("3 4")), "train", open_one)
+    with pytest.raises(ConfigError, match=r"data.mixture\[1\]: images of 3x3x1, but those of source 0 are 2x2x1"):
+        open_mixture(_data(Path("2 4"), Path("3 4")), "train", open_set)
     with pytest.raises(ConfigError, match=r"data.mixture\[1\]: holds no examples"):
-        open_mixture(_data(Path("2 4"), Path("2 0")), "train", open_one)
-    assert len(open_mixture(_data(Path("2 4"), Path("2 3")), "train", open_one)) == 7
+        open_mixture(_data(Path("2 4"), Path("2 0")), "train", open_set)
+    assert len(open_mixture(_data(Path("2 4"), Path("2 3")), "train", open_set)) == 7

@@ -1,4 +1,4 @@
-"""What lies in a place is told from its files, each split is prepared once and under its own name."""
+"""A set's source is recognised by its files, and each split is prepared once, under its own name."""
 
 import io
 import re
@@ -62,7 +62,7 @@ def _splits(source: Path, kind: str | None = None) -> list[str]:
         (["ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"], "imagenet_tar"),
     ],
 )
-def test_the_kind_is_told_from_names(tmp_path: Path, files: list[str], kind: str) -> None:
+def test_the_source_is_recognised_by_file_names(tmp_path: Path, files: list[str], kind: str) -> None:
     assert recognise(_touch(tmp_path, *files)) == kind
 
 
@@ -76,21 +76,19 @@ def test_the_kind_is_told_from_names(tmp_path: Path, files: list[str], kind: str
         (["1.jpg", "1.json"], "webdataset"),
     ],
 )
-def test_the_kind_of_a_tar_is_told_from_its_first_members(
-    tmp_path: Path, tar: Tar, members: list[str], kind: str
-) -> None:
-    for place in ("train-0000.tar", "below/train/0000.tar", "gz/train.tar.gz"):
-        tar(place, *members)
+def test_a_tar_is_recognised_by_its_first_members(tmp_path: Path, tar: Tar, members: list[str], kind: str) -> None:
+    for file in ("train-0000.tar", "below/train/0000.tar", "gz/train.tar.gz"):
+        tar(file, *members)
     assert recognise(tmp_path) == recognise(tmp_path / "below") == recognise(tmp_path / "gz") == kind
     assert recognise(tmp_path / "gz" / "train.tar.gz") == kind
 
 
-def test_what_is_none_or_several_of_them_is_said_in_a_line(tmp_path: Path, tar: Tar) -> None:
+def test_an_unknown_or_ambiguous_set_is_an_error_of_one_line(tmp_path: Path, tar: Tar) -> None:
     tar("text.tar", "a.txt", "b.txt")
     tar("mixed/train.tar", "train/cat/1.png")
     _touch(tmp_path, "mixed/train.npz", "deep/default/train/0000.parquet", "notes.txt")
     (tmp_path / "no.tar").write_bytes(b"no tar at all" * 100)
-    for place, message in (
+    for name, message in (
         ("text.tar", "no data set that is known by its files"),
         ("notes.txt", "no data set that is known by its files"),
         ("mixed", "may be npz or tar; say which with --source, one of digits, "),
@@ -98,13 +96,13 @@ def test_what_is_none_or_several_of_them_is_said_in_a_line(tmp_path: Path, tar: 
         ("no.tar", "cannot be read"),
         ("nowhere", "no such file or folder"),
     ):
-        with pytest.raises(ConfigError, match=f"{re.escape(place)}: .*{message}") as caught:
-            recognise(tmp_path / place)
+        with pytest.raises(ConfigError, match=f"{re.escape(name)}: .*{message}") as caught:
+            recognise(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert recognise(tmp_path / "deep" / "default") == "parquet"
 
 
-def test_one_file_of_several_is_answered_with_their_folder(tmp_path: Path, tar: Tar, image_set: Path) -> None:
+def test_one_file_of_a_set_is_refused_and_its_folder_asked_for(tmp_path: Path, tar: Tar, image_set: Path) -> None:
     shards = tar("shards/train-0000.tar", "1.jpg", "1.cls")
     (tmp_path / "tars").mkdir()
     with tarfile.open(tmp_path / "tars" / "train.tar.gz", "w:gz") as stream:
@@ -121,7 +119,7 @@ def test_one_file_of_several_is_answered_with_their_folder(tmp_path: Path, tar: 
     assert _splits(tmp_path / "tars") == ["train"]
 
 
-def test_a_split_goes_by_the_name_it_was_found_under(tmp_path: Path, tar: Tar, image_set: Path) -> None:
+def test_a_split_keeps_the_name_that_the_set_uses(tmp_path: Path, tar: Tar, image_set: Path) -> None:
     assert _splits(image_set) == ["train", "test"]
     shutil.move(image_set / "test", image_set / "validation")
     assert _splits(image_set) == ["train", "val"]
@@ -137,12 +135,13 @@ def test_a_split_goes_by_the_name_it_was_found_under(tmp_path: Path, tar: Tar, i
     assert _splits(tmp_path / "records") == ["train", "val"]
 
 
-def test_a_sample_knows_images_at_both_ends_and_their_shape() -> None:
-    def of(images: np.ndarray) -> str:
+def test_a_sample_covers_both_ends_of_a_split_and_the_shape() -> None:
+    def digest(images: np.ndarray) -> str:
         return sample(ArraySource(images, np.zeros(len(images), np.int32), ("a",)))
 
     images = np.zeros((50, 4, 6, 1), np.uint8)
     first, last = images.copy(), images.copy()
     first[0, 0, 0], last[-1, -1, -1] = 1, 1
-    assert len({of(images), of(first), of(last), of(images.reshape(50, 6, 4, 1)), of(images[:1])}) == 5
-    assert of(images) == of(images.copy())
+    variants = (images, first, last, images.reshape(50, 6, 4, 1), images[:1])
+    assert len({digest(variant) for variant in variants}) == 5
+    assert digest(images) == digest(images.copy())

@@ -114,16 +114,16 @@ def test_a_missing_idx_file_is_named_with_where_to_get_it(idx_set: Path) -> None
 
 def test_damaged_idx_files_are_named(idx_set: Path) -> None:
     images, labels = idx_set / "t10k-images-idx3-ubyte", idx_set / "t10k-labels-idx1-ubyte"
-    whole = images.read_bytes()
-    images.write_bytes(whole[:-1])
+    original = images.read_bytes()
+    images.write_bytes(original[:-1])
     _fails(r"t10k-images.*do not fit its header, which says \(7, 5, 4\)", "idx", idx_set, "test")
-    images.write_bytes(whole[:9])
+    images.write_bytes(original[:9])
     _fails("t10k-images.*do not fit", "idx", idx_set, "test")
     images.write_bytes(labels.read_bytes())
     _fails("t10k-images.*begins with 00000801, expected 00000803", "idx", idx_set, "test")
     images.write_bytes(b"")
     _fails("t10k-images.*begins with nothing", "idx", idx_set, "test")
-    images.write_bytes(whole)
+    images.write_bytes(original)
     labels.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 6]) + bytes(6))
     _fails("6 labels for the 7 images", "idx", idx_set, "test")
     packed = idx_set / "train-images-idx3-ubyte.gz"
@@ -192,10 +192,10 @@ def test_val_stands_for_test_and_test_for_val(image_set: Path, pack: Callable[..
     pack(image_set / "validation", image_set / "val.tar")
     alone = _files("tar", image_set, "test")
     assert_same(alone, test)
-    assert [one.split for one in (test, renamed, whole, alone)] == ["test", "validation", "validation", "val"]
+    assert [source.split for source in (test, renamed, whole, alone)] == ["test", "validation", "validation", "val"]
 
 
-def test_a_source_survives_the_trip_to_a_worker(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_source_can_be_pickled(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
     for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
         source = _files("tar", pack(image_set, tmp_path / f"set{suffix}", "", mode))
         data = pickle.dumps(source)
@@ -205,7 +205,7 @@ def test_a_source_survives_the_trip_to_a_worker(image_set: Path, pack: Callable[
     assert_same(pickle.loads(pickle.dumps(source)), source)
 
 
-def test_image_names_are_known_in_any_case_and_the_rest_is_counted(
+def test_image_suffixes_are_known_in_any_case_and_other_files_are_counted(
     image_set: Path, pack: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cat = image_set / "train" / "cat"
@@ -243,7 +243,7 @@ def test_what_is_missing_is_named(image_set: Path, pack: Callable[..., Path], tm
 
 @pytest.mark.parametrize(("key", "value"), [("name", "mnist"), ("download", True)])
 def test_what_names_an_idx_set_is_refused_for_other_sources(key: str, value: Any, image_set: Path) -> None:
-    with pytest.raises(ConfigError, match=f"data.{key}: {str(value).lower()}, which data.source=idx alone heeds"):
+    with pytest.raises(ConfigError, match=f"data.{key}: {str(value).lower()}, which only data.source=idx uses"):
         open_source(Data(source="folder", path=str(image_set), **{key: value}), "train")
 
 
@@ -276,12 +276,12 @@ def test_classes_are_those_of_the_train_split(
 
 def test_a_damaged_tar_is_named(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
     plain, packed = pack(image_set, tmp_path / "a.tar"), pack(image_set, tmp_path / "b.tar.gz", "", "w:gz")
-    whole = plain.read_bytes()
+    original = plain.read_bytes()
     with tarfile.open(plain) as tar:
         middle, last = tar.getmembers()[10], tar.getmembers()[-1]
-    plain.write_bytes(whole[: last.offset_data + 5])
+    plain.write_bytes(original[: last.offset_data + 5])
     _fails("a.tar: not a tar, or a damaged one", "tar", plain)
-    plain.write_bytes(whole[: middle.offset] + b"x" * 512 + whole[middle.offset + 512 :])
+    plain.write_bytes(original[: middle.offset] + b"x" * 512 + original[middle.offset + 512 :])
     _fails("a.tar: damaged at byte", "tar", plain)
     plain.write_bytes(b"no tar at all" * 100)
     _fails("a.tar: not a tar", "tar", plain)
@@ -305,7 +305,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     _fails("'train/cat/0.png' is a link, device", "tar", tmp_path / "a.tar")
 
 
-def test_the_later_of_two_members_of_one_name_counts_and_that_is_said(
+def test_the_later_of_two_members_of_one_name_counts_and_a_warning_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -315,9 +315,7 @@ def test_the_later_of_two_members_of_one_name_counts_and_that_is_said(
             tar.addfile(member, io.BytesIO(content))
     source = _files("tar", tmp_path / "a.tar")
     assert len(source) == 1 and source.read(0) == b"newer"
-    assert (
-        "a.tar: left out 1 images that a later one of the same name takes the place of (train/cat/0.png)" in caplog.text
-    )
+    assert "a.tar: left out 1 images that a later one of the same name replaces (train/cat/0.png)" in caplog.text
 
 
 def test_a_compressed_tar_past_the_memory_limit_says_how_to_unpack_it(
@@ -359,14 +357,14 @@ def test_in_memory_is_the_decoded_files(image_set: Path) -> None:
             assert np.array_equal(pixels.images[i], decode(files.read(i), channels))
 
 
-def test_in_memory_decodes_runs_of_images_in_order(image_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vit_dist.data.sets.in_memory._RUN", 5)
+def test_in_memory_decodes_chunks_of_images_in_order(image_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_dist.data.sets.in_memory._CHUNK", 5)
     pixels = _open("folder", image_set, in_memory=True)
     assert isinstance(pixels, ArraySource) and pixels.split == "train"
     files = _files("folder", image_set)
     assert all(np.array_equal(pixels.images[i], decode(files.read(i), 3)) for i in range(13))
     tasks = []
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *one: tasks.append(one) or Future())
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *task: tasks.append(task) or Future())
     with pytest.raises(TimeoutError):
         monkeypatch.setattr(Future, "result", lambda *_: (_ for _ in ()).throw(TimeoutError()))
         _open("folder", image_set, in_memory=True)
@@ -401,7 +399,7 @@ def test_a_label_out_of_range_is_named(idx_set: Path, image_set: Path) -> None:
     check_labels(_open("folder", image_set), 2)
 
 
-def test_the_fingerprint_tells_sets_apart(image_set: Path) -> None:
+def test_different_sets_have_different_fingerprints(image_set: Path) -> None:
     source = _files("folder", image_set)
     assert re.fullmatch("[0-9a-f]{16}", fingerprint(source))
     others = [
@@ -410,6 +408,6 @@ def test_the_fingerprint_tells_sets_apart(image_set: Path) -> None:
         dataclasses.replace(source, labels=source.labels[::-1]),
         _files("folder", image_set, "test"),
     ]
-    assert len({fingerprint(one) for one in (source, *others)}) == 5
+    assert len({fingerprint(each) for each in (source, *others)}) == 5
     digits = _open("digits", None)
     assert fingerprint(digits) == fingerprint(_open("digits", None)) != fingerprint(_open("digits", None, "test"))

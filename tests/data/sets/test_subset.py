@@ -1,4 +1,4 @@
-"""Some classes, or a share of each: which examples stay, and that they are the same ones for ever."""
+"""Some classes, or a fraction of each: which examples stay, and that they never change."""
 
 import dataclasses
 import pickle
@@ -38,11 +38,11 @@ def _files() -> FileSource:
 
 
 def _contents(source: Source) -> list[int]:
-    """Of each example, its number in `_arrays` or `_files`."""
+    """Returns each example's number in `_arrays` or `_files`."""
     if isinstance(source, ArraySource):
         return source.images.ravel().tolist()
     numbers = [int(source.read(index)) for index in range(len(source))]
-    assert [source.names[i].partition("/")[2] for i in range(len(source))] == [f"{one}.png" for one in numbers]
+    assert [source.names[i].partition("/")[2] for i in range(len(source))] == [f"{number}.png" for number in numbers]
     return numbers
 
 
@@ -50,14 +50,14 @@ BOTH = pytest.mark.parametrize("source", [_arrays(), _files()], ids=["arrays", "
 
 
 @BOTH
-def test_nothing_asked_for_is_the_source_itself(source: Source) -> None:
+def test_without_classes_and_fraction_the_source_itself_is_returned(source: Source) -> None:
     assert subset(source) is source
     found = dataclasses.replace(source, split="validation")
     assert subset(found, ("dog",), 0.5).split == "validation"
 
 
 @BOTH
-def test_classes_stay_in_order_and_are_numbered_as_asked(source: Source) -> None:
+def test_classes_stay_in_order_and_are_numbered_in_the_order_given(source: Source) -> None:
     some = subset(source, ("dog", "ant"))
     numbers = np.flatnonzero((source.labels == 3) | (source.labels == 0))
     assert some.class_names == ("dog", "ant") and some.labels.dtype == np.int32
@@ -77,7 +77,7 @@ def test_a_fraction_is_of_each_class_rounded_up(source: Source, fraction: float,
 @BOTH
 def test_a_smaller_fraction_lies_within_a_larger(source: Source) -> None:
     shares = [set(_contents(subset(source, fraction=share))) for share in (0.01, 0.1, 0.2, 0.55, 0.9, 1.0)]
-    assert all(one < other for one, other in zip(shares, shares[1:]))
+    assert all(smaller < larger for smaller, larger in zip(shares, shares[1:]))
     assert shares[-1] == set(range(138))
 
 
@@ -91,14 +91,14 @@ def test_a_class_keeps_the_same_examples_whichever_others_there_are(source: Sour
     assert _contents(alone) == np.array(_contents(together))[together.labels == 1].tolist()
 
 
-def test_a_fraction_is_drawn_from_the_whole_class_and_apart_for_each() -> None:
+def test_a_fraction_is_drawn_from_all_of_a_class_and_independently_for_each() -> None:
     labels = np.repeat(np.arange(2, dtype=np.int32), 10_000)
     source = ArraySource(np.zeros((20_000, 1, 1, 1), np.uint8), labels, ("one", "other"))
     source = dataclasses.replace(source, images=np.arange(20_000, dtype=np.int32).reshape(-1, 1, 1, 1))
     kept = np.array(_contents(subset(source, fraction=0.1)))
     first, second = kept[:1000], kept[1000:] - 10_000
-    for one in (first, second):
-        counts = np.bincount(one // 1000, minlength=10)
+    for ids in (first, second):
+        counts = np.bincount(ids // 1000, minlength=10)
         assert 60 < counts.min() and counts.max() < 140  # 100 expected, deviation 9
     assert 60 < len(set(first) & set(second)) < 140
 
@@ -106,7 +106,7 @@ def test_a_fraction_is_drawn_from_the_whole_class_and_apart_for_each() -> None:
 def test_unknown_and_doubled_classes_are_named() -> None:
     for classes, message in (
         (("ant", "dgo"), r"data.classes: 'dgo' is not among the data's 4 classes \(did you mean dog\?\)"),
-        (("ant", "dog", "ant"), "data.classes: 'ant' stands in it twice"),
+        (("ant", "dog", "ant"), "data.classes: 'ant' is listed twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             subset(_files(), classes)
@@ -115,7 +115,7 @@ def test_unknown_and_doubled_classes_are_named() -> None:
         subset(dataclasses.replace(source, labels=np.zeros_like(source.labels)), ("bee",))
 
 
-def test_two_classes_of_one_name_are_not_told_apart_by_it() -> None:
+def test_classes_that_share_a_name_cannot_be_chosen_by_it() -> None:
     source = dataclasses.replace(_files(), class_names=("crane", "bee", "crane", "dog"))
     with pytest.raises(ConfigError, match="two classes are named 'crane'.*rename one"):
         subset(source, ("bee", "crane"))
@@ -131,13 +131,13 @@ def test_an_example_without_a_valid_label_is_left_for_the_check_of_labels() -> N
     assert not {5, 40} & set(_contents(subset(dataclasses.replace(source, labels=labels), CLASSES)))
 
 
-def test_a_subset_of_files_can_be_sent_to_a_worker_and_is_told_apart() -> None:
+def test_a_subset_of_files_can_be_pickled_and_has_its_own_fingerprint() -> None:
     some = subset(_files(), ("bee", "dog"), 0.5)
-    there = pickle.loads(pickle.dumps(some))
-    assert _contents(there) == _contents(some) and fingerprint(there) == fingerprint(some)
+    copy = pickle.loads(pickle.dumps(some))
+    assert _contents(copy) == _contents(some) and fingerprint(copy) == fingerprint(some)
     assert some.name(0) == f"/data/bee/{_contents(some)[0]}.png"
     others = [_files(), subset(_files(), ("dog", "bee"), 0.5), subset(_files(), ("bee", "dog"), 0.6)]
-    assert len({fingerprint(one) for one in (some, *others)}) == 4
+    assert len({fingerprint(source) for source in (some, *others)}) == 4
 
 
 def test_the_config_keeps_classes_of_every_split_and_a_fraction_of_train(image_set: Path) -> None:

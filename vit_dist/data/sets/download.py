@@ -1,7 +1,7 @@
-"""The two public sets in IDX files that can be fetched: where they lie, and by which digests they are known.
+"""Downloads two public sets of IDX files, MNIST and Fashion-MNIST, and checks each file's MD5 digest.
 
-A file appears under its name only when it is whole and its digest is right, so an interrupted fetch, or several
-processes that fetch into one shared folder, leave nothing half-written.
+A file gets its name only when it is complete and its digest is right. An interrupted download, or several processes
+that download into one shared folder, therefore leave no half-written file.
 """
 
 import dataclasses
@@ -20,8 +20,10 @@ _TIMEOUT_S = 60
 
 @dataclasses.dataclass(frozen=True)
 class KnownSet:
-    base: str  # the address of the folder that holds the files
-    md5: dict[str, str]  # of each file, compressed
+    """A set that can be downloaded."""
+
+    base: str  # URL of the folder that holds the files
+    md5: dict[str, str]  # file name -> digest of the compressed file
     class_names: tuple[str, ...]
 
 
@@ -51,19 +53,19 @@ KNOWN = {"mnist": MNIST, "fashion_mnist": FASHION_MNIST}  # by `data.name`
 
 
 def fetch(known: KnownSet, name: str, folder: Path) -> None:
-    """Brings the file `name` of a known set into `folder`.
+    """Downloads the file `name` of a known set into `folder`.
 
-    Raises `ConfigError` where the address does not answer or what it sends has another digest.
+    Raises `ConfigError` if the server does not answer or the content has another digest.
     """
-    address = known.base + name
+    url = known.base + name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer, replacing(folder / name) as file:
-            content = answer.read()
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response, replacing(folder / name) as file:
+            content = response.read()
             digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if digest != known.md5[name]:
-                raise ConfigError(f"{address}: its md5 is {digest}, expected {known.md5[name]}; nothing was kept")
+                raise ConfigError(f"{url}: its md5 is {digest}, expected {known.md5[name]}; nothing was kept")
             file.write(content)
     except (OSError, http.client.HTTPException) as error:
-        raise ConfigError(f"data.download: cannot fetch {address} into {folder}: {error}") from error
+        raise ConfigError(f"data.download: cannot fetch {url} into {folder}: {error}") from error
     _log.info("fetched %s", folder / name)

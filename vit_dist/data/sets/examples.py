@@ -1,8 +1,8 @@
-"""The examples of one split: their labels, their class names, and their images as pixels or as encoded files.
+"""The examples of one split: labels, class names, and images as pixels or as encoded files.
 
-An `ArraySource` holds pixels, and a batch of it is one gather; a `FileSource` reads encoded images one by one from
-wherever they lie. Which container a set came in changes nothing else: an example's id is its index in class-then-name
-order (for sets that are one array, the order of the array).
+An `ArraySource` holds pixels, so a batch is one gather; a `FileSource` reads encoded images one at a time from any
+container. The container changes nothing else: an example's id is its index in class-then-name order or, for a set that
+is one array, its index in the array.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from vit_dist.data.files import File, printable
 from vit_dist.data.sets.index import Index, Names
 
 _log = logging.getLogger(__name__)
-_DIGEST_RUN = 1 << 24  # bytes of pixels that are digested at a time
-_DIGEST_LIMIT = 1 << 32
-PIXELS = "pixels:"  # before a digest that covers them
+_DIGEST_CHUNK = 1 << 24  # bytes of pixels that are digested at a time
+_DIGEST_LIMIT = 1 << 32  # bytes of pixels; of a larger set only some images are digested
+PIXELS = "pixels:"  # prefix of a fingerprint that covers pixels
 
 
 class Images(Protocol):
-    """The encoded images of a split, by number. Safe to call from many threads; can be pickled."""
+    """The encoded images of a split, by index. Threads may share it, and it can be pickled."""
 
     def read(self, index: int) -> bytes: ...
 
@@ -34,14 +34,14 @@ class Images(Protocol):
 class ArraySource:
     """Examples as pixels: `images` `uint8 [N, H, W, C]`, `labels` `int32 [N]`.
 
-    `parts` are the size and weight of each set in a mixture by weight, in the order of ids; else there are none.
-    `split` is the name under which the split was found, where a set calls `test` what was asked for as `val`.
+    In a mixture by weight, `mixture` holds the (size, weight) of each set in the order of ids; otherwise it is empty.
+    `split` is the split's name in the set, which may be `test` where the config asked for `val`.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
-    parts: tuple[tuple[int, float], ...] = ()
+    mixture: tuple[tuple[int, float], ...] = ()
     split: str = ""
 
     def __len__(self) -> int:
@@ -53,10 +53,10 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Examples as encoded images: `labels` `int32 [N]`; `names` lie below `where`, or are whole where it is empty.
+    """Examples as encoded images: `labels` `int32 [N]`; `names` are relative to `where`, or full if it is empty.
 
-    `version` tells sets apart whose names and labels are the same and whose pixels are not: of images that `prepare`
-    has made smaller it says how. `parts` and `split` are as in `ArraySource`.
+    `version` distinguishes sets with the same names and labels but other pixels: for images that `prepare` has made
+    smaller it describes how. `mixture` and `split` are as in `ArraySource`.
     """
 
     where: str
@@ -65,7 +65,7 @@ class FileSource:
     class_names: tuple[str, ...]
     images: Images
     version: str = ""
-    parts: tuple[tuple[int, float], ...] = ()
+    mixture: tuple[tuple[int, float], ...] = ()
     split: str = ""
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class FileSource:
         return printable(f"{self.where}/{self.names[index]}" if self.where else self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes. Raises `OSError` where the file cannot be read."""
+        """Returns the encoded image. Raises `OSError` if it cannot be read."""
         return self.images.read(index)
 
 
@@ -84,18 +84,18 @@ Source = ArraySource | FileSource
 
 @dataclasses.dataclass(frozen=True)
 class SpanImages:
-    """Reads images that lie inside `files`; image `i` where `spans[i]` says: `int64 [N, 3]`, file, offset and size."""
+    """Images that are byte ranges of `files`. `spans` `int64 [N, 3]` holds (file, offset, size) of each."""
 
     files: tuple[File, ...]
     spans: np.ndarray
 
     def read(self, index: int) -> bytes:
-        number, offset, size = self.spans[index].tolist()
-        return self.files[number].read(offset, size)
+        file, offset, size = self.spans[index].tolist()
+        return self.files[file].read(offset, size)
 
 
 def file_source(where: object, split: str, index: Index, images: Images, version: str = "") -> FileSource:
-    """The examples of an index, read by `images`; what its making had to say is said."""
+    """Returns the examples of `index`, read through `images`, and logs the index's notes as warnings."""
     for note in index.notes:
         _log.warning("%s", note)
     return FileSource(str(where), index.names, index.labels, index.class_names, images, version, split=split)
@@ -112,9 +112,9 @@ def check_labels(source: Source, num_classes: int) -> None:
 
 
 def distinct_names(class_names: Sequence[str]) -> list[str]:
-    """The names, those that several classes share with the class's number behind: `crane (134)`, `crane (517)`.
+    """Appends the class's number to names that several classes share: `crane (134)`, `crane (517)`.
 
-    Where a class has that very name, the number stands behind more than once.
+    Appends it again where another class has that very name already.
     """
     counts, distinct = Counter(class_names), []
     for number, name in enumerate(class_names):
@@ -126,30 +126,30 @@ def distinct_names(class_names: Sequence[str]) -> list[str]:
 
 
 def fingerprint(source: Source) -> str:
-    """A short digest of a split, to tell sets apart: count, labels, class names, mixture, and the examples.
+    """Returns a short digest of a split: its size, labels, class names, mixture and examples.
 
-    Files are told by their names alone. Examples in memory are told by their pixels, at about a gigabyte a second; of
-    more than `_DIGEST_LIMIT` bytes of them, by those of one example in two, three or as many as it takes. Their digest
-    begins with `PIXELS`.
+    Of files it covers the names only. Of examples in memory it covers the pixels, at about a gigabyte a second, and
+    begins with `PIXELS`; beyond `_DIGEST_LIMIT` bytes it covers every second, third or n-th example.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(source, FileSource):
-        parts: Sequence[bytes | np.ndarray] = [source.names.text, source.names.ends, source.version.encode()]
+        contents: Sequence[bytes | np.ndarray] = [source.names.text, source.names.ends, source.version.encode()]
     else:
-        parts = [str(source.images.shape).encode(), _pixel_digest(source.images)]
-    for part in (str(len(source)).encode(), "\n".join(source.class_names).encode("utf-8", "surrogateescape"), *parts):
-        digest.update(part.tobytes() if isinstance(part, np.ndarray) else part)
+        contents = [str(source.images.shape).encode(), _pixel_digest(source.images)]
+    class_names = "\n".join(source.class_names).encode("utf-8", "surrogateescape")
+    for content in (str(len(source)).encode(), class_names, *contents):
+        digest.update(content.tobytes() if isinstance(content, np.ndarray) else content)
         digest.update(b"\0")
     digest.update(source.labels.astype("<i4").tobytes())
-    digest.update(repr(source.parts).encode())
+    digest.update(repr(source.mixture).encode())
     return ("" if isinstance(source, FileSource) else PIXELS) + digest.hexdigest()
 
 
 def _pixel_digest(images: np.ndarray) -> bytes:
-    """The digest of images `uint8 [N, H, W, C]`, read in runs: they may be mapped from a file larger than memory."""
-    digest = hashlib.sha256()  # twice as quick as blake2b where the processor has instructions for it
+    """Digests images `uint8 [N, H, W, C]` in chunks: they may be mapped from a file larger than memory."""
+    digest = hashlib.sha256()  # twice as fast as blake2b on processors with instructions for it
     images = images[:: max(1, -(-images.nbytes // _DIGEST_LIMIT))]
-    run = max(1, _DIGEST_RUN // max(1, images[:1].nbytes))
-    for start in range(0, len(images), run):
-        digest.update(images[start : start + run].tobytes())
+    size = max(1, _DIGEST_CHUNK // max(1, images[:1].nbytes))
+    for start in range(0, len(images), size):
+        digest.update(images[start : start + size].tobytes())
     return digest.digest()

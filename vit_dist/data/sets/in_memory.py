@@ -1,6 +1,6 @@
-"""A split whose files are decoded once, at the start, and kept as pixels (`data.in_memory`).
+"""Decodes the files of a split once, at the start, and keeps them as pixels (`data.in_memory`).
 
-From then on a batch is one gather, a hundred times quicker than decoding; what it takes is memory, and images of one
+A batch is then one gather, a hundred times faster than decoding. The price is memory, and all images must be of one
 size.
 """
 
@@ -14,13 +14,23 @@ from vit_dist.data.pictures.images import BadImage, decode
 from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import ArraySource, FileSource
 
-_RUN = 64  # images that a thread decodes at a time: a task for each would take more memory than small images
+_CHUNK = 64  # images that a thread decodes at a time: a task for each image would take more memory than small images
 
 
 def decode_all(source: FileSource, channels: int, limit: int, threads: int) -> ArraySource:
-    """Decodes every image of a source into memory, on so many threads.
+    """Decodes every image of a source into memory.
 
-    Raises `ConfigError` for a file that does not decode, one not of the first one's size, or more than `limit` bytes.
+    Args:
+      source: a split whose images are all of one size.
+      channels: 1 (gray) or 3 (RGB).
+      limit: bytes that the pixels may take.
+      threads: how many threads decode.
+
+    Returns:
+      The same examples as pixels.
+
+    Raises:
+      ConfigError: if a file does not decode, an image differs in size from the first, or the pixels exceed `limit`.
     """
 
     def load(index: int) -> np.ndarray:
@@ -40,23 +50,20 @@ def decode_all(source: FileSource, channels: int, limit: int, threads: int) -> A
         )
     images = np.empty((len(source), *shape), np.uint8)
 
-    def store(index: int) -> None:
-        image = load(index)
-        if image.shape != shape:
-            raise ConfigError(
-                f"{source.name(index)}: {image.shape[0]}x{image.shape[1]} pixels, but {source.name(0)} has "
-                f"{shape[0]}x{shape[1]}; data.in_memory needs images of one size, set it to False"
-            )
-        images[index] = image
-
-    def store_run(start: int) -> range:
-        run = range(start, min(start + _RUN, len(source)))
-        for index in run:
-            store(index)
-        return run
+    def decode_chunk(start: int) -> range:
+        chunk = range(start, min(start + _CHUNK, len(source)))
+        for index in chunk:
+            image = load(index)
+            if image.shape != shape:
+                raise ConfigError(
+                    f"{source.name(index)}: {image.shape[0]}x{image.shape[1]} pixels, but {source.name(0)} has "
+                    f"{shape[0]}x{shape[1]}; data.in_memory needs images of one size, set it to False"
+                )
+            images[index] = image
+        return chunk
 
     with ThreadPoolExecutor(threads) as pool:
-        runs = pool.map(store_run, range(0, len(source), _RUN))  # in order: the first odd file is the one that is named
-        for _ in counted(itertools.chain.from_iterable(runs), f"decoding {source.where}", len(source)):
+        chunks = pool.map(decode_chunk, range(0, len(source), _CHUNK))  # in order, so the first bad file is named
+        for _ in counted(itertools.chain.from_iterable(chunks), f"decoding {source.where}", len(source)):
             pass
-    return ArraySource(images, source.labels, source.class_names, source.parts, source.split)
+    return ArraySource(images, source.labels, source.class_names, source.mixture, source.split)

@@ -1,8 +1,8 @@
-"""What a split holds, in the order of ids: class names, names, labels and, inside containers, where each image lies.
+"""The index of a split, in the order of ids: class names, example names, labels and, in a container, byte ranges.
 
-An index of a large set takes long to build, from a walk over a million files or headers, and a moment to read; so it
-is kept in a cache folder, under the digest of what it was built from, and built anew when that has changed. Everything
-in it is an array, the names too: a million of them as Python strings would take as much memory as the images of a step.
+The index of a large set takes minutes to build, from a million files or headers, and a moment to read. It is therefore
+cached in a folder, under a digest of its description, and built again when the files have changed. All of it is
+arrays, names included: a million Python strings would take as much memory as the images of a step.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ from vit_dist.config import ConfigError
 from vit_dist.data.files import replacing
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # to be raised when an index of the same files would be another: one kept before is then not read
-_KEPT_FROM = 10_000  # examples; a smaller index is built in less time than a person notices
+_FORMAT = 1  # raise it when the same files come to give another index: older cached ones are then not read
+_CACHED_FROM = 10_000  # examples; a smaller index is built faster than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
 
 
 class Names(Sequence[str]):
-    """Many strings in one array of bytes. Reading one makes it anew."""
+    """Many strings packed into one array of bytes. Each access decodes one."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
-        """`text` `uint8 [bytes]`; name `i` ends before `ends[i]`, `int64 [N]`."""
+        """Takes all bytes, `text` `uint8 [bytes]`; name `i` ends before byte `ends[i]`, `int64 [N]`."""
         self.text, self.ends = text, ends
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Names":
+        """Packs strings."""
         encoded = [name.encode(*_TEXT) for name in names]
         ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -51,22 +52,22 @@ class Names(Sequence[str]):
     def __getitem__(self, index: int | slice) -> "str | Names":
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        number = range(len(self))[index]
-        start = self.ends[number - 1] if number else 0
-        return self.text[start : self.ends[number]].tobytes().decode(*_TEXT)
+        index = range(len(self))[index]  # a negative index counts from the end; one out of range raises `IndexError`
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].tobytes().decode(*_TEXT)
 
     def take(self, order: Sequence[int] | np.ndarray) -> "Names":
-        """These names, in this order."""
-        return Names.of(self[int(number)] for number in order)
+        """Returns the names with these indices, in this order."""
+        return Names.of(self[int(index)] for index in order)
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
     """The examples of one split, in the order of ids.
 
-    `labels` `int32 [N]` index `class_names`; `names` say an example to a person. Inside containers, example `i` is the
-    `size` bytes at `offset` of file `number`, where `spans[i]` is `(number, offset, size)`, `int64 [N, 3]`. `split` is
-    what the split is called there, where that has to be looked for; `notes` are to be said whenever it is opened.
+    `labels` `int32 [N]` are indices into `class_names`; `names` identify examples to a person. In a container, `spans`
+    `int64 [N, 3]` holds (file, offset, size) of each image, offset and size in bytes. `split` is the split's name in
+    the container, where that has to be searched for. `notes` are warnings to log whenever the index is opened.
     """
 
     class_names: tuple[str, ...]
@@ -80,9 +81,10 @@ class Index:
         return len(self.labels)
 
     def with_classes(self, class_names: tuple[str, ...], where: object) -> "Index":
-        """The same examples, labelled by the training split's classes and in their order.
+        """Returns the same examples, labelled and ordered by the classes of the train split, `class_names`.
 
-        Raises `ConfigError` for a class that is not among them, and where two classes of either have one name.
+        Raises `ConfigError`, beginning with `where`, for a class that is not among them, and if two classes of either
+        split share a name.
         """
         if class_names == self.class_names:
             return self
@@ -106,36 +108,52 @@ class Index:
 
 
 def check_distinct(class_names: Sequence[str], where: object) -> None:
-    """Raises `ConfigError` where two classes have one name, to be called before they are told by their names."""
-    doubled = [name for name, count in Counter(class_names).items() if count > 1]
-    if doubled:
+    """Raises `ConfigError` if two classes share a name. Call it before matching classes by name."""
+    shared = [name for name, count in Counter(class_names).items() if count > 1]
+    if shared:
         raise ConfigError(
-            f"{where}: two classes are named {doubled[0]!r}, and can be neither matched, chosen nor mixed by name; "
+            f"{where}: two classes are named {shared[0]!r}, and can be neither matched, chosen nor mixed by name; "
             "rename one"
         )
 
 
-def in_order(
+def sorted_index(
     class_names: Sequence[str],
     names: Sequence[str],
     labels: Sequence[int] | np.ndarray,
     spans: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
     notes: Sequence[str] = (),
 ) -> Index:
-    """An index of examples found in any order, in the order of ids: by class, then name, then as found."""
-    found = np.asarray(labels, np.int32)
-    order = np.array(sorted(range(len(names)), key=lambda number: (found[number], names[number])), np.int64)
-    places = None if spans is None else np.asarray(spans, np.int64).reshape(-1, 3)[order]
-    ordered = Names.of(names[number] for number in order)
-    return Index(tuple(class_names), ordered, found[order], places, notes=tuple(notes))
+    """Sorts examples into the order of ids: by class, then name, then the order given.
+
+    Args:
+      class_names: the name of each class.
+      names: the name of each example.
+      labels: the class of each example.
+      spans: (file, offset, size) of each example, or None where images are files of their own.
+      notes: warnings to log whenever the index is opened.
+
+    Returns:
+      The index of the examples.
+    """
+    labels = np.asarray(labels, np.int32)
+    order = np.array(sorted(range(len(names)), key=lambda i: (labels[i], names[i])), np.int64)
+    sorted_spans = None if spans is None else np.asarray(spans, np.int64).reshape(-1, 3)[order]
+    sorted_names = Names.of(names[i] for i in order)
+    return Index(tuple(class_names), sorted_names, labels[order], sorted_spans, notes=tuple(notes))
 
 
-def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[], Index]) -> Index:
-    """The index that `build` makes, read from the cache folder where it was kept before.
+def cached(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[], Index]) -> Index:
+    """Returns the index from the cache folder, or builds it and keeps it there.
 
-    `what` says which index this is (path, split, format); `stamp` changes when what it was built from does, and None
-    says that no such stamp can be had. One too small to be worth it is not kept, nor one that cannot be written, which
-    is logged. Of several processes of a host that want the same one, the first builds it while the others wait.
+    An index below `_CACHED_FROM` examples is not kept. A cache folder that cannot be written is logged and costs only
+    time. If several processes of a host want the same index, one builds it and the others wait.
+
+    Args:
+      what: identifies the index: format, path and split.
+      stamp: a text that changes when the files do; None if there is none, and the index is built each time.
+      cache_dir: `data.cache_dir`.
+      build: builds the index.
     """
     if stamp is None:
         return build()
@@ -148,11 +166,11 @@ def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[]
     index = _read(file, stamp)
     if index is not None:
         return index
-    with _only_one(file.with_suffix(".lock"), what):
+    with _lock(file.with_suffix(".lock"), what):
         index = _read(file, stamp)  # another process may have built it by now
         if index is None:
             index = build()
-            if len(index) >= _KEPT_FROM:
+            if len(index) >= _CACHED_FROM:
                 try:
                     write(file, index, stamp)
                     _log.info("kept the index of %s in %s", what, file)
@@ -162,7 +180,10 @@ def kept(what: str, stamp: str | None, cache_dir: str | None, build: Callable[[]
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """`data.cache_dir`, or the user's own cache folder. Raises `ConfigError` where nobody knows the home folder."""
+    """Returns `data.cache_dir`, or the user's cache folder if it is None.
+
+    Raises `ConfigError` if the home folder is unknown.
+    """
     try:
         if cache_dir is not None:
             return Path(cache_dir).expanduser()
@@ -172,14 +193,14 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def write(file: Path, index: Index, stamp: str = "") -> None:
-    """Writes an index whole or not at all; the same index makes the same bytes. Raises `OSError`."""
+    """Writes an index atomically; equal indices give equal bytes. Raises `OSError`."""
     arrays = {
         "stamp": np.frombuffer(stamp.encode(*_TEXT), np.uint8),
         "labels": index.labels,
         **{
-            f"{name}_{part}": getattr(Names.of(values), part)
+            f"{name}_{array}": getattr(Names.of(values), array)
             for name, values in (("class_names", index.class_names), ("split", (index.split,)), ("notes", index.notes))
-            for part in ("text", "ends")
+            for array in ("text", "ends")
         },
         "names_text": index.names.text,
         "names_ends": index.names.ends,
@@ -192,8 +213,10 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
 
 
 def read(file: Path) -> tuple[Index, str]:
-    """An index that `write` wrote, and its stamp. Raises `OSError`, `ValueError`, `KeyError`, `EOFError` or
-    `zipfile.BadZipFile`."""
+    """Returns an index that `write` wrote, and its stamp.
+
+    Raises `OSError`, `ValueError`, `KeyError`, `EOFError` or `zipfile.BadZipFile` if it cannot be read.
+    """
     with file.open("rb") as stream, np.load(stream) as arrays:
         names = {
             name: Names(arrays[f"{name}_text"], arrays[f"{name}_ends"])
@@ -211,20 +234,20 @@ def read(file: Path) -> tuple[Index, str]:
 
 
 def _read(file: Path, stamp: str) -> Index | None:
-    """The index kept in `file`, if there is one of this stamp."""
+    """Returns the index in `file`, or None if it is missing, damaged or has another stamp."""
     try:
-        index, found = read(file)
+        index, its_stamp = read(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         _log.warning("%s: cannot be read (%s); building that index again", file, error)
         return None
-    return index if found == stamp else None
+    return index if its_stamp == stamp else None
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path, what: str) -> Iterator[None]:
-    """Holds a lock of this host where the file system has such locks; else work may be done twice."""
+def _lock(lock: Path, what: str) -> Iterator[None]:
+    """Holds a file lock among the processes of this host. Without one, on some file systems, work may be done twice."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         stream = open(lock, "w")
@@ -241,5 +264,5 @@ def _only_one(lock: Path, what: str) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # who waits for it holds the file open, and finds the index
+            with contextlib.suppress(OSError):  # a process that waits has the file open, and will find the index
                 lock.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""What `prepare` writes down of a set of records: its plan while it works, and its manifest once the set is whole.
+"""The JSON files of a prepared set of records: its plan while `prepare` works, its manifest once the set is complete.
 
-The plan follows from the source and the options alone, so that several hosts, and the runs before and after a kill,
-make the same one without a word between them. The manifest is the plan and what became of each shard; it is written
-last, and a folder without one is no set.
+The plan depends only on the source and the options, so several hosts, and a run before and after a kill, make the same
+plan without communicating. The manifest is the plan and an entry for each shard. It is written last: a folder without
+a manifest is not a set.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ from vit_dist.data.files import replacing
 from vit_dist.schema import flatten
 
 MANIFEST = "manifest.json"
-PARTS = ".vit_dist_parts"  # the folder of a set's unfinished business
+PARTS = ".vit_dist_parts"  # the folder, inside an unfinished set, of the files that `prepare` needs to resume
 PLAN = f"{PARTS}/plan.json"
-# Raise it whenever the same source and options come to make other records: an encoder or a resizer that rounds
-# otherwise. Half a set of each would pass for one.
+# Raise the number when the same source and options come to give other records, as when an encoder rounds differently.
+# Otherwise a set could be made half of old records, half of new ones, and nobody would notice.
 _FORMAT = "vit_dist records 2"
-_PART = re.compile(r"\.?(plan\.json|.+\.array_record(\.json)?)(\.\w+\.tmp)?")
+_PART_NAME = re.compile(r"\.?(plan\.json|.+\.array_record(\.json)?)(\.\w+\.tmp)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split as planned. Shard `s` of its S holds the N records of ids `s * N // S` to `(s + 1) * N // S`."""
+    """A split as planned. Of N records in S shards, shard `s` holds the ids `s * N // S` to `(s + 1) * N // S - 1`."""
 
     records: int
     shards: int
-    fingerprint: str  # of the split as it is listed (`array_record.fingerprint_of`)
-    sample: str  # of some of the source's images (`recognise.sample`): names and labels may outlive a change of them
-    version: str  # how its images differ from the first source's, for `FileSource.version`
+    fingerprint: str  # of its index (`array_record.fingerprint_of`)
+    sample: str  # digest of some source images (`recognise.sample`): they may change under the same names and labels
+    version: str  # how its images differ from the original source's, for `FileSource.version`
 
     def ids(self, shard: int) -> range:
         return range(shard * self.records // self.shards, (shard + 1) * self.records // self.shards)
@@ -42,7 +42,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be made: the options, the classes and the splits."""
+    """The set that `prepare` is to make: options, classes and splits."""
 
     resize: int | None
     encode: str | None
@@ -51,7 +51,7 @@ class Plan:
     format: str = _FORMAT
 
     def files(self, split: str) -> list[str]:
-        """The names of a split's shards, such as `train-00003-of-00016.array_record`."""
+        """Returns the names of a split's shards, such as `train-00003-of-00016.array_record`."""
         count = self.splits[split].shards
         return [f"{split}-{number:05d}-of-{count:05d}.array_record" for number in range(count)]
 
@@ -62,18 +62,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A shard, or the index of a split (of as many records), as it lies on the disk."""
+    """A file on the disk: a shard, or the index of a split, and how many records it holds or lists."""
 
     file: str
     records: int
     bytes: int
     sha256: str
-    bad: int = 0  # images that were to be decoded, could not be, and were kept as they were
+    bad: int = 0  # images that did not decode and were kept unchanged
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A whole set: its plan, and its files by split, the shards in order."""
+    """A complete set: its plan, and its files by split, the shards in order."""
 
     plan: Plan
     indexes: Mapping[str, Entry]
@@ -81,21 +81,21 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Of the whole set: the same wherever, by how many hosts and however often interrupted it was made."""
+        """The digest of the set: the same however many hosts made it, and however often they were interrupted."""
         return _digest(dataclasses.asdict(self))
 
     @property
     def all_shards(self) -> list[Entry]:
-        """Those of all splits."""
+        """The shards of all splits."""
         return [shard for shards in self.shards.values() for shard in shards]
 
     def result(self) -> dict[str, Any]:
-        """What `prepare` prints of a whole set."""
+        """Returns the JSON object that `prepare` prints for a complete set."""
         return totals(self.plan, self.all_shards, self.digest)
 
 
 def totals(plan: Plan, shards: Sequence[Entry], digest: str) -> dict[str, Any]:
-    """What `prepare` prints of these shards of a set. `bad` is None where no image was decoded, so nobody knows."""
+    """Returns the JSON object that `prepare` prints for these shards. `bad` is None if no image was decoded."""
     return {
         "records": sum(shard.records for shard in shards),
         "shards": len(shards),
@@ -112,12 +112,12 @@ def index_file(split: str) -> str:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file in the folder of parts is one that the making of a set leaves there."""
-    return _PART.fullmatch(name) is not None
+    """Returns whether a file in the folder `PARTS` has a name that `prepare` gives."""
+    return _PART_NAME.fullmatch(name) is not None
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a whole set. Raises `ConfigError` where the folder holds none, or one that was changed."""
+    """Returns the manifest of a complete set. Raises `ConfigError` if there is none, or it was changed."""
     file = folder / MANIFEST
     values = _read(file)
     if values is None:
@@ -128,13 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(f"{folder}: no {MANIFEST} in it; expected a folder that `vit-dist prepare` made")
     try:
         plan = _plan(file, values["plan"])
-        indexes = {name: Entry(**one) for name, one in values["indexes"].items()}
-        shards = {name: tuple(Entry(**one) for one in some) for name, some in values["shards"].items()}
+        indexes = {split: Entry(**entry) for split, entry in values["indexes"].items()}
+        shards = {split: tuple(Entry(**entry) for entry in listed) for split, listed in values["shards"].items()}
         manifest = Manifest(plan, indexes, shards)
-        whole = manifest.digest == values["digest"]
+        is_unchanged = manifest.digest == values["digest"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error!r}); prepare the set again") from error
-    if not whole:
+    if not is_unchanged:
         raise ConfigError(f"{file}: was changed since it was written: its digest is not {values['digest']}")
     return manifest
 
@@ -144,7 +144,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of a set that is being made here, if there is one."""
+    """Returns the plan of an unfinished set, or None if there is none."""
     values = _read(folder / PLAN)
     try:
         return None if values is None else _plan(folder / PLAN, values)
@@ -158,17 +158,17 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def read_part(folder: Path, plan: Plan, file: str) -> Entry | None:
-    """What was written down of a shard, if it is finished. Raises `ConfigError` where another plan made it."""
-    part = folder / PARTS / f"{file}.json"
-    values = _read(part)
+    """Returns the entry of a shard if it is finished, else None. Raises `ConfigError` if it belongs to another plan."""
+    path = folder / PARTS / f"{file}.json"
+    values = _read(path)
     if values is None:
         return None
     try:
-        planned, shard = values.pop("plan"), Entry(**values)
+        plan_digest, shard = values.pop("plan"), Entry(**values)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{part}: cannot be read ({error!r}); remove it and prepare its shard again") from error
-    if planned != plan.digest:
-        raise ConfigError(f"{part}: of another set than {folder / PLAN}; prepare its shards with the same options")
+        raise ConfigError(f"{path}: cannot be read ({error!r}); remove it and prepare its shard again") from error
+    if plan_digest != plan.digest:
+        raise ConfigError(f"{path}: of another set than {folder / PLAN}; prepare its shards with the same options")
     try:
         size = (folder / file).stat().st_size
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def write_part(folder: Path, plan: Plan, shard: Entry) -> None:
 
 
 def differences(old: Plan, new: Plan) -> str:
-    """What two plans say differently, in words."""
+    """Returns the differences between two plans as text for an error message: 'resize was 32, now 64'."""
     a, b = (flatten(dataclasses.asdict(plan)) for plan in (old, new))
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return ", ".join(f"{key} was {_short(a.get(key))}, now {_short(b.get(key))}" for key in keys[:4])
@@ -194,7 +194,7 @@ def _short(value: Any) -> str:
 def _plan(file: Path, values: Mapping[str, Any]) -> Plan:
     if values["format"] != _FORMAT:
         raise ConfigError(f"{file}: of the format {values['format']!r}, expected {_FORMAT!r}; prepare the set again")
-    splits = {name: Split(**one) for name, one in values["splits"].items()}
+    splits = {name: Split(**split) for name, split in values["splits"].items()}
     return Plan(values["resize"], values["encode"], tuple(values["classes"]), splits)
 
 
@@ -203,7 +203,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, if there is one."""
+    """Returns the JSON object in a file, or None if the file is missing or holds something else."""
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -214,6 +214,6 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object whole or not at all."""
+    """Writes a JSON object atomically."""
     with replacing(file) as stream:
         stream.write(json.dumps(values, indent=1).encode())

@@ -1,7 +1,7 @@
-"""Several sets as one to train on (`data.mixture`): laid end to end, their classes joined by name.
+"""Joins several sets into one to train on (`data.mixture`): end to end, with their classes matched by name.
 
-The parts keep their order, so that an id is its example's place in its own set plus the sizes of the sets before. How
-often each is seen is no business of this module: weights travel on the source, and `order.py` heeds them.
+The sources keep their order, so an example's id is its id in its own source plus the sizes of the sources before it.
+How often each source is seen is not decided here: the weights travel in `Source.mixture`, and `order.py` applies them.
 """
 
 import bisect
@@ -24,143 +24,148 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class JoinedImages:
-    """The images of several sources, end to end; those of source `k` begin at `starts[k]`."""
+    """The images of several sources, end to end; those of source `k` begin at index `starts[k]`."""
 
-    sources: tuple[Images, ...]
+    images: tuple[Images, ...]
     starts: tuple[int, ...]
 
     def read(self, index: int) -> bytes:
-        number = bisect.bisect_right(self.starts, index) - 1
-        return self.sources[number].read(index - self.starts[number])
+        source = bisect.bisect_right(self.starts, index) - 1
+        return self.images[source].read(index - self.starts[source])
 
 
-def open_mixture(data: config.Data, split: str, open_one: Callable[[config.Data, str], Source]) -> Source:
-    """The mixture's train split; or another split of `data.source`, labelled by the classes of the mixture.
+def open_mixture(data: config.Data, split: str, open_set: Callable[[config.Data, str], Source]) -> Source:
+    """Opens a split of `data.mixture`.
 
-    `open_one` opens a split of the one set that a config names. The classes are those of the parts' train splits: as
-    they are where all parts have the same, else each name once, sorted; or `data.classes`. `data.fraction` is taken of
-    each part. Raises `ConfigError` for what cannot be joined, and as `open_one`, naming the part.
+    Args:
+      data: `fraction` and `classes` apply to each source.
+      split: `train` is the mixture; any other split is that of `data.source` and `data.path`.
+      open_set: opens a split of the single set that a config names.
+
+    Returns:
+      The split, labelled by the classes of the mixture: `data.classes`, else those of the sources' train splits, as
+      they are if all sources have the same, else each name once, sorted.
+
+    Raises:
+      ConfigError: if the sources cannot be joined or one cannot be opened; names the source.
     """
     weights = _weights(data.mixture)
     plain = dataclasses.replace(data, mixture=(), classes=(), fraction=1.0)
-    parts = [_open_part(plain, number, part, open_one) for number, part in enumerate(data.mixture)]
-    class_names = _class_names(parts)
+    sources = [_open_source(plain, number, source, open_set) for number, source in enumerate(data.mixture)]
+    class_names = _class_names(sources)
     check_classes(data.classes, class_names)
     if split != "train":
-        return _evaluated(open_one(plain, split), data.classes, class_names)
-    for number, part in enumerate(parts):
-        part = subset(_of_classes(part, data.classes, f"data.mixture[{number}]"), fraction=data.fraction)
-        parts[number] = _labelled(part, data.classes or class_names)
-    return _join(parts, weights, int(data.memory_limit_gb * 2**30))
+        return _evaluation_source(open_set(plain, split), data.classes, class_names)
+    for number, source in enumerate(sources):
+        source = subset(_choose(source, data.classes, f"data.mixture[{number}]"), fraction=data.fraction)
+        sources[number] = _relabel(source, data.classes or class_names)
+    return _join(sources, weights, int(data.memory_limit_gb * 2**30))
 
 
 def _weights(mixture: Sequence[config.MixtureSource]) -> tuple[float, ...]:
-    """The weights of all parts, or none. Raises `ConfigError`."""
-    given = [part.weight for part in mixture if part.weight is not None]
-    for number, part in enumerate(mixture):
-        if given and part.weight is None:
-            raise ConfigError(f"data.mixture[{number}].weight: not set, but others are; give every part one, or none")
-        if part.weight is not None and not 0 < part.weight < math.inf:
-            raise ConfigError(f"data.mixture[{number}].weight: must be above 0 and finite, found {part.weight:g}")
-    return tuple(given)
+    """Returns the weights of all sources, or () if none is set. Raises `ConfigError` if only some are."""
+    weights = [source.weight for source in mixture if source.weight is not None]
+    for number, source in enumerate(mixture):
+        if weights and source.weight is None:
+            raise ConfigError(f"data.mixture[{number}].weight: not set, but others are; give every source one, or none")
+        if source.weight is not None and not 0 < source.weight < math.inf:
+            raise ConfigError(f"data.mixture[{number}].weight: must be above 0 and finite, found {source.weight:g}")
+    return tuple(weights)
 
 
-def _open_part(
-    data: config.Data, number: int, part: config.MixtureSource, open_one: Callable[[config.Data, str], Source]
+def _open_source(
+    data: config.Data, number: int, source: config.MixtureSource, open_set: Callable[[config.Data, str], Source]
 ) -> Source:
     try:
-        return open_one(dataclasses.replace(data, source=part.source, path=part.path), "train")
+        return open_set(dataclasses.replace(data, source=source.source, path=source.path), "train")
     except ConfigError as error:
         raise ConfigError(f"data.mixture[{number}]: {error}") from error
 
 
-def _class_names(parts: Sequence[Source]) -> tuple[str, ...]:
-    if all(part.class_names == parts[0].class_names for part in parts):
-        return parts[0].class_names
-    return tuple(sorted({name for part in parts for name in part.class_names}))
+def _class_names(sources: Sequence[Source]) -> tuple[str, ...]:
+    if all(source.class_names == sources[0].class_names for source in sources):
+        return sources[0].class_names
+    return tuple(sorted({name for source in sources for name in source.class_names}))
 
 
-def _evaluated(source: Source, classes: tuple[str, ...], class_names: tuple[str, ...]) -> Source:
-    """A split to evaluate on, of which `classes` are kept; it may have fewer than the mixture, but no others."""
+def _evaluation_source(source: Source, classes: tuple[str, ...], class_names: tuple[str, ...]) -> Source:
+    """Returns the examples of `classes` in an evaluation split, which may lack classes of the mixture but add none."""
     unknown = [name for name in source.class_names if name not in class_names]
     if unknown and not classes:
         raise ConfigError(
             f"data.path: class {unknown[0]!r} is none of the {len(class_names)} of data.mixture; what is evaluated on "
             "comes from data.source and data.path, and must have classes that are trained on"
         )
-    source = _of_classes(source, classes, "data.path")
+    source = _choose(source, classes, "data.path")
     missing = [name for name in classes or class_names if name not in source.class_names]
     if missing:
         _log.warning("no images to evaluate on of %d classes of data.mixture, such as %r", len(missing), missing[0])
-    return _labelled(source, classes or class_names)
+    return _relabel(source, classes or class_names)
 
 
-def _of_classes(source: Source, classes: tuple[str, ...], key: str) -> Source:
-    """What the source has of `data.classes`, if any are chosen."""
+def _choose(source: Source, classes: tuple[str, ...], key: str) -> Source:
+    """Returns the examples of `classes` (empty: all). Raises `ConfigError` if the source has none of them."""
     own = tuple(name for name in classes if name in source.class_names)
     if classes and not own:
         raise ConfigError(f"{key}: has none of data.classes, such as {classes[0]!r}; choose others or leave it out")
     return subset(source, own)
 
 
-def _labelled(source: Source, class_names: tuple[str, ...]) -> Source:
-    """The same examples; labels are places in `class_names`, which hold all classes of the source."""
+def _relabel(source: Source, class_names: tuple[str, ...]) -> Source:
+    """Returns the same examples with labels that are indices into `class_names`, which hold all its classes."""
     if source.class_names == class_names:
         return source
     return dataclasses.replace(source, labels=new_labels(source, class_names), class_names=class_names)
 
 
-def _join(parts: Sequence[Source], weights: tuple[float, ...], limit: int) -> Source:
-    for number, part in enumerate(parts):
-        if not len(part):
+def _join(sources: Sequence[Source], weights: tuple[float, ...], limit: int) -> Source:
+    for number, source in enumerate(sources):
+        if not len(source):
             raise ConfigError(f"data.mixture[{number}]: holds no examples; leave it out")
-    labels = np.concatenate([part.labels for part in parts])
-    shares = tuple(zip(map(len, parts), weights)) if weights else ()
-    files = [part for part in parts if isinstance(part, FileSource)]
-    arrays = [part for part in parts if isinstance(part, ArraySource)]
+    labels = np.concatenate([source.labels for source in sources])
+    mixture = tuple(zip(map(len, sources), weights)) if weights else ()
+    files = [source for source in sources if isinstance(source, FileSource)]
+    arrays = [source for source in sources if isinstance(source, ArraySource)]
     if files and arrays:
-        kinds = [
-            next(k for k, part in enumerate(parts) if isinstance(part, kind)) for kind in (FileSource, ArraySource)
-        ]
         raise ConfigError(
-            f"data.mixture: part {kinds[0]} is image files, part {kinds[1]} an array of pixels; make the array into "
-            "files of their own with `vit-dist prepare`, and name those"
+            f"data.mixture: source {sources.index(files[0])} is image files, source {sources.index(arrays[0])} an "
+            "array of pixels; make the array into files of their own with `vit-dist prepare`, and name those"
         )
     if arrays:
-        return ArraySource(_pixels(arrays, limit), labels, parts[0].class_names, shares, "train")
-    where, prefixes = _prefixes([part.where for part in files])
-    names = Names.of(prefix + name for prefix, part in zip(prefixes, files) for name in part.names)
+        return ArraySource(_pixels(arrays, limit), labels, sources[0].class_names, mixture, "train")
+    folder, prefixes = _common_folder([source.where for source in files])
+    names = Names.of(prefix + name for prefix, source in zip(prefixes, files) for name in source.names)
     starts = (0, *itertools.accumulate(map(len, files[:-1])))
-    images = JoinedImages(tuple(part.images for part in files), starts)
-    versions = [part.version for part in files]
+    images = JoinedImages(tuple(source.images for source in files), starts)
+    versions = [source.version for source in files]
     version = "\n".join(versions) if any(versions) else ""
-    return FileSource(where, names, labels, parts[0].class_names, images, version, shares, "train")
+    return FileSource(folder, names, labels, sources[0].class_names, images, version, mixture, "train")
 
 
 def _pixels(arrays: Sequence[ArraySource], limit: int) -> np.ndarray:
-    shapes = [part.images.shape[1:] for part in arrays]
+    shapes = [source.images.shape[1:] for source in arrays]
     for number, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ConfigError(
-                f"data.mixture[{number}]: images of {'x'.join(map(str, shape))}, but those of part 0 are "
+                f"data.mixture[{number}]: images of {'x'.join(map(str, shape))}, but those of source 0 are "
                 f"{'x'.join(map(str, shapes[0]))}; make each set into files with `vit-dist prepare`, and name those"
             )
-    size = sum(part.images.nbytes for part in arrays)
+    size = sum(source.images.nbytes for source in arrays)
     if size > limit:
         raise ConfigError(
             f"data.mixture: takes {size / 2**30:.3g} GiB as pixels, more than data.memory_limit_gb={limit / 2**30:g}; "
             "raise it, or make each set into files with `vit-dist prepare`"
         )
-    return np.concatenate([part.images for part in arrays])
+    return np.concatenate([source.images for source in arrays])
 
 
-def _prefixes(places: Sequence[str]) -> tuple[str, list[str]]:
-    """The folder that all places lie below, and the rest of each; ("", whole places) where there is none.
+def _common_folder(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the deepest folder that holds all paths, and each path relative to it; ("", full paths) if none does.
 
-    So a mixture that is moved as a whole keeps its names, and with them its fingerprint.
+    A mixture whose sources move together therefore keeps its names, and with them its fingerprint.
     """
-    paths = [place.split("/") for place in places]
-    common = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*paths))]
+    split_paths = [path.split("/") for path in paths]
+    common = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*split_paths))]
     if not any(common):
         common = []
-    return "/".join(common), ["".join(f"{name}/" for name in path[len(common) :]) for path in paths]
+    return "/".join(common), ["".join(f"{name}/" for name in path[len(common) :]) for path in split_paths]

@@ -1,6 +1,6 @@
-"""What kind of data set lies in a place, and which splits it has.
+"""Recognises which `data.source` a folder or file is, and which splits it has.
 
-The kind is told from the names of files and, of a tar, from its first members; the splits are those that can be opened.
+The source is recognised by file names and, in a tar, by its first members. The splits are those that can be opened.
 """
 
 import dataclasses
@@ -22,121 +22,132 @@ from vit_dist.data.sets.sources import SOURCES, open_source
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = {".parquet": "parquet", ".npz": "npz", ".npy": "npz"}
-_OF_MANY_FILES = ("idx", "imagenet_tar", "webdataset")
-_IMAGENET = "ILSVRC2012_img_"
-_FIRST = 8  # members of a tar to look at: a few samples of a WebDataset, with their labels
-_SAMPLE = 16  # images that speak for a split
+_FOLDER_SOURCES = ("idx", "imagenet_tar", "webdataset")  # a split is several files
+_IMAGENET_PREFIX = "ILSVRC2012_img_"
+_FIRST_MEMBERS = 8  # of a tar, to look at: a few samples of a WebDataset, with their labels
+_SAMPLED_IMAGES = 16  # of a split
 
 
-def open_splits(source: str | None, kind: str | None, splits: Sequence[str], data: config.Data) -> dict[str, Source]:
-    """The splits that are asked for, or all that a data set has, by name; its kind is told from its files if not given.
+def open_splits(path: str | None, kind: str | None, splits: Sequence[str], data: config.Data) -> dict[str, Source]:
+    """Opens splits of a data set.
 
-    Raises `ConfigError` as `recognise` and `open_source` do, and where it has none.
+    Args:
+      path: its folder, file or address; None for a set that needs none.
+      kind: a key of `SOURCES`; None to recognise it from its files.
+      splits: the splits to open; empty for all that the set has.
+      data: the other keys, such as `cache_dir`.
+
+    Returns:
+      The splits by name.
+
+    Raises:
+      ConfigError: as `recognise` and `open_source` do, and if there is no split.
     """
     if kind is None:
-        if source is None:
+        if path is None:
             raise ConfigError("no SOURCE is given; give it before DEST, or name a set that needs none, --source=digits")
-        kind = recognise(location(source, "SOURCE"))
-        _log.info("%s: taken for --source=%s", source, kind)
-    if kind in _OF_MANY_FILES and source is not None and location(source, "SOURCE").is_file():
-        raise ConfigError(f"{source}: is one file of a set (--source={kind}); name the folder that holds it")
-    data = dataclasses.replace(data, source=kind, path=source)
+        kind = recognise(location(path, "SOURCE"))
+        _log.info("%s: recognised as --source=%s", path, kind)
+    if kind in _FOLDER_SOURCES and path is not None and location(path, "SOURCE").is_file():
+        raise ConfigError(f"{path}: is one file of a set (--source={kind}); name the folder that holds it")
+    data = dataclasses.replace(data, source=kind, path=path)
     if splits:
         return {split: open_source(data, split) for split in splits}
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     missing: list[NoSplit] = []
     for split in ("train", "test", "val"):
         try:
-            found[split] = open_source(data, split)
+            sources[split] = open_source(data, split)
         except NoSplit as error:
             missing.append(error)
-    if not found and source is not None and location(source, "SOURCE").is_file():
+    if not sources and path is not None and location(path, "SOURCE").is_file():
         raise ConfigError(f"{missing[0]}; if it is one split's file, name the folder that holds it") from missing[0]
-    if not found:
+    if not sources:
         raise missing[0]
-    if "test" in found and "val" in found and _are_one(found["test"], found["val"]):  # one stands for the other
-        del found["test" if found["val"].split.startswith("val") else "val"]
-    return found
+    if "test" in sources and "val" in sources and _are_equal(sources["test"], sources["val"]):
+        del sources["test" if sources["val"].split.startswith("val") else "val"]  # the set has one, under two names
+    return sources
 
 
 def sample(source: Source) -> str:
-    """A digest of the images at places all over a split. Raises `ConfigError` for one that cannot be read."""
+    """Returns a digest of images spread evenly over a split. Raises `ConfigError` if one cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
-    for number in sorted({place * (len(source) - 1) // (_SAMPLE - 1) for place in range(_SAMPLE)}):
-        image = _content(source, number)
+    for index in sorted({i * (len(source) - 1) // (_SAMPLED_IMAGES - 1) for i in range(_SAMPLED_IMAGES)}):
+        image = _content(source, index)
         digest.update(f"{len(image)} ".encode() + image)
     return digest.hexdigest()
 
 
-def _are_one(a: Source, b: Source) -> bool:
-    """Whether two splits have the same names and labels, and the same images at places all over."""
+def _are_equal(a: Source, b: Source) -> bool:
+    """Returns whether two splits have the same names, labels and sampled images."""
     return len(a) == len(b) and fingerprint(a) == fingerprint(b) and sample(a) == sample(b)
 
 
-def _content(source: Source, number: int) -> bytes:
+def _content(source: Source, index: int) -> bytes:
     if not isinstance(source, FileSource):
-        image = source.images[number]
+        image = source.images[index]
         return str(image.shape).encode() + image.tobytes()
     try:
-        return source.read(number)
+        return source.read(index)
     except OSError as error:
-        raise ConfigError(f"{source.name(number)}: cannot be read ({error}); repair or remove it") from error
+        raise ConfigError(f"{source.name(index)}: cannot be read ({error}); repair or remove it") from error
 
 
 def recognise(path: Path) -> str:
-    """The key of `SOURCES` for what lies at `path`. Raises `ConfigError` where that is none of them, or several."""
+    """Returns the key of `SOURCES` that fits `path`. Raises `ConfigError` if none or several fit."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
-    found = _in_folder(path) if path.is_dir() else _file(path, path.name)
-    if len(found) == 1:
-        return found.pop()
+    kinds = _kinds_of_folder(path) if path.is_dir() else _kinds_of_file(path, path.name)
+    if len(kinds) == 1:
+        return kinds.pop()
     what = (
-        f"may be {' or '.join(sorted(found))}; say"
-        if found
+        f"may be {' or '.join(sorted(kinds))}; say"
+        if kinds
         else ("no data set that is known by its files; name the folder that holds its splits, or say")
     )
     raise ConfigError(f"{path}: {what} which with --source, one of {', '.join(SOURCES)}")
 
 
-def _in_folder(folder: Path) -> set[str]:
+def _kinds_of_folder(folder: Path) -> set[str]:
     listed = [(name, is_folder) for name, is_folder in entries(folder) if not is_hidden(name)]
     if any(name == MANIFEST for name, _ in listed) or (folder / PLAN).exists():
         return {"array_record"}
     if any(name == "dataset_info.json" for name, _ in listed):
         return {"tfds"}
-    found = _files(folder, listed)
+    kinds = _kinds_of_files(folder, listed)
     for name, is_folder in listed:
         if is_folder and (name in KNOWN_SPLITS or name == "data"):
-            below = [one for one in entries(folder / name) if not is_hidden(one[0])]
-            if any(is_inner for _, is_inner in below) and name in KNOWN_SPLITS:
-                found.add("folder")
-            found |= _files(folder / name, below)
-    return found
+            inner = [entry for entry in entries(folder / name) if not is_hidden(entry[0])]
+            if any(is_inner_folder for _, is_inner_folder in inner) and name in KNOWN_SPLITS:
+                kinds.add("folder")
+            kinds |= _kinds_of_files(folder / name, inner)
+    return kinds
 
 
-def _files(folder: Path, listed: list[tuple[str, bool]]) -> set[str]:
-    """What the files of a folder are; of several tars one speaks for all, ImageNet's own before what lies beside it."""
+def _kinds_of_files(folder: Path, listed: list[tuple[str, bool]]) -> set[str]:
+    """Returns the kinds of a folder's files. Looks into one tar only: ImageNet's own if it is there, else the first."""
     names = [name for name, is_folder in listed if not is_folder]
     tars = [name for name in names if name.endswith(TAR_SUFFIXES)]
     others = [name for name in names if name not in tars]
-    tars.sort(key=lambda name: not name.startswith(_IMAGENET))
-    return set().union(*(_file(folder / name, name) for name in [*tars[:1], *others]))
+    tars.sort(key=lambda name: not name.startswith(_IMAGENET_PREFIX))
+    return set().union(*(_kinds_of_file(folder / name, name) for name in [*tars[:1], *others]))
 
 
-def _file(path: Path, name: str) -> set[str]:
+def _kinds_of_file(path: Path, name: str) -> set[str]:
     if name.endswith(TAR_SUFFIXES):
-        return _tar(path, name)
+        return _kinds_of_tar(path, name)
     if "-ubyte" in name:
         return {"idx"}
     return {_SUFFIXES[path.suffix]} if path.suffix in _SUFFIXES else set()
 
 
-def _tar(path: Path, name: str) -> set[str]:
-    if name.startswith(_IMAGENET):
+def _kinds_of_tar(path: Path, name: str) -> set[str]:
+    if name.startswith(_IMAGENET_PREFIX):
         return {"imagenet_tar"}
     try:
         with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-            members = [member.name for member in itertools.islice((one for one in tar if one.isfile()), _FIRST)]
+            files = (member.name for member in tar if member.isfile())
+            members = list(itertools.islice(files, _FIRST_MEMBERS))
     except (OSError, EOFError, tarfile.TarError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if members and all(member.endswith(".tar") for member in members):

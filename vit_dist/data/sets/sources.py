@@ -1,7 +1,7 @@
-"""The containers that images are read from, one table, and the way in: `open_source`.
+"""Opens a data set: the table of containers, and `open_source`.
 
-A container says what examples it holds; what is done with them afterwards (some classes, a share, several sets as one,
-pixels in memory) is the same for all, and done here.
+A container's module lists its examples. What follows is the same for every container and happens here: choosing
+classes or a fraction, joining a mixture, decoding into memory.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from vit_dist.data.sets.mixture import open_mixture
 from vit_dist.data.sets.subset import subset
 from vit_dist.schema import one_of
 
-# What `data.source` may be, and what opens a split of it: `open_split(path, split, data)`.
+# `data.source` -> the function that opens a split of it: `open_split(path, split, data)`.
 SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
     "digits": idx.open_digits,
     "idx": idx.open_split,
@@ -31,24 +31,31 @@ SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
     "tfds": tfds.open_split,
     "array_record": array_record.open_split,
 }
-_OF_PIXELS = ("digits", "idx", "npz")  # whose examples are arrays and not files
-_NEED_NO_PATH = ("digits",)
-_PATH_MAY_BE_A_NAME = ("tfds",)
+_PIXEL_SOURCES = ("digits", "idx", "npz")  # their examples are arrays, not files
+_SOURCES_WITHOUT_PATH = ("digits",)
+_SOURCES_BY_NAME = ("tfds",)  # `data.path` may be a name instead of a path
 
 
 def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
     """Opens a split of the data that the config names.
 
-    `data.mixture` and `data.fraction` concern the split `train` alone, `data.classes` every one. `channels` (1 or 3) is
-    what `data.in_memory` decodes files to. Raises `ConfigError` for an unknown source, a missing path, split or
-    library, a class without images or unknown, damaged files, classes that differ between the splits, sets that do not
-    mix, too little memory.
+    Args:
+      data: `mixture` and `fraction` apply to the split `train` only, `classes` to every split.
+      split: `train`, `test`, `val` or another name that the set uses.
+      channels: 1 or 3; `data.in_memory` decodes files to it.
+
+    Returns:
+      The examples, as pixels or as files.
+
+    Raises:
+      ConfigError: for an unknown source; a missing path, split or library; an unknown or empty class; damaged files;
+        classes that differ between splits; sets that do not mix; too little memory.
     """
-    _check_names_a_set(data)
+    _check_idx_keys(data)
     if data.mixture:
-        source = open_mixture(data, split, _open_one)
+        source = open_mixture(data, split, _open_set)
     else:
-        source = subset(_open_one(data, split), data.classes, data.fraction if split == "train" else 1.0)
+        source = subset(_open_set(data, split), data.classes, data.fraction if split == "train" else 1.0)
     if isinstance(source, FileSource):
         if channels not in CHANNELS:
             raise ConfigError(f"model.channels: {channels}, but image files are decoded to 1 or 3")
@@ -58,27 +65,27 @@ def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
 
 
 def is_in_memory(data: config.Data) -> bool:
-    """Whether `open_source` would give pixels in memory (an `ArraySource`), told without opening anything."""
-    kinds = [part.source for part in data.mixture] or [data.source]
-    return data.in_memory or all(kind in _OF_PIXELS for kind in kinds)
+    """Returns whether `open_source` would return pixels (an `ArraySource`), without opening anything."""
+    names = [source.source for source in data.mixture] or [data.source]
+    return data.in_memory or all(name in _PIXEL_SOURCES for name in names)
 
 
-def _check_names_a_set(data: config.Data) -> None:
-    """Raises `ConfigError` for keys of `idx` sets where none is read."""
-    if "idx" in (data.source, *(part.source for part in data.mixture)):
+def _check_idx_keys(data: config.Data) -> None:
+    """Raises `ConfigError` if keys that only `idx` sets use are set and no `idx` set is read."""
+    if "idx" in (data.source, *(source.source for source in data.mixture)):
         return
-    for key, none in (("name", "null"), ("download", "false")):
+    for key, unset in (("name", "null"), ("download", "false")):
         if value := getattr(data, key):
             raise ConfigError(
-                f"data.{key}: {str(value).lower()}, which data.source=idx alone heeds, found {data.source}; "
-                f"set data.{key}={none}"
+                f"data.{key}: {str(value).lower()}, which only data.source=idx uses, found {data.source}; "
+                f"set data.{key}={unset}"
             )
 
 
-def _open_one(data: config.Data, split: str) -> Source:
-    """A split of the set that `data.source` and `data.path` name, whole."""
+def _open_set(data: config.Data, split: str) -> Source:
+    """Opens a split of the set that `data.source` and `data.path` name, with all its examples."""
     open_split = SOURCES[one_of("data.source", data.source, SOURCES)]
-    if data.source in _NEED_NO_PATH:
+    if data.source in _SOURCES_WITHOUT_PATH:
         if data.path is not None:
             raise ConfigError(
                 f"data.path: {data.path}, but data.source={data.source} reads no files; leave one out, or set both"
@@ -87,9 +94,9 @@ def _open_one(data: config.Data, split: str) -> Source:
     if data.path is None:
         raise ConfigError(f"data.path: not set; the source {data.source!r} needs a folder or file")
     path = location(data.path)
-    found_otherwise = data.source in _PATH_MAY_BE_A_NAME or (data.source == "idx" and data.download)
-    if not found_otherwise and not path.exists():
-        fetched = data.source == "idx" and data.name is not None
-        advice = f"; set data.download=true to fetch {data.name} into it" if fetched else ""
+    may_be_missing = data.source in _SOURCES_BY_NAME or (data.source == "idx" and data.download)
+    if not may_be_missing and not path.exists():
+        can_fetch = data.source == "idx" and data.name is not None
+        advice = f"; set data.download=true to fetch {data.name} into it" if can_fetch else ""
         raise ConfigError(f"data.path: no such file or folder: {path}{advice}")
     return open_split(path, split, data)

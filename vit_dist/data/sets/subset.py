@@ -1,7 +1,7 @@
-"""A part of a data set: some of its classes, or a share of each class's examples.
+"""Takes a subset of a data set: some of its classes, or a fraction of each class's examples.
 
-Which examples a share keeps belongs to the set, not to the run: it depends on nothing but the class's name and how many
-examples it has. So runs with different seeds learn from the same tenth, and that tenth lies within the fifth.
+Which examples a fraction keeps depends only on the class's name and size, not on the run. Runs with different seeds
+therefore learn from the same tenth, and that tenth lies within the fifth.
 """
 
 import dataclasses
@@ -21,37 +21,45 @@ from vit_dist.schema import near_miss
 
 @dataclasses.dataclass(frozen=True)
 class ChosenImages:
-    """Some of the images of another source: image `i` is its image `numbers[i]`, `int64 [N]`."""
+    """Some of the images of another source: image `i` is its image `ids[i]`, `int64 [N]`."""
 
     images: Images
-    numbers: np.ndarray
+    ids: np.ndarray
 
     def read(self, index: int) -> bytes:
-        return self.images.read(int(self.numbers[index]))
+        return self.images.read(int(self.ids[index]))
 
 
 def subset(source: Source, classes: Sequence[str] = (), fraction: float = 1.0) -> Source:
-    """The examples of `classes` (none: of all), and of each class `fraction` of them, rounded up.
+    """Takes the examples of some classes, and a fraction of each class.
 
-    They keep their order, and their ids are anew their places in it. Labels are places in `classes`. Raises
-    `ConfigError` for a class that the source lacks.
+    Args:
+      source: the set to take from.
+      classes: the classes to keep; empty for all.
+      fraction: of each class's examples, in (0, 1]; their number is rounded up.
+
+    Returns:
+      The chosen examples in the same order, with new ids from 0. Labels are indices into `classes`, if given.
+
+    Raises:
+      ConfigError: for a class that the source lacks.
     """
     if classes:
-        source = _of_classes(source, tuple(classes))
-    return _take(source, _share(source, fraction)) if fraction < 1 else source
+        source = _choose_classes(source, tuple(classes))
+    return _take(source, _fraction_ids(source, fraction)) if fraction < 1 else source
 
 
 def check_classes(classes: Sequence[str], known: Sequence[str]) -> None:
-    """Raises `ConfigError` where `data.classes` names a class twice, or one that is not among those known."""
+    """Raises `ConfigError` if `data.classes` lists a class twice, or one that is not in `known`."""
     for number, name in enumerate(classes):
         if name not in known:
             close = near_miss(name, known)
             raise ConfigError(f"data.classes: {name!r} is not among the data's {len(known)} classes{close}")
         if name in classes[:number]:
-            raise ConfigError(f"data.classes: {name!r} stands in it twice; name each class once")
+            raise ConfigError(f"data.classes: {name!r} is listed twice; list each class once")
 
 
-def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
+def _choose_classes(source: Source, classes: tuple[str, ...]) -> Source:
     check_classes(classes, source.class_names)
     labels = new_labels(source, classes)
     chosen = np.flatnonzero(labels >= 0)
@@ -61,26 +69,26 @@ def _of_classes(source: Source, classes: tuple[str, ...]) -> Source:
 
 
 def new_labels(source: Source, class_names: Sequence[str]) -> np.ndarray:
-    """The source's labels as places in `class_names`, `int32 [N]`; -1 for a class that is not in it.
+    """Returns the source's labels as indices into `class_names`, `int32 [N]`; -1 for a class that is not in it.
 
-    Raises `ConfigError` where two classes of the source have one name.
+    Raises `ConfigError` if two classes of the source share a name.
     """
     check_distinct(source.class_names, "data.path")
     numbers = {name: number for number, name in enumerate(class_names)}
     table = np.array([*(numbers.get(name, -1) for name in source.class_names), -1], np.int32)
-    known = (source.labels >= 0) & (source.labels < len(source.class_names))
-    return table[np.where(known, source.labels, -1)]
+    valid = (source.labels >= 0) & (source.labels < len(source.class_names))
+    return table[np.where(valid, source.labels, -1)]
 
 
-def _share(source: Source, fraction: float) -> np.ndarray:
-    """The ids, ascending, of `fraction` of each class; of what has no valid label all, to be complained of later."""
+def _fraction_ids(source: Source, fraction: float) -> np.ndarray:
+    """Returns the ids, ascending, of `fraction` of each class, and of invalid labels, which `check_labels` reports."""
     chosen = (source.labels < 0) | (source.labels >= len(source.class_names))
     by_class = np.argsort(source.labels, kind="stable")
     ends = np.searchsorted(source.labels[by_class], np.arange(len(source.class_names) + 1))
     for name, start, end in zip(source.class_names, ends, ends[1:]):
         size = int(end - start)
         if size:
-            keep = math.ceil(Fraction(str(fraction)) * size)  # as written: 0.07 of 100, as floats, is more than 7
+            keep = math.ceil(Fraction(str(fraction)) * size)  # exact: in floats, 0.07 of 100 is more than 7
             digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             ranks = permutation(int.from_bytes(digest, "big"), 0, size, np.arange(keep))
             chosen[by_class[start + ranks]] = True
@@ -88,7 +96,7 @@ def _share(source: Source, fraction: float) -> np.ndarray:
 
 
 def _take(source: Source, ids: np.ndarray) -> Source:
-    """The examples `ids`, `int64 [n]`, of a source; of pixels a copy, of files only where they lie."""
+    """Returns the examples `ids`, `int64 [n]`, of a source. Copies pixels, but not files."""
     labels = source.labels[ids]
     if isinstance(source, ArraySource):
         return dataclasses.replace(source, images=source.images[ids], labels=labels)

@@ -113,8 +113,8 @@ def train_batches(
     """
     if not len(source):
         raise ConfigError("the train split holds no examples")
-    sizes = tuple(size for size, _ in source.parts) or (len(source),)
-    weights = tuple(weight for _, weight in source.parts) or None
+    sizes = tuple(size for size, _ in source.mixture) or (len(source),)
+    weights = tuple(weight for _, weight in source.mixture) or None
     order = Order(seed, sizes, weights, data.repeats)
     make = _TrainPiece(Pixels(source, data, image_size, channels), order, batch_size)
     return _batches(make, make.pixels, range(start_step, stop_step), rows)

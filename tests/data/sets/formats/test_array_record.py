@@ -1,4 +1,4 @@
-"""Prepared sets as a source: whole and readable by many, or an error that says what to do."""
+"""Prepared sets as a source: complete and readable by many threads, or an error that says what to do."""
 
 import dataclasses
 import pickle
@@ -35,11 +35,11 @@ def _fails(message: str, path: object, split: str = "train", **keys: Any) -> Non
     assert "\n" not in str(caught.value)
 
 
-def _vouch(folder: Path, split: str, index: Path) -> None:
-    """Has the manifest list the index as it lies there now."""
-    whole = read_manifest(folder)
-    entry = dataclasses.replace(whole.indexes[split], bytes=index.stat().st_size)
-    write_manifest(folder, dataclasses.replace(whole, indexes={**whole.indexes, split: entry}))
+def _update_manifest(folder: Path, split: str, index: Path) -> None:
+    """Makes the manifest list the index file with its present size."""
+    manifest = read_manifest(folder)
+    entry = dataclasses.replace(manifest.indexes[split], bytes=index.stat().st_size)
+    write_manifest(folder, dataclasses.replace(manifest, indexes={**manifest.indexes, split: entry}))
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_a_source_is_read_by_many_threads_and_can_be_pickled(records: Path, imag
     files = [(image_set / "train" / name).read_bytes() for name in source.names]
     copy = pickle.loads(pickle.dumps(source))
     order = np.random.default_rng(0).permutation(13 * 40) % 13
-    for one in (source, copy):
+    for reader in (source, copy):
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(one.read, order.tolist())) == [files[number] for number in order]
+            assert list(pool.map(reader.read, order.tolist())) == [files[number] for number in order]
 
 
 def test_shards_are_opened_when_they_are_read(records: Path) -> None:
@@ -67,12 +67,12 @@ def test_shards_are_opened_when_they_are_read(records: Path) -> None:
         source.read(12)
 
 
-def test_val_and_test_stand_for_each_other_and_other_splits_are_missed(records: Path) -> None:
+def test_val_and_test_stand_for_each_other_and_other_splits_are_errors(records: Path) -> None:
     assert list(_open(records, "val").names) == list(_open(records, "test").names)
     _fails("no split 'extra' in .*records; found train, test", records, "extra")
 
 
-def test_sets_that_are_not_whole_are_refused(records: Path, tmp_path: Path) -> None:
+def test_incomplete_sets_are_refused(records: Path, tmp_path: Path) -> None:
     file = records / "train-00002-of-00004.array_record"
     data = file.read_bytes()
     file.write_bytes(data[:-1])
@@ -86,10 +86,10 @@ def test_sets_that_are_not_whole_are_refused(records: Path, tmp_path: Path) -> N
     _fails("train.index.npz: cannot be read", records)
     (records / "test.index.npz").rename(index)
     _fails("train.index.npz: .*manifest", records)
-    _vouch(records, "train", index)
+    _update_manifest(records, "train", index)
     _fails("train.index.npz: does not list the examples of this set", records)
     index.write_bytes(b"")
-    _vouch(records, "train", index)
+    _update_manifest(records, "train", index)
     _fails("train.index.npz: cannot be read", records)
     (records / "manifest.json").write_text("{")
     _fails("manifest.json: cannot be read", records, "test")
@@ -102,10 +102,10 @@ def test_sets_that_are_not_whole_are_refused(records: Path, tmp_path: Path) -> N
     _fails("is a file", records / "dataset_info.json")
 
 
-def test_a_damaged_record_is_a_bad_file_and_its_neighbours_are_not(records: Path) -> None:
+def test_a_damaged_record_is_an_unreadable_image_and_its_neighbours_are_not(records: Path) -> None:
     file = records / "train-00000-of-00004.array_record"
-    whole = _open(records)
-    images = [whole.read(number) for number in range(3)]
+    intact = _open(records)
+    images = [intact.read(number) for number in range(3)]
     data = bytearray(file.read_bytes())
     data[bytes(data).index(images[1]) + 20] ^= 1
     file.write_bytes(data)
@@ -166,7 +166,7 @@ def test_names_that_are_no_utf8_come_back(image_set: Path, tmp_path: Path, encod
     assert source.read(list(source.names).index(f"cat/{name}")) == encode(99)
 
 
-def test_what_travels_is_small(records: Path) -> None:
+def test_pickled_images_are_small(records: Path) -> None:
     source = open_split(records, "train", Data())
     for number in range(13):
         source.read(number)

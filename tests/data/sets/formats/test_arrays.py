@@ -72,10 +72,10 @@ def _npy(folder: Path, sets: dict[str, Split]) -> Path:
 @pytest.mark.parametrize("layout", [_keras, _medmnist, _files, _npy])
 def test_every_layout_gives_the_arrays_in_their_order(layout: Any, tmp_path: Path, sets: dict[str, Split]) -> None:
     path = layout(tmp_path, sets)
-    for split, of in (("train", "train"), ("test", "test"), ("val", "test")):
+    for split, stored in (("train", "train"), ("test", "test"), ("val", "test")):
         source = _open(path, split)
-        assert source.images.dtype == np.uint8 and np.array_equal(source.images, sets[of][0])
-        assert source.labels.dtype == np.int32 and source.labels.tolist() == sets[of][1].tolist()
+        assert source.images.dtype == np.uint8 and np.array_equal(source.images, sets[stored][0])
+        assert source.labels.dtype == np.int32 and source.labels.tolist() == sets[stored][1].tolist()
         assert source.class_names == ("0", "1", "2", "3")  # the train split's, though the test split lacks the last
         copy = pickle.loads(pickle.dumps(source))
         assert np.array_equal(copy.images, source.images)
@@ -153,18 +153,18 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
 
 def test_damaged_files_are_named(tmp_path: Path, sets: dict[str, Split]) -> None:
     file = _keras(tmp_path, sets)
-    whole = file.read_bytes()
-    for damaged in (b"", b"text", whole[: len(whole) // 2]):
+    original = file.read_bytes()
+    for damaged in (b"", b"text", original[: len(original) // 2]):
         file.write_bytes(damaged)
         _fails("set.npz: cannot be read", file)
-    file.write_bytes(whole[:80] + bytes(40) + whole[120:])
+    file.write_bytes(original[:80] + bytes(40) + original[120:])
     _fails("set.npz: 'x_train': cannot be read", file)
     _npy(tmp_path, sets)
     (tmp_path / "train_images.npy").write_bytes((tmp_path / "train_images.npy").read_bytes()[:-1])
     _fails("train_images.npy: cannot be read", tmp_path)
 
 
-def test_what_is_missing_is_named_with_what_was_found(tmp_path: Path, sets: dict[str, Split]) -> None:
+def test_missing_arrays_are_named_with_those_found(tmp_path: Path, sets: dict[str, Split]) -> None:
     _fails(
         "no split 'extra' in .*set.npz; expected the arrays x_extra.*found: x_train, y_train",
         _keras(tmp_path, sets),
@@ -177,7 +177,7 @@ def test_what_is_missing_is_named_with_what_was_found(tmp_path: Path, sets: dict
     _fails("train.npz; expected the arrays images and labels, found: pixels, labels", tmp_path / "npy")
 
 
-def test_arrays_are_read_from_remote_places(tmp_path: Path, sets: dict[str, Split]) -> None:
+def test_arrays_are_read_from_remote_storage(tmp_path: Path, sets: dict[str, Split]) -> None:
     root = f"/{uuid.uuid4()}"
     (tmp_path / "npy").mkdir()
     fsspec.filesystem("memory").put(f"{_npy(tmp_path / 'npy', sets)}/", root, recursive=True)

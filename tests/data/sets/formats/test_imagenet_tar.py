@@ -75,7 +75,7 @@ def tars(folder: Path, tmp_path: Path) -> Path:
         classes[f"{wnid}.tar"] = _tar({file.name: file.read_bytes() for file in files})
     (root / TARS["train"]).write_bytes(_tar(classes))
     images = {file.name: file.read_bytes() for file in (folder / "val").glob("*/*")}
-    (root / TARS["val"]).write_bytes(_tar(dict(sorted(images.items(), key=lambda one: one[0][-6]))))
+    (root / TARS["val"]).write_bytes(_tar(dict(sorted(images.items(), key=lambda item: item[0][-6]))))
     (root / LABELS).write_text("".join(f"{WNIDS[label]}\n" for label in TRUTH))
     return root
 
@@ -189,7 +189,7 @@ def test_what_is_missing_is_named(tars: Path) -> None:
 
 def test_damage_and_links_in_the_inner_tars_are_refused(tars: Path) -> None:
     file = tars / TARS["train"]
-    whole = file.read_bytes()
+    original = file.read_bytes()
     file.write_bytes(_tar({"n01440764.tar": b"no tar" * 100}))
     _fails("img_train.tar:n01440764.tar: damaged at byte 512", tars, "train")
     inner = _tar({"a.JPEG": bytes(600)})
@@ -199,7 +199,7 @@ def test_damage_and_links_in_the_inner_tars_are_refused(tars: Path) -> None:
     _fails("n01440764.tar: member '../a.JPEG' reaches outside", tars, "train")
     file.write_bytes(_tar({"n01440764.tar": _tar({})}))
     _fails("class folder 'n01440764' holds no images", tars, "train")
-    file.write_bytes(whole[:-12_000])
+    file.write_bytes(original[:-12_000])
     _fails("img_train.tar.*damaged", tars, "train")
 
 
@@ -222,7 +222,7 @@ def test_what_is_no_image_is_left_out_and_counted(tars: Path, caplog: pytest.Log
 def test_the_index_is_kept_until_the_labels_change(
     tars: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(index, "_CACHED_FROM", 1)
     cache = str(tmp_path / "cache")
     expected = {split: _files(tars, split, cache_dir=cache) for split in ("train", "val")}
     with monkeypatch.context() as patched:

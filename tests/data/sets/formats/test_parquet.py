@@ -79,8 +79,8 @@ def _layout(root: Path, names: dict[str, tuple[str, ...]], image_set: Path) -> P
     """The image set as Parquet files of these names."""
     for split, files in names.items():
         rows = _rows(image_set / split)
-        for file, part in zip(files, np.array_split(np.arange(len(rows)), len(files))):
-            _write(root / file, [rows[number] for number in part], ("cat", "dog"))
+        for file, numbers in zip(files, np.array_split(np.arange(len(rows)), len(files))):
+            _write(root / file, [rows[number] for number in numbers], ("cat", "dog"))
     return root
 
 
@@ -119,7 +119,7 @@ def test_one_file_is_the_split_of_its_name(image_set: Path, tmp_path: Path) -> N
     _fails("one file of one split, and not of 'train'", named)
 
 
-def test_a_split_is_a_name_and_no_pattern(image_set: Path, tmp_path: Path) -> None:
+def test_a_split_name_is_not_a_pattern(image_set: Path, tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet", _rows(image_set / "train"))
     for split in ("(", "tr..n", "train|test"):
         _fails("no .*parquet in .*found: .*train.parquet", tmp_path, split)
@@ -185,7 +185,7 @@ def test_rows_without_a_path_are_named_by_their_number(tmp_path: Path) -> None:
         assert [source.read(i) for i in range(3)] == [b"one", b"zero", b"two"]
 
 
-def test_a_source_can_be_pickled_and_its_row_groups_stay_behind(image_set: Path, tmp_path: Path) -> None:
+def test_a_source_can_be_pickled_without_its_row_groups(image_set: Path, tmp_path: Path) -> None:
     source = _open("parquet", _layout(tmp_path / "parquet", LAYOUTS["data"], image_set))
     expected = [source.read(i) for i in range(13)]
     pickled = pickle.dumps(source)
@@ -228,7 +228,7 @@ def test_a_row_group_is_read_once_by_all_threads_where_all_fit(tmp_path: Path) -
     assert sorted(reads) == [(0, group) for group in range(10)]
 
 
-def test_the_groups_wanted_longest_ago_make_room(tmp_path: Path) -> None:
+def test_the_groups_used_longest_ago_are_evicted(tmp_path: Path) -> None:
     file, images = _big(tmp_path)
     groups = RowGroups((file,), limit=25_000)
     reads = _counting(groups)
@@ -257,7 +257,7 @@ def test_many_threads_read_right_bytes_in_little_memory(tmp_path: Path) -> None:
     assert groups._total <= 15_000
 
 
-def test_a_set_larger_than_the_limit_is_said_with_its_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_set_larger_than_the_limit_logs_its_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(tmp_path / "train.parquet", [(os.urandom(1 << 16), 0) for _ in range(64)], kind=pyarrow.binary(), group=16)
     caplog.set_level(logging.WARNING)
     _open("parquet", tmp_path)
@@ -303,8 +303,8 @@ def test_labels_that_are_hidden_missing_or_of_no_class_are_named(tmp_path: Path)
 def test_damaged_files_are_named(image_set: Path, tmp_path: Path) -> None:
     root = _layout(tmp_path / "parquet", LAYOUTS["flat"], image_set)
     file = root / "train_1.parquet"
-    whole = file.read_bytes()
-    for damaged in (b"", b"no parquet", whole[:-10], whole[: len(whole) // 2]):
+    original = file.read_bytes()
+    for damaged in (b"", b"no parquet", original[:-10], original[: len(original) // 2]):
         file.write_bytes(damaged)
         _fails("train_1.parquet: cannot be read as Parquet", root)
 
@@ -312,12 +312,12 @@ def test_damaged_files_are_named(image_set: Path, tmp_path: Path) -> None:
 def test_a_row_group_damaged_since_is_an_unreadable_image(tmp_path: Path) -> None:
     file, images = _big(tmp_path)
     source = _open("parquet", file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[:200] + b"\xff" * 100 + whole[300:])
+    original = file.read_bytes()
+    file.write_bytes(original[:200] + b"\xff" * 100 + original[300:])
     with pytest.raises(OSError, match=r"row group 0 of .*train.parquet cannot be read"):
         source.read(0)
     assert source.read(99) == images[99]
-    file.write_bytes(whole)
+    file.write_bytes(original)
     assert source.read(0) == images[0]  # a failure is not kept
 
 
@@ -353,7 +353,7 @@ def test_shards_must_agree_on_the_classes(tmp_path: Path) -> None:
     _fails("train_1.parquet: its metadata names other classes than train_0.parquet", tmp_path)
 
 
-def test_parquet_is_read_from_remote_places(image_set: Path) -> None:
+def test_parquet_is_read_from_remote_storage(image_set: Path) -> None:
     remote = fsspec.filesystem("memory")
     root = f"/{uuid.uuid4()}"
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""Tars: read where they lie, here or far away, unpacked as late as can be, scanned once."""
+"""Tars: read in place, local or remote, unpacked as late as possible, scanned once."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ from vit_dist.data.files import location
 from vit_dist.data.sets import index
 from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.formats import archive
-from vit_dist.data.sets.formats.archive import Memory, Tar, members, open_tar
+from vit_dist.data.sets.formats.archive import MemoryLimit, Tar, members, open_tar
 from vit_dist.data.sets.sources import open_source
 
 SPLITS = ("train", "test")
@@ -76,7 +76,7 @@ def test_a_tar_behind_fsspec_is_the_folder(
 def test_a_tar_is_scanned_once_and_then_its_index_is_read(
     image_set: Path, pack: Callable[..., Path], tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(index, "_CACHED_FROM", 1)
     cache = str(tmp_path / "cache")
     file = pack(image_set, tmp_path / "set.tar")
     sources = [_files(file, split, cache_dir=cache) for split in SPLITS]
@@ -92,7 +92,7 @@ def test_a_tar_is_scanned_once_and_then_its_index_is_read(
 def test_a_compressed_tar_is_unpacked_when_an_image_is_wanted(
     image_set: Path, pack: Callable[..., Path], tmp_path: Path, unpacked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(index, "_CACHED_FROM", 1)
     cache = str(tmp_path / "cache")
     for split in SPLITS:
         pack(image_set / split, tmp_path / f"{split}.tar.gz", "", "w:gz")
@@ -128,7 +128,7 @@ def test_a_compressed_tar_is_unpacked_once_while_a_source_holds_it(
 def test_tars_share_one_limit_of_memory(image_set: Path, pack: Callable[..., Path], tmp_path: Path) -> None:
     files = [pack(image_set, tmp_path / f"{name}.tar.gz", "", "w:gz") for name in "ab"]
     size = len(pack(image_set, tmp_path / "plain.tar").read_bytes())
-    memory = Memory(2 * size - 1, "do so")
+    memory = MemoryLimit(2 * size - 1, "do so")
     first, second = (open_tar(file, memory) for file in files)
     assert len(first.read(0, 2 * size)) == size
     with pytest.raises(ConfigError, match="b.tar.gz: more than data.memory_limit_gb=.*; raise it, or do so"):
@@ -140,7 +140,7 @@ def test_a_damaged_compressed_tar_is_named_when_it_is_read(
 ) -> None:
     file = pack(image_set, tmp_path / "a.tar.gz", "", "w:gz")
     file.write_bytes(file.read_bytes()[:-200])
-    tar = open_tar(file, Memory(2**30, ""))
+    tar = open_tar(file, MemoryLimit(2**30, ""))
     for _ in range(2):
         with pytest.raises(ConfigError, match="a.tar.gz: cannot be read"):
             tar.read(0, 1)

@@ -53,13 +53,13 @@ def _prepare(data_dir: Path, image_set: Path, features: dict[str, Any], **info: 
 
         def _generate_examples(self, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for file in sorted(folder.glob("*/*")):
-                whole = {
+                values = {
                     "image": io.BytesIO(file.read_bytes()),
                     "label": -1 if hidden and folder.name == "test" else file.parent.name,
                     "file_name": f"{folder.name}/{file.name}",
                     "species": file.parent.name,
                 }
-                yield f"{file.parent.name}/{file.name}", {name: whole[name] for name in features}
+                yield f"{file.parent.name}/{file.name}", {name: values[name] for name in features}
 
     builder = Pets(data_dir=str(data_dir), file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
@@ -109,7 +109,7 @@ def test_records_without_a_name_are_named_by_their_number(tmp_path: Path, image_
     folder = _open("folder", image_set)
     assert source.labels.tolist() == folder.labels.tolist()
     assert sorted(name.partition("/")[2] for name in source.names) == [f"{number:08}" for number in range(13)]
-    assert all(list(source.names[part]) == sorted(source.names[part]) for part in (slice(0, 5), slice(5, 13)))
+    assert all(list(source.names[ids]) == sorted(source.names[ids]) for ids in (slice(0, 5), slice(5, 13)))
     for classes in (slice(0, 5), slice(5, 13)):  # TFDS shuffles; within a class the order is its own
         numbers = range(13)[classes]
         assert {source.read(i) for i in numbers} == {folder.read(i) for i in numbers}
@@ -120,7 +120,8 @@ def test_of_two_labels_the_supervised_one_is_taken(tmp_path: Path, image_set: Pa
     chosen = _prepare(tmp_path / "one", image_set, features, supervised_keys=("image", "species"))
     assert _open("tfds", chosen).class_names == ("dog", "cat") and _open("tfds", chosen).labels.tolist()[:8] == [0] * 8
     _fails(
-        "pets/1.0.0 has no one ClassLabel to train on; it has .*label", _prepare(tmp_path / "two", image_set, features)
+        "pets/1.0.0 has no single ClassLabel to train on; its features are .*label",
+        _prepare(tmp_path / "two", image_set, features),
     )
 
 
@@ -156,7 +157,7 @@ def test_what_is_missing_or_damaged_is_named(pets: Path, tmp_path: Path) -> None
     _fails("dataset_info.json: cannot be read", pets)
 
 
-def test_two_versions_in_a_folder_must_be_told_apart(pets: Path) -> None:
+def test_one_of_two_versions_in_a_folder_must_be_named(pets: Path) -> None:
     other = pets.parent / "1.1.0"
     other.mkdir()
     (other / "dataset_info.json").write_bytes((pets / "dataset_info.json").read_bytes())

@@ -129,10 +129,10 @@ def test_the_order_does_not_depend_on_how_samples_are_dealt_to_shards(image_set:
     for count in (1, 5):
         for i in range(count):
             _write(tmp_path / f"{count}" / f"train-{i}.tar", samples[i::count])
-    one, five = _files(tmp_path / "1"), _files(tmp_path / "5")
-    assert_same(one, five)
-    assert tuple(one.names[:6]) == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "dog/0.png")
-    assert one.class_names == ("0", "1")  # nothing calls them anything else
+    single, five = _files(tmp_path / "1"), _files(tmp_path / "5")
+    assert_same(single, five)
+    assert tuple(single.names[:6]) == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "dog/0.png")
+    assert single.class_names == ("0", "1")  # nothing calls them anything else
 
 
 def test_classes_are_named_by_a_file_or_the_samples_or_their_numbers(
@@ -241,7 +241,7 @@ def test_compressed_shards_share_the_limit_of_memory(shards: Callable[..., Path]
 def test_the_index_is_kept_until_a_shard_changes(
     shards: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "_KEPT_FROM", 1)
+    monkeypatch.setattr(index, "_CACHED_FROM", 1)
     root, cache = shards("cls", "{split}/{i}.tar.gz", "w:gz"), str(tmp_path / "cache")
     expected = {split: _files(root, split, cache_dir=cache) for split in ("train", "test")}
     with monkeypatch.context() as patched:
@@ -260,7 +260,7 @@ def test_shards_are_read_behind_fsspec_and_in_workers(
 ) -> None:
     root = shards("json", name, mode)
     remote = location(f"memory://{tmp_path.name}")
-    for file in (one for one in root.rglob("*") if one.is_file()):
+    for file in (path for path in root.rglob("*") if path.is_file()):
         copy = remote / str(file.relative_to(root))
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())

@@ -1,8 +1,8 @@
-"""A tar as bytes that are read by position, and what is in it; nothing is ever unpacked to a disk.
+"""Reads tars by byte offset, and lists their members. Nothing is unpacked to a disk.
 
-A plain tar is read where it lies. A compressed one can only be read from its beginning, so the first read decompresses
-it into memory, up to a limit, and it is read there by the same offsets. What no folder of plain files would hold
-(links, devices, paths that climb out) is refused here, for every format that is made of tars.
+A plain tar is read in place. A compressed one can only be read from its beginning, so the first read decompresses it
+into memory, up to a limit, and the same offsets apply there. Links, devices and paths that lead out of the tar are
+refused here, for every format that consists of tars.
 """
 
 import bz2
@@ -29,32 +29,32 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _CHUNK = 1 << 20
 _BLOCK = 512  # bytes; a tar is made of these
-_SHOWN_EVERY = 16 << 20  # bytes between two looks of the progress bar
+_SHOWN_EVERY = 16 << 20  # bytes between two updates of the progress bar
 
 
-class Memory:
-    """What the compressed tars of one source may take once unpacked, all of them together: `limit` bytes a process.
+class MemoryLimit:
+    """Limits the bytes that a source's compressed tars take in memory, all of them together.
 
-    Every process unpacks them for itself, so that each of `processes` may take its part of what the config allows.
+    Every process unpacks them for itself, so each of `processes` gets an equal share of what the config allows.
     """
 
     def __init__(self, limit: int, advice: str, processes: int = 1) -> None:
-        """`advice` says what to do, but for a higher limit, where it is too low."""
+        """Allows `limit` bytes in this process; `advice` is what to do, besides raising the limit, if it is too low."""
         self.limit, self.advice, self.processes = limit, advice, processes
-        self._taken = 0
+        self._used = 0
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, data: config.Data, advice: str) -> "Memory":
-        """`data.memory_limit_gb`, shared by this process and the workers."""
+    def of(cls, data: config.Data, advice: str) -> "MemoryLimit":
+        """Shares `data.memory_limit_gb` between this process and the workers."""
         processes = 1 + data.workers
         return cls(int(data.memory_limit_gb * 2**30) // processes, advice, processes)
 
-    def take(self, size: int, path: Path) -> None:
-        """Counts `size` more bytes. Raises `ConfigError` past the limit."""
+    def add(self, size: int, path: Path) -> None:
+        """Counts `size` more bytes, of the tar at `path`. Raises `ConfigError` beyond the limit."""
         with self._lock:
-            self._taken += size
-            if self._taken > self.limit:
+            self._used += size
+            if self._used > self.limit:
                 share, fewer = "", ""
                 if self.processes > 1:
                     share = f" / {self.processes} (this process and each worker unpack it for themselves)"
@@ -65,17 +65,17 @@ class Memory:
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memory, (self.limit, self.advice, self.processes)
+        return MemoryLimit, (self.limit, self.advice, self.processes)
 
 
 class Tar:
-    """The bytes of a tar, plain or compressed, read by position.
+    """The bytes of a tar, plain or compressed, read by offset.
 
-    What is pickled is the path: a worker process opens the file for itself. The first read, or `stream`, raises
-    `ConfigError` where the file cannot be read or is compressed and takes more than `memory` has once unpacked.
+    Only the path is pickled: a worker process opens the file for itself. The first `read` or `stream` raises
+    `ConfigError` if the file cannot be read, or is compressed and exceeds the memory limit once unpacked.
     """
 
-    def __init__(self, path: Path, memory: Memory, stamp: str) -> None:
+    def __init__(self, path: Path, memory: MemoryLimit, stamp: str) -> None:
         self.path, self.memory, self.stamp = path, memory, stamp
         self._unpacked: bytes | None = None  # of a compressed tar
         self._file: File | None = None
@@ -85,14 +85,14 @@ class Tar:
         return self._opened().read(offset, size)
 
     def stream(self) -> IO[bytes]:
-        """The tar, decompressed, to be read from its beginning."""
+        """Returns a stream of the tar, decompressed."""
         self._opened()
         return open_stream(self.path) if self._unpacked is None else io.BytesIO(self._unpacked)
 
     def _opened(self) -> File:
         if self._file is None:
             with self._lock:
-                if self._file is None:
+                if self._file is None:  # another thread may have opened it meanwhile
                     try:
                         self._file = self._open()
                     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -111,9 +111,9 @@ class Tar:
 
     def _decompress(self, opener: Callable[..., Any]) -> bytes:
         unpacked = io.BytesIO()
-        with open_stream(self.path) as packed, opener(packed) as stream:
+        with open_stream(self.path) as compressed, opener(compressed) as stream:
             while chunk := stream.read(_CHUNK):
-                self.memory.take(len(chunk), self.path)
+                self.memory.add(len(chunk), self.path)
                 unpacked.write(chunk)
         return unpacked.getvalue()
 
@@ -122,7 +122,7 @@ class Tar:
 
 
 class _Bytes(NamedTuple):
-    """Bytes that are in memory, as a `File`."""
+    """Bytes in memory, as a `File`."""
 
     content: bytes
 
@@ -133,8 +133,8 @@ class _Bytes(NamedTuple):
 _open_tars: weakref.WeakValueDictionary[tuple[Any, ...], Tar] = weakref.WeakValueDictionary()
 
 
-def open_tar(path: Path, memory: Memory) -> Tar:
-    """The tar at `path`; while a source still holds it, the same one, so that it is unpacked once."""
+def open_tar(path: Path, memory: MemoryLimit) -> Tar:
+    """Returns the tar at `path`: the same object while a source still holds it, so that it is unpacked only once."""
     stamped = stamp(path)
     key = (str(path.resolve()), stamped, memory.limit, memory.processes)
     tar = _open_tars.get(key)
@@ -144,56 +144,63 @@ def open_tar(path: Path, memory: Memory) -> Tar:
 
 
 class Member(NamedTuple):
-    """A file or folder inside a tar: its path, and where its `size` bytes lie."""
+    """A file or folder inside a tar. `path` is split at the slashes; the content is `size` bytes at `offset`."""
 
-    parts: tuple[str, ...]
+    path: tuple[str, ...]
     offset: int
     size: int
     is_folder: bool
 
     @property
     def name(self) -> str:
-        return "/".join(self.parts)
+        return "/".join(self.path)
 
 
 def members(stream: IO[bytes], where: object, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The members of a tar in the order they lie in it; of one inside another tar, `start` and `end` say where it is.
+    """Yields the members of a tar in the order of the file.
 
-    The stream may be read between two of them. Raises `ConfigError` for a damaged tar, for one that is none, and for
-    members that reach outside or are links, devices or sparse.
+    Args:
+      stream: the tar, or a tar that contains it. It may be read between two members.
+      where: names the tar in errors.
+      start: the byte of the stream at which the tar begins.
+      end: the byte after its last; None for the end of the stream.
+
+    Raises:
+      ConfigError: for a damaged tar or another file, and for members that are links, devices or sparse files, or lead
+        out of the tar.
     """
     stream.seek(start)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte for each
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep a kilobyte for each member
                 if end is not None and member.offset >= end:
-                    return  # it has no end mark, and what follows is the tar around it
+                    return  # it has no end mark, and this member is of the tar around it
                 if member.size < 0 or (end is not None and member.offset_data + member.size > end):
                     raise ConfigError(f"{where}: member {member.name!r} is damaged; make or fetch it again")
-                yield Member(_parts(member, where), member.offset_data, member.size, member.isdir())
+                yield Member(_checked_path(member, where), member.offset_data, member.size, member.isdir())
             stream.seek(tar.offset)
-            if stream.read(_BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
+            if stream.read(_BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
                 raise ConfigError(f"{where}: damaged at byte {tar.offset}; make or fetch it again")
     except (tarfile.TarError, OSError, OverflowError) as error:
         raise ConfigError(f"{where}: not a tar, or a damaged one ({error})") from error
 
 
-def followed(found: Iterator[Member], tar: Tar) -> Iterator[Member]:
-    """The members of a large tar, with a bar that shows how many of its MiB lie behind them."""
+def with_progress(listed: Iterator[Member], tar: Tar) -> Iterator[Member]:
+    """Yields the members of a tar, and shows how many of its MiB have been read."""
     with tar.stream() as stream:
         size = stream.seek(0, io.SEEK_END)
-    with bar() as shown:
-        task = shown.add_task(f"indexing {tar.path} (MiB)", total=size >> 20)
+    with bar() as progress:
+        task = progress.add_task(f"indexing {tar.path} (MiB)", total=size >> 20)
         done = 0
-        for member in found:
+        for member in listed:
             if member.offset - done > _SHOWN_EVERY:
                 done = member.offset
-                shown.update(task, completed=done >> 20)
+                progress.update(task, completed=done >> 20)
             yield member
 
 
-def _parts(member: tarfile.TarInfo, where: object) -> tuple[str, ...]:
+def _checked_path(member: tarfile.TarInfo, where: object) -> tuple[str, ...]:
     name = posixpath.normpath(member.name)
     if name.startswith("/") or name.split("/")[0] == "..":
         raise ConfigError(f"{where}: member {member.name!r} reaches outside the archive; make it again without")
@@ -201,4 +208,4 @@ def _parts(member: tarfile.TarInfo, where: object) -> tuple[str, ...]:
         raise ConfigError(
             f"{where}: member {member.name!r} is a link, device or sparse file; expected plain files only"
         )
-    return tuple(part for part in name.split("/") if part != ".")
+    return tuple(step for step in name.split("/") if step != ".")

@@ -1,7 +1,9 @@
-"""Sets of records that `vit-dist prepare` makes: ArrayRecord shards with an index of names and labels for each split.
+"""Reads and writes the records that `vit-dist prepare` makes: ArrayRecord shards, and an index for each split.
 
-A record is a msgpack map of the encoded image, its label and its name, so that a shard can be read without the index;
-the index is what makes opening a large set quick. Which shard holds an id is arithmetic (`manifest.Split.ids`).
+A record is a msgpack map of the encoded image, its label and its name, so a shard can be read without the index. The
+index makes a large set quick to open. The ids in a shard follow from their number (`manifest.Split.ids`).
+array_record's own `ArrayRecordDataSource` is not used here: it is as fast, but it hides which shard an error comes from
+and whether the process has too many files open, so that the code around it would be no shorter.
 """
 
 import bisect
@@ -22,46 +24,46 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import allow_open_files, first_line, is_remote
 from vit_dist.data.progress_bar import counted
-from vit_dist.data.sets import index, manifest
+from vit_dist.data.sets import index
 from vit_dist.data.sets.examples import FileSource, file_source, fingerprint
 from vit_dist.data.sets.formats.listing import NoSplit, find_split
 from vit_dist.data.sets.index import Index
-from vit_dist.data.sets.manifest import Entry, Manifest
+from vit_dist.data.sets.manifest import Entry, Manifest, read_manifest
 
 _log = logging.getLogger(__name__)
 _NAMES = "surrogateescape"  # file names are bytes, not always UTF-8
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """A split of a set. Raises `ConfigError` for one that is unfinished, incomplete, or lacks the split.
+    """Opens a split of a prepared set. Raises `ConfigError` if the set is unfinished, incomplete or lacks the split.
 
-    The shards of a remote set are copied into the cache folder first: ArrayRecord reads files of mounted disks alone.
+    Copies the shards of a remote set into the cache folder first: ArrayRecord reads local files only.
     """
     if not path.is_dir():
         raise ConfigError(f"data.path: {path} is a file; data.source=array_record needs the folder of a prepared set")
-    whole = manifest.read_manifest(path)
-    name = find_split(split, whole.shards)
+    manifest = read_manifest(path)
+    name = find_split(split, manifest.shards)
     if name is None:
-        raise NoSplit(f"data.path: no split {split!r} in {path}; found {', '.join(whole.shards)}")
-    listed = read_index(path, whole, name)
-    shards = whole.shards[name]
-    folder = _fetch(path, whole, shards, data.cache_dir) if is_remote(path) else path
+        raise NoSplit(f"data.path: no split {split!r} in {path}; found {', '.join(manifest.shards)}")
+    split_index = read_index(path, manifest, name)
+    shards = manifest.shards[name]
+    folder = _fetch(path, manifest, shards, data.cache_dir) if is_remote(path) else path
     for shard in shards:
         check_size(folder, shard)
-    plan = whole.plan.splits[name]
+    plan = manifest.plan.splits[name]
     images = RecordImages([folder / shard.file for shard in shards], [plan.ids(i).start for i in range(len(shards))])
     allow_open_files([images], len(shards), path)
-    return file_source(path / name, name, listed, images, plan.version)
+    return file_source(path / name, name, split_index, images, plan.version)
 
 
 class RecordImages:
-    """Reads images out of shards, of which each is opened at its first read; what is pickled is the way to them.
+    """The images in a split's shards. Opens a shard at its first read; pickles the paths only.
 
-    A reader may be used by many threads at once.
+    Threads share the readers, which allow it.
     """
 
     def __init__(self, files: Sequence[Path], starts: Sequence[int]) -> None:
-        """`starts[s]` is the first id in `files[s]`."""
+        """Takes the shards; `starts[s]` is the first id in `files[s]`."""
         self.files, self.starts = files, starts
         self._readers: list[Any] = [None] * len(files)
         self._lock = threading.Lock()
@@ -74,7 +76,7 @@ class RecordImages:
                 reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
         try:
             return unpack(reader.read([index - self.starts[shard]])[0])["image"]
-        except (RuntimeError, ValueError, LookupError) as error:  # a damaged record, or what is in it
+        except (RuntimeError, ValueError, LookupError) as error:  # a damaged record, or damaged content
             raise OSError(f"{self.files[shard].name} is damaged ({first_line(error)})") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,24 +84,24 @@ class RecordImages:
 
 
 def pack(image: bytes, label: int, name: str) -> bytes:
-    """A record."""
+    """Returns the bytes of a record."""
     return msgpack.packb({"image": image, "label": label, "name": name}, unicode_errors=_NAMES)
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """The image, label and name of a record."""
+    """Returns the `image`, `label` and `name` of a record."""
     return msgpack.unpackb(record, unicode_errors=_NAMES)
 
 
 def open_reader(file: Path) -> Any:
-    """An `ArrayRecordReader` for single records in any order.
+    """Returns an `ArrayRecordReader` for single records in any order.
 
-    Raises `OSError`, and `ConfigError` where the fault is not the file's: the process has too many open.
+    Raises `OSError` for a bad file, and `ConfigError` if the process has too many files open.
     """
     reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
         try:
-            file.open("rb").close()  # it says why, which the library does not
+            file.open("rb").close()  # its error gives the reason, which the library does not
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise ConfigError(
@@ -110,11 +112,11 @@ def open_reader(file: Path) -> Any:
 
 
 class Writer:
-    """Writes records to a file. Raises `ConfigError` where the disk refuses them."""
+    """Writes records to a file. Raises `ConfigError`, naming `shown_as`, if they cannot be written."""
 
     def __init__(self, file: Path, shown_as: Path) -> None:
         self.shown_as = shown_as
-        # Records on their own, so that any is read alone; no compression, which would gain nothing on images.
+        # One record per group, so that each can be read alone; no compression, which gains nothing on images.
         self._writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
 
     def write(self, record: bytes) -> None:
@@ -131,7 +133,7 @@ class Writer:
 
 
 def check_size(folder: Path, file: Entry) -> None:
-    """Raises `ConfigError` where a file of a set is missing or not of the size that the manifest says."""
+    """Raises `ConfigError` if a file of a set is missing or differs in size from the manifest."""
     try:
         size = (folder / file.file).stat().st_size
     except FileNotFoundError:
@@ -140,28 +142,28 @@ def check_size(folder: Path, file: Entry) -> None:
         raise ConfigError(f"{folder / file.file}: {size} bytes, but the manifest says {file.bytes}; copy or prepare it")
 
 
-def read_index(folder: Path, whole: Manifest, split: str) -> Index:
-    """The index of a split. Raises `ConfigError` where it is damaged, or lists anything but the examples planned."""
-    file = whole.indexes[split]
+def read_index(folder: Path, manifest: Manifest, split: str) -> Index:
+    """Returns the index of a split. Raises `ConfigError` if it is damaged or lists other examples than the plan."""
+    file = manifest.indexes[split]
     check_size(folder, file)
     try:
-        listed, _ = index.read(folder / file.file)
+        split_index, _ = index.read(folder / file.file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{folder / file.file}: cannot be read ({error}); copy or prepare it again") from error
-    plan = whole.plan.splits[split]
-    if fingerprint_of(listed, plan.version) != plan.fingerprint:
+    plan = manifest.plan.splits[split]
+    if fingerprint_of(split_index, plan.version) != plan.fingerprint:
         raise ConfigError(f"{folder / file.file}: does not list the examples of this set; copy or prepare it again")
-    return listed
+    return split_index
 
 
-def fingerprint_of(listed: Index, version: str) -> str:
-    """`fingerprint` of a prepared split that lists this."""
-    return fingerprint(file_source("", "", listed, RecordImages((), ()), version))
+def fingerprint_of(split_index: Index, version: str) -> str:
+    """Returns the `fingerprint` of a prepared split with this index."""
+    return fingerprint(file_source("", "", split_index, RecordImages((), ()), version))
 
 
-def _fetch(path: Path, whole: Manifest, shards: Sequence[Entry], cache_dir: str | None) -> Path:
-    """Copies the shards that are not there yet into the cache folder; returns where they lie."""
-    folder = index.cache_folder(cache_dir) / f"records-{whole.digest[:24]}"
+def _fetch(path: Path, manifest: Manifest, shards: Sequence[Entry], cache_dir: str | None) -> Path:
+    """Copies missing shards of a remote set into the cache folder. Returns the folder of the copies."""
+    folder = index.cache_folder(cache_dir) / f"records-{manifest.digest[:24]}"
     missing = [shard for shard in shards if _size(folder / shard.file) != shard.bytes]
     if missing:
         size = sum(shard.bytes for shard in missing) / 2**30

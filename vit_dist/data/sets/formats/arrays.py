@@ -1,7 +1,7 @@
-"""Sets that are arrays of pixels in NumPy's files: `.npz` as Keras and MedMNIST have them, or `.npy`.
+"""Reads sets that are arrays of pixels in NumPy's files: `.npz` as Keras and MedMNIST publish, or `.npy`.
 
-An `.npz` is read into memory; an `.npy` on a mounted disk is mapped, and only what batches touch of it is read.
-Examples keep the order of the array.
+An `.npz` is read into memory. An `.npy` on a local disk is memory-mapped, so that only the rows of each batch are
+read. Examples keep the order of the array.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,13 +20,13 @@ from vit_dist.data.sets.examples import ArraySource
 from vit_dist.data.sets.formats.listing import MOST_CLASSES, NoSplit, split_names
 
 _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
-# What images and labels are called in a file of one split, and in one of several.
-_OF_ONE = (("images", "x", "data", "image"), ("labels", "y", "label"))
-_OF_MANY = (("x_{}", "{}_images", "{}_data"), ("y_{}", "{}_labels"))
+# Names of the arrays of images and of labels: in a file of one split, and in a file of all splits.
+_NAMES = (("images", "x", "data", "image"), ("labels", "y", "label"))
+_NAMES_BY_SPLIT = (("x_{}", "{}_images", "{}_data"), ("y_{}", "{}_labels"))
 
 
 class Arrays(Protocol):
-    """Arrays by name, in one file or several."""
+    """Arrays by name, in one file or in several files of a folder."""
 
     @property
     def where(self) -> Path: ...
@@ -34,13 +34,21 @@ class Arrays(Protocol):
     def names(self) -> Collection[str]: ...
 
     def read(self, name: str, limit: int) -> np.ndarray:
-        """Raises `ConfigError` where it is damaged or takes more than `limit` bytes of memory."""
+        """Returns an array. Raises `ConfigError` if it is damaged or takes more than `limit` bytes of memory."""
         ...
+
+
+class _Split(NamedTuple):
+    """Where the arrays of a split are, and their names."""
+
+    arrays: Arrays
+    images: str
+    labels: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Npz:
-    """The arrays in an `.npz`, which is a zip of `.npy`: their names and sizes in bytes."""
+    """The arrays in an `.npz`, a zip of `.npy` files. `names` maps each name to its size in bytes."""
 
     where: Path
     names: Mapping[str, int]
@@ -48,8 +56,8 @@ class Npz:
     @classmethod
     def open(cls, file: Path) -> "Npz":
         try:
-            with open_stream(file) as stream, zipfile.ZipFile(stream) as members:
-                return cls(file, {one.filename.removesuffix(".npy"): one.file_size for one in members.infolist()})
+            with open_stream(file) as stream, zipfile.ZipFile(stream) as archive:
+                return cls(file, {m.filename.removesuffix(".npy"): m.file_size for m in archive.infolist()})
         except _ERRORS as error:
             raise _unreadable(file, error) from error
 
@@ -88,32 +96,35 @@ class Npy:
 
 
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
-    """A split of an `.npz` of all splits, or of a folder of one `.npz` a split, or of a folder of `.npy`.
+    """Opens a split of an `.npz` of all splits, of a folder with an `.npz` for each split, or of a folder of `.npy`.
 
-    In a file of all splits and among `.npy`, arrays are called `x_train` and `y_train`, or `train_images` and
+    In a file of all splits and among `.npy` files, arrays are named `x_train` and `y_train`, or `train_images` and
     `train_labels`; in a file of one split, such as `train.npz`, also `images` and `labels`, or `x` and `y`.
-    Class names are those of `classes.txt` or of the array `class_names`, else the labels as text. Raises `ConfigError`
-    for what is missing, damaged, contradictory, or no `uint8 [N, H, W]` or `[N, H, W, C]`.
+    Class names come from `classes.txt` or the array `class_names`, else they are the labels as text.
+
+    Raises `ConfigError` for missing, damaged or contradictory arrays, and for images that are not `uint8 [N, H, W]` or
+    `[N, H, W, C]`.
     """
     limit = int(data.memory_limit_gb * 2**30)
-    name, found = next(((name, one) for name in split_names(split) if (one := _find(path, name))), ("", None))
-    if found is None:
+    candidates = ((name, _find(path, name)) for name in split_names(split))
+    name, chosen = next(((name, candidate) for name, candidate in candidates if candidate), ("", None))
+    if chosen is None:
         raise _not_found(path, split)
-    arrays, images_name, labels_name = found
-    images = _pixels(arrays.read(images_name, limit), f"{arrays.where}: {images_name!r}")
-    labels = _labels(found, limit)
+    arrays = chosen.arrays
+    images = _pixels(arrays.read(chosen.images, limit), f"{arrays.where}: {chosen.images!r}")
+    labels = _labels(chosen, limit)
     if len(images) != len(labels):
-        raise ConfigError(f"{arrays.where}: {len(labels)} {labels_name!r} for {len(images)} {images_name!r}")
+        raise ConfigError(f"{arrays.where}: {len(labels)} {chosen.labels!r} for {len(images)} {chosen.images!r}")
     train = _find(path, "train")
     given = class_names_beside(path if path.is_dir() else path.parent)
     if given is None and "class_names" in arrays.names:
         given = tuple(map(_text, arrays.read("class_names", limit).tolist()))
-    others = [] if train is None or train == found else [_labels(train, limit)]
-    return ArraySource(images, labels, class_names_for(arrays.where, given, [labels, *others]), split=name)
+    train_labels = [] if train is None or train == chosen else [_labels(train, limit)]
+    return ArraySource(images, labels, class_names_for(arrays.where, given, [labels, *train_labels]), split=name)
 
 
 def class_names_beside(folder: Path) -> tuple[str, ...] | None:
-    """The lines of `classes.txt`, one a class in the order of the labels, where a folder holds one."""
+    """Returns the lines of the folder's `classes.txt`, one per class in the order of labels; None if it has none."""
     file = folder / "classes.txt"
     if not file.is_file():
         return None
@@ -121,11 +132,11 @@ def class_names_beside(folder: Path) -> tuple[str, ...] | None:
 
 
 def class_names_for(where: Path, given: tuple[str, ...] | None, labels: Iterable[np.ndarray]) -> tuple[str, ...]:
-    """The names given, or the numbers up to the largest of the labels of all splits.
+    """Returns the class names given, or if None the numbers up to the largest label of all splits.
 
-    Raises `ConfigError` where there are fewer names than labels.
+    Raises `ConfigError`, beginning with `where`, if there are fewer names than classes.
     """
-    classes = max(int(some.max()) for some in labels) + 1
+    classes = max(int(split_labels.max()) for split_labels in labels) + 1
     if given is None:
         return tuple(map(str, range(classes)))
     if len(given) < classes:
@@ -133,37 +144,37 @@ def class_names_for(where: Path, given: tuple[str, ...] | None, labels: Iterable
     return given
 
 
-def _find(path: Path, name: str) -> tuple[Arrays, str, str] | None:
-    """Where a split of this name lies, and what its images and labels are called there."""
-    kinds = [tuple(tuple(key.format(name) for key in keys) for keys in _OF_MANY)]
+def _find(path: Path, name: str) -> _Split | None:
+    """Returns the arrays of the split of this name, or None if there is none."""
+    conventions = [tuple(tuple(key.format(name) for key in keys) for keys in _NAMES_BY_SPLIT)]
     arrays: Arrays
     if not path.is_dir():
         arrays = Npz.open(path)
     elif (path / f"{name}.npz").is_file():
         arrays = Npz.open(path / f"{name}.npz")
-        kinds.append(_OF_ONE)
+        conventions.append(_NAMES)
     else:
         arrays = Npy.open(path)
-    for image_names, label_names in kinds:
+    for image_names, label_names in conventions:
         images = next((key for key in image_names if key in arrays.names), None)
         labels = next((key for key in label_names if key in arrays.names), None)
         if images is not None and labels is not None:
-            return arrays, images, labels
+            return _Split(arrays, images, labels)
     return None
 
 
 def _not_found(path: Path, split: str) -> ConfigError:
     kind: type[ConfigError] = NoSplit
     if path.is_dir():
-        found = [name for name, _ in entries(path)]
+        names = [name for name, _ in entries(path)]
         expected = f"{split}.npz of images and labels, or {split}_images.npy and {split}_labels.npy"
-        if f"{split}.npz" in found:
+        if f"{split}.npz" in names:
             path, kind = path / f"{split}.npz", ConfigError
-            found, expected = list(Npz.open(path).names), "the arrays images and labels"
+            names, expected = list(Npz.open(path).names), "the arrays images and labels"
     else:
-        found = list(Npz.open(path).names)
+        names = list(Npz.open(path).names)
         expected = f"the arrays x_{split} and y_{split}, or {split}_images and {split}_labels"
-    return kind(f"data.path: no split {split!r} in {path}; expected {expected}, found: {', '.join(found[:8])}")
+    return kind(f"data.path: no split {split!r} in {path}; expected {expected}, found: {', '.join(names[:8])}")
 
 
 def _pixels(images: np.ndarray, where: str) -> np.ndarray:
@@ -176,9 +187,8 @@ def _pixels(images: np.ndarray, where: str) -> np.ndarray:
     return images if images.ndim == 4 else images[..., None]
 
 
-def _labels(found: tuple[Arrays, str, str], limit: int) -> np.ndarray:
-    arrays, _, name = found
-    labels, where = arrays.read(name, limit), f"{arrays.where}: {name!r}"
+def _labels(split: _Split, limit: int) -> np.ndarray:
+    labels, where = split.arrays.read(split.labels, limit), f"{split.arrays.where}: {split.labels!r}"
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):

@@ -1,4 +1,4 @@
-"""A folder of class folders: `<split>/<class>/<image>`, one file an image."""
+"""Reads class folders on a disk: `<split>/<class>/<image>`, one file per image."""
 
 import dataclasses
 from pathlib import Path
@@ -19,12 +19,12 @@ from vit_dist.data.sets.formats.listing import (
     left_out,
     split_names,
 )
-from vit_dist.data.sets.index import Index, Names, in_order, kept
+from vit_dist.data.sets.index import Index, Names, cached, sorted_index
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Reads images from files below a folder."""
+    """Images that are files below the folder `root`."""
 
     root: Path
     names: Names
@@ -34,7 +34,7 @@ class FolderImages:
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """The images in `path/<split>`. Raises `ConfigError` where there are none or a class is not the train split's."""
+    """Opens the images in `path/<split>`. Raises `ConfigError` if there are none or the train split lacks a class."""
     if not path.is_dir():
         raise ConfigError(f"data.path: {path} is a file; data.source=folder needs a folder, or set data.source=tar")
     splits = class_folders(path)
@@ -55,17 +55,17 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
 def _index(folder: Path, cache_dir: str | None) -> Index:
     folders = class_folders(folder)
     stamp = folders_stamp([folder, *(folder / name for name in folders)])
-    return kept(f"folder {folder.absolute()}", stamp, cache_dir, lambda: _walk(folder, folders))
+    return cached(f"folder {folder.absolute()}", stamp, cache_dir, lambda: _walk(folder, folders))
 
 
 def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
     classes: dict[str, list[str]] = {}
     ignored = [name for name, is_folder in entries(folder) if is_hidden(name) or not is_folder]
     for name in counted(folders, f"listing {folder}"):
-        found = entries(folder / name)
-        classes[name] = [image for image, is_folder in found if is_image(image) and not is_folder]
-        ignored += [f"{name}/{other}" for other, is_folder in found if is_folder or not is_image(other)]
+        listed = entries(folder / name)
+        classes[name] = [image for image, is_folder in listed if is_image(image) and not is_folder]
+        ignored += [f"{name}/{other}" for other, is_folder in listed if is_folder or not is_image(other)]
     check_filled(folder, classes)
     labels = [label for label, name in enumerate(folders) for _ in classes[name]]
     names = [f"{name}/{image}" for name in folders for image in classes[name]]
-    return in_order(folders, names, labels, notes=left_out(folder, ignored))
+    return sorted_index(folders, names, labels, notes=left_out(folder, ignored))

@@ -1,7 +1,7 @@
-"""Small sets that are one array of pixels: scikit-learn's digits, and the IDX files of MNIST and its relatives.
+"""Reads small sets that are one array of pixels: scikit-learn's digits, and the IDX files of MNIST and similar sets.
 
-An IDX file is a big-endian header (two zero bytes, the type, the number of dimensions, each dimension as 32 bits) and
-then the values. Examples keep the order they have in the file.
+An IDX file is a big-endian header (two zero bytes, the type, the number of dimensions, each dimension in 32 bits)
+followed by the values. Examples keep their order in the file.
 """
 
 import gzip
@@ -28,44 +28,44 @@ _DIGITS_TEST_EVERY = 5
 
 
 def open_digits(path: Path, split: str, data: config.Data) -> ArraySource:
-    """A split of scikit-learn's digits, which come with the library: neither `path` nor `data` is looked at."""
+    """Opens a split of scikit-learn's digits, which come with the library; ignores `path` and `data`."""
     name = array_split(split)
     images, labels = read_digits(name)
     return ArraySource(images, labels, tuple("0123456789"), split=name)
 
 
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
-    """A split of the set in the folder `path`, as `read_idx_set`.
+    """Opens a split of the set in the folder `path`; see `read_idx_set`.
 
-    Class names are the lines of `classes.txt` where it lies beside the files, else those of the set that `data.name`
-    says, else the labels as text: many sets come in such files, EMNIST's letters among them.
+    Class names are the lines of `classes.txt` beside the files, else those of the set `data.name`, else the labels as
+    text: many sets come in IDX files, EMNIST's letters among them.
     """
     name, known = array_split(split), None if data.name is None else KNOWN[data.name]
     images, labels = read_idx_set(path, name, known, data.download)
-    of_all = [labels]
-    train_file = _present(path, _LABELS.format("train"))
+    labels_of_splits = [labels]
+    train_file = _existing(path, _LABELS.format("train"))
     if name != "train" and train_file is not None:
-        of_all.append(read_idx(train_file, 1))
+        labels_of_splits.append(read_idx(train_file, 1))
     given = class_names_beside(path)
     if given is None and known is not None:
         given = known.class_names
-    return ArraySource(images, labels, class_names_for(path, given, of_all), split=name)
+    return ArraySource(images, labels, class_names_for(path, given, labels_of_splits), split=name)
 
 
 def array_split(split: str) -> str:
-    """`train` or `test`, which is all that these sets have. Raises `ConfigError`."""
-    found = find_split(split, _SPLITS)
-    if found is None:
+    """Returns which split of these sets stands for `split`: `train` or `test`. Raises `ConfigError` if neither does."""
+    name = find_split(split, _SPLITS)
+    if name is None:
         raise NoSplit(f"no split {split!r}: this source has {' and '.join(_SPLITS)}")
-    return found
+    return name
 
 
 def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The 1,797 digits of scikit-learn: images `uint8 [N, 8, 8, 1]`, labels `int32 [N]`.
+    """Returns images `uint8 [N, 8, 8, 1]` and labels `int32 [N]` of scikit-learn's 1,797 digits.
 
-    Every fifth example is in the split `test` (360), the others in `train` (1,437).
+    Every fifth example is in the split `test` (360), the others are in `train` (1,437).
     """
-    # scikit-learn's own file; to import scikit-learn takes a second
+    # reads scikit-learn's file without importing scikit-learn, which takes a second
     file = libraries.folder(libraries.sklearn) / "datasets" / "data" / "digits.csv.gz"
     rows = np.loadtxt(file, dtype=np.int32, delimiter=",")  # 64 pixels of 0 to 16, and the label
     images = np.rint(rows[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
@@ -75,11 +75,19 @@ def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_idx_set(folder: Path, split: str, known: KnownSet | None, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A split, `train` or `test`, of a folder of MNIST's four files, gzipped or not: images `uint8 [N, H, W, 1]`
-    and labels `int32 [N]`.
+    """Reads a split of a folder of MNIST's four files, gzipped or not.
 
-    With `download`, a missing file of a `known` set is fetched. Raises `ConfigError` for a missing, damaged or
-    contradictory file, and where nobody says what to fetch.
+    Args:
+      folder: the folder of the files.
+      split: `train` or `test`.
+      known: the set that `data.name` names, if any.
+      download: fetch missing files of the known set.
+
+    Returns:
+      Images `uint8 [N, H, W, 1]` and labels `int32 [N]`.
+
+    Raises:
+      ConfigError: for a missing, damaged or contradictory file, and if `download` is set but no set is named.
     """
     prefix = "t10k" if split == "test" else "train"
     if download and known is None:
@@ -93,7 +101,7 @@ def read_idx_set(folder: Path, split: str, known: KnownSet | None, download: boo
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """The array in an IDX file of unsigned bytes. Raises `ConfigError` where it is not of that many dimensions."""
+    """Returns the array in an IDX file of unsigned bytes. Raises `ConfigError` if it has other dimensions."""
     try:
         with open_stream(file) as stream:
             data = stream.read()
@@ -111,14 +119,14 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
 
 
 def _find(folder: Path, name: str, known: KnownSet | None, download: bool) -> Path:
-    found = _present(folder, name)
-    if found is not None:
-        return found
+    file = _existing(folder, name)
+    if file is not None:
+        return file
     if known is not None and download:
         fetch(known, f"{name}.gz", folder)
         return folder / f"{name}.gz"
-    others = any(folder.glob(f"{name.partition('-')[0]}-*-ubyte*"))  # of the same split
-    raise (ConfigError if others else NoSplit)(
+    has_other_file = any(folder.glob(f"{name.partition('-')[0]}-*-ubyte*"))  # of the same split
+    raise (ConfigError if has_other_file else NoSplit)(
         f"data.path: no {name} or {name}.gz in {str(folder)!r}; "
         + (
             "give the folder that holds it"
@@ -128,5 +136,5 @@ def _find(folder: Path, name: str, known: KnownSet | None, download: bool) -> Pa
     )
 
 
-def _present(folder: Path, name: str) -> Path | None:
+def _existing(folder: Path, name: str) -> Path | None:
     return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012) as it is handed out: `ILSVRC2012_img_train.tar`, which holds a tar for each class, and
-`ILSVRC2012_img_val.tar`, whose images lie side by side, with their labels in another file.
+"""Reads ImageNet (ILSVRC 2012) as it is published, without unpacking its tars.
 
-Both are read in place. A label is the rank of a class's WordNet id (`n01440764`) among the sorted ones, as everywhere
-in the field. The devkit numbers the classes otherwise, so its numbers are taken through its own table of WordNet ids.
+`ILSVRC2012_img_train.tar` holds a tar for each class. `ILSVRC2012_img_val.tar` holds the images only; their labels are
+in another file. A label is the index of a class's WordNet id (`n01440764`) among all ids, sorted, as everywhere in the
+field. The devkit numbers the classes differently, so its numbers are translated by its own table of WordNet ids.
 """
 
 import io
@@ -18,10 +18,10 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import entries, stamp
 from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
-from vit_dist.data.sets.formats.archive import Member, Memory, Tar, followed, members, open_tar
+from vit_dist.data.sets.formats.archive import Member, MemoryLimit, Tar, members, open_tar, with_progress
 from vit_dist.data.sets.formats.listing import NoSplit, check_filled, find_split, is_hidden, is_image, left_out
-from vit_dist.data.sets.formats.tar import Classes, Span, ordered, taken_over
-from vit_dist.data.sets.index import Index, kept
+from vit_dist.data.sets.formats.tar import Classes, Span, index_of, replaced
+from vit_dist.data.sets.index import Index, cached
 
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
@@ -32,11 +32,11 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """The training images or, as `val` or `test`, the validation images; both are named `<wnid>/<file>`.
+    """Opens the training images or, as `val` or `test`, the validation images; names are `<wnid>/<file>`.
 
-    The ground truth of the validation images is the devkit, a text file of a WordNet id a line in the order of the
-    images' names, or Kaggle's `LOC_val_solution.csv`. Raises `ConfigError` where a file is missing, damaged, or does
-    not fit the others.
+    The labels of the validation images come from the devkit, from a text file with one WordNet id per line in the order
+    of the images' names, or from Kaggle's `LOC_val_solution.csv`. Raises `ConfigError` if a file is missing, damaged or
+    does not fit the others.
     """
     name = find_split(split, tuple(TARS))
     if name is None:
@@ -45,7 +45,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         raise ConfigError(f"data.path: {path} is a file; expected the folder that holds {TARS[name]}")
     if not (path / TARS[name]).is_file():
         raise NoSplit(f"data.path: no {TARS[name]} in {path}")
-    memory = Memory.of(data, "decompress it to a plain tar, which is read where it lies")
+    memory = MemoryLimit.of(data, "decompress it to a plain tar, which is read in place")
     tar = open_tar(path / TARS[name], memory)
     if name == "train":
         index = _train_index(tar, data.cache_dir)
@@ -59,30 +59,30 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
 
 
 def _train_index(tar: Tar, cache_dir: str | None) -> Index:
-    return kept(f"imagenet_tar {tar.path.absolute()}", tar.stamp, cache_dir, lambda: _scan_train(tar))
+    return cached(f"imagenet_tar {tar.path.absolute()}", tar.stamp, cache_dir, lambda: _scan_train(tar))
 
 
 def _scan_train(tar: Tar) -> Index:
     classes: Classes = {}
     ignored: list[str] = []
-    doubled: list[str] = []
+    repeated: list[str] = []
     with tar.stream() as stream:
-        for member in followed(_members_of_members(stream, tar.path), tar):
-            if len(member.parts) == 1 and member.is_folder:
-                classes.setdefault(member.parts[0], {})
-            elif len(member.parts) == 2 and is_image(member.parts[1]):
-                images = classes.setdefault(member.parts[0], {})
-                if member.parts[1] in images:
-                    doubled.append(member.name)
-                images[member.parts[1]] = (member.offset, member.size)
+        for member in with_progress(_members_of_members(stream, tar.path), tar):
+            if len(member.path) == 1 and member.is_folder:
+                classes.setdefault(member.path[0], {})
+            elif len(member.path) == 2 and is_image(member.path[1]):
+                images = classes.setdefault(member.path[0], {})
+                if member.path[1] in images:
+                    repeated.append(member.name)
+                images[member.path[1]] = (member.offset, member.size)
             elif not member.is_folder:
                 ignored.append(member.name)
     check_filled(tar.path, classes)
-    return ordered(classes, [*left_out(tar.path, ignored), *taken_over(tar.path, doubled)])
+    return index_of(classes, [*left_out(tar.path, ignored), *replaced(tar.path, repeated)])
 
 
 def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
-    """What the tar would hold if each tar in it were a folder of that name."""
+    """Yields the members of the tar as if each tar in it were a folder of that name."""
     for outer in members(stream, path):
         folder, is_tar, _ = outer.name.rpartition(".tar")
         if outer.is_folder or not is_tar or is_hidden(outer.name):
@@ -90,21 +90,21 @@ def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
             continue
         yield Member((folder,), outer.offset, 0, True)
         for inner in members(stream, f"{path}:{outer.name}", outer.offset, outer.offset + outer.size):
-            yield inner._replace(parts=(folder, *inner.parts))
+            yield inner._replace(path=(folder, *inner.path))
 
 
-def _val_index(tar: Tar, truth: Path, memory: Memory, cache_dir: str | None) -> Index:
+def _val_index(tar: Tar, truth: Path, memory: MemoryLimit, cache_dir: str | None) -> Index:
     stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
     what = f"imagenet_tar {tar.path.absolute()}"
-    return kept(what, stamps, cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
+    return cached(what, stamps, cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
 
 
 def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:
     images: dict[str, Span] = {}
     ignored: list[str] = []
     with tar.stream() as stream:
-        for member in followed(members(stream, tar.path), tar):
-            if len(member.parts) == 1 and is_image(member.name):
+        for member in with_progress(members(stream, tar.path), tar):
+            if len(member.path) == 1 and is_image(member.name):
                 images[member.name] = (member.offset, member.size)
             elif not member.is_folder:
                 ignored.append(member.name)
@@ -114,11 +114,11 @@ def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:
     for wnid, image in zip(wnids, sorted(images), strict=True):
         classes.setdefault(wnid, {})[image] = images[image]
     check_filled(tar.path, classes)
-    return ordered(classes, left_out(tar.path, ignored))
+    return index_of(classes, left_out(tar.path, ignored))
 
 
 def _find_truth(folder: Path) -> Path:
-    """The file that says of which class each validation image is."""
+    """Returns the file with the class of each validation image."""
     if (folder / DEVKIT).is_file():
         return folder / DEVKIT
     names = [name for name, is_folder in entries(folder) if not is_folder]
@@ -136,8 +136,8 @@ def _find_truth(folder: Path) -> Path:
     )
 
 
-def _read_truth(truth: Path, memory: Memory) -> list[str]:
-    """The WordNet id of each validation image, in the order of the images' names."""
+def _read_truth(truth: Path, memory: MemoryLimit) -> list[str]:
+    """Returns the WordNet id of each validation image, in the order of the images' names."""
     if truth.name == DEVKIT:
         return _read_devkit(open_tar(truth, memory))
     lines = truth.read_text("utf-8", "replace").split("\n")
@@ -151,20 +151,20 @@ def _read_truth(truth: Path, memory: Memory) -> list[str]:
 
 
 def _read_devkit(devkit: Tar) -> list[str]:
-    from scipy.io import loadmat  # here: it takes a second, which other sources need not pay
+    from scipy.io import loadmat  # imported here: it takes a second that other sources need not pay
     from scipy.io.matlab import MatReadError
 
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     with devkit.stream() as stream:
         for member in members(stream, devkit.path):
-            found["/".join(member.parts[-2:])] = devkit.read(member.offset, member.size)
-    missing = [name for name in (_NUMBERS, _TABLE) if name not in found]
+            files["/".join(member.path[-2:])] = devkit.read(member.offset, member.size)
+    missing = [name for name in (_NUMBERS, _TABLE) if name not in files]
     if missing:
         raise ConfigError(f"{devkit.path}: no {missing[0]} in it; is it the devkit of ILSVRC 2012's tasks 1 and 2?")
     try:
-        synsets = np.atleast_1d(loadmat(io.BytesIO(found[_TABLE]), squeeze_me=True)["synsets"])
-        wnids = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets}
-        return [wnids[int(number)] for number in found[_NUMBERS].split()]
+        synsets = np.atleast_1d(loadmat(io.BytesIO(files[_TABLE]), squeeze_me=True)["synsets"])
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        return [wnids[int(number)] for number in files[_NUMBERS].split()]
     except KeyError as error:
         raise ConfigError(f"{devkit.path}: {_TABLE} has no {error}; fetch it again") from error
     except (MatReadError, ValueError, TypeError, IndexError, EOFError, OSError, zlib.error) as error:

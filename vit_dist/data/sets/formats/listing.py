@@ -1,6 +1,6 @@
-"""How images lie in folders, be it on a disk or inside a tar: `<split>/<class>/<image>`.
+"""The layout `<split>/<class>/<image>`, in folders on a disk or inside a tar.
 
-The names that splits go by, which entries are images, and what is said of the rest: it is left out and counted.
+Holds the names of splits, the test for image files, and the note about entries that are left out.
 """
 
 import re
@@ -12,8 +12,8 @@ from vit_dist.data.files import entries, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 KNOWN_SPLITS = ("train", "test", "val", "validation")
-MOST_CLASSES = 1_000_000  # a label beyond is no number of a class
-_SAME_SPLIT = {
+MOST_CLASSES = 1_000_000  # a label beyond is not the number of a class
+_SPLIT_NAMES = {
     "train": ("train",),
     "test": ("test", "val", "validation"),
     "val": ("val", "validation", "test"),
@@ -22,11 +22,11 @@ _SAME_SPLIT = {
 
 
 class NoSplit(ConfigError):
-    """The source is sound, but has no split of that name."""
+    """The set can be read but has no split of that name."""
 
 
 def check_filled(where: object, classes: Mapping[str, Collection[object]]) -> None:
-    """Raises `ConfigError` where there is no class, or one without images."""
+    """Raises `ConfigError` if there is no class, or one without images."""
     if not classes:
         raise ConfigError(f"{where}: no class folders in it; expected <class>/<image>")
     for name, images in classes.items():
@@ -35,29 +35,29 @@ def check_filled(where: object, classes: Mapping[str, Collection[object]]) -> No
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders of a split's folder, sorted."""
+    """Returns the names of the class folders in a split's folder, sorted."""
     return tuple(name for name, is_folder in entries(folder) if is_folder and not is_hidden(name))
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """The names a split may be found under, its own first: `test` and `val` stand for each other."""
-    return _SAME_SPLIT.get(split, (split,))
+    """Returns the names that a split may have in a set, its own first: `test` and `val` stand for each other."""
+    return _SPLIT_NAMES.get(split, (split,))
 
 
-def find_split(split: str, found: Collection[str]) -> str | None:
-    """The first of `split_names` that is among those found."""
-    return next((name for name in split_names(split) if name in found), None)
+def find_split(split: str, available: Collection[str]) -> str | None:
+    """Returns the first of `split_names` that is available."""
+    return next((name for name in split_names(split) if name in available), None)
 
 
 def split_word(name: str, known: Collection[str]) -> str | None:
-    """The last word of a file's name that is one of these splits; `train-0001` and `train0001` are both `train`."""
+    """Returns the last word of a file name that is a known split: `train` for `train-0001` and `train0001`."""
     words = re.findall(r"[a-z0-9]+", name.lower())
-    found = [form for word in words for form in (word.rstrip("0123456789"), word) if form in known]
-    return found[-1] if found else None
+    splits = [form for word in words for form in (word.rstrip("0123456789"), word) if form in known]
+    return splits[-1] if splits else None
 
 
 def is_hidden(name: str) -> bool:
-    """Such as `.DS_Store`, and `._cat.jpg` and `__MACOSX`, which macOS puts into its archives."""
+    """Returns whether an entry is hidden: `.DS_Store`, or `._cat.jpg` and `__MACOSX`, which macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -66,9 +66,9 @@ def is_image(name: str) -> bool:
 
 
 def left_out(where: object, names: Iterable[str], what: str = "entries that are no <class>/<image>") -> list[str]:
-    """What an index is to note of all that was found and not taken: how many, and the first of them."""
-    some = sorted(names)
-    if not some:
+    """Returns an index's note about entries that were left out: how many and the first three; [] if there are none."""
+    ordered = sorted(names)
+    if not ordered:
         return []
-    shown = ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
-    return [printable(f"{where}: left out {len(some)} {what} ({shown})")]
+    shown = ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
+    return [printable(f"{where}: left out {len(ordered)} {what} ({shown})")]

@@ -1,7 +1,7 @@
-"""Parquet shards as Hugging Face writes them: a row an image, column `image` of `{bytes, path}` and column `label`.
+"""Reads Parquet shards as Hugging Face writes them: a row per image, columns `image` of `{bytes, path}` and `label`.
 
-Parquet is read by row group: whoever wants one image reads a hundred or a thousand. So the groups read last are kept in
-memory up to a limit. A set that fits there is read once; a larger one is slow in random order, and that is said.
+Parquet is read by row group: one image costs the reading of a hundred or a thousand. The last groups read are therefore
+kept in memory up to a limit. A set that fits is read once. A larger one is slow in random order; a warning says so.
 """
 
 import collections
@@ -24,7 +24,7 @@ from vit_dist.data.libraries import pyarrow, pyarrow_compute, pyarrow_parquet
 from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, file_source
 from vit_dist.data.sets.formats.listing import KNOWN_SPLITS, MOST_CLASSES, NoSplit, split_names, split_word
-from vit_dist.data.sets.index import Index, in_order, kept
+from vit_dist.data.sets.index import Index, cached, sorted_index
 
 _log = logging.getLogger(__name__)
 _IMAGE_COLUMNS = ("image", "img")
@@ -34,7 +34,7 @@ _SHARD = re.compile(r".*-(\d+)-of-(\d+).*")
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """The files of one split, in order. `name` is what the files call the split, which may be asked for by another."""
+    """The files of one split, in order. `name` is the split's name in the files, such as `validation` for `test`."""
 
     name: str
     files: tuple[Path, ...]
@@ -45,37 +45,39 @@ class Shards:
 
 
 class RowGroups:
-    """The images of the row groups read last, at most `limit` bytes of them and those that are being read.
+    """A cache of the row groups read last: at most `limit` bytes, plus the groups that are being read.
 
-    Safe to ask from many threads: a group that several want is read once. What is pickled is the way to the files.
+    Threads may share it: a group that several need is read once. Pickles the paths only.
     """
 
     def __init__(self, files: tuple[Path, ...], limit: int) -> None:
+        """Takes the shards and the limit in bytes."""
         self.files, self.limit = files, limit
         self._lock = threading.Lock()
-        self._held: collections.OrderedDict[tuple[int, int], concurrent.futures.Future[Any]] = collections.OrderedDict()
+        self._cache: collections.OrderedDict[tuple[int, int], concurrent.futures.Future[Any]]
+        self._cache = collections.OrderedDict()  # (file, group) -> image column; the one used longest ago comes first
         self._sizes: dict[tuple[int, int], int] = {}
         self._total = 0
 
     def column(self, number: int, group: int) -> Any:
-        """The image column (`pyarrow.ChunkedArray`) of a row group of `files[number]`. Raises `OSError`."""
+        """Returns the image column (`pyarrow.ChunkedArray`) of a row group of `files[number]`. Raises `OSError`."""
         key = (number, group)
         with self._lock:
-            held = self._held.get(key)
-            if held is None:
-                promised = self._held[key] = concurrent.futures.Future()
+            cached_column = self._cache.get(key)
+            if cached_column is None:
+                new_column = self._cache[key] = concurrent.futures.Future()
             else:
-                self._held.move_to_end(key)
-        if held is not None:
-            return held.result()
+                self._cache.move_to_end(key)
+        if cached_column is not None:
+            return cached_column.result()  # waits if another thread is reading it
         try:
-            promised.set_result(self._read(key))
+            new_column.set_result(self._read(key))
         except BaseException as error:
             with self._lock:
-                self._forget(key)
-            promised.set_exception(error)
+                self._evict(key)
+            new_column.set_exception(error)
             raise
-        return promised.result()
+        return new_column.result()
 
     def _read(self, key: tuple[int, int]) -> Any:
         number, group = key
@@ -87,22 +89,22 @@ class RowGroups:
                 column = parquet.read_row_group(group, columns=[name], use_threads=False).column(name)
         except (OSError, pyarrow.ArrowException, ConfigError) as error:
             raise OSError(f"row group {group} of {file} cannot be read ({first_line(error)})") from error
-        self._make_room(key, column.nbytes)  # repeated images take less in the file than here
+        self._make_room(key, column.nbytes)  # repeated images take less room in the file than in memory
         return column
 
     def _make_room(self, key: tuple[int, int], size: int) -> None:
-        """Lets go of the groups that were wanted longest ago, until one of `size` bytes fits."""
+        """Evicts the groups used longest ago until one of `size` bytes fits."""
         with self._lock:
-            if key not in self._held:  # others needed the room
+            if key not in self._cache:  # it was evicted meanwhile
                 return
             self._total += size - self._sizes.get(key, 0)
             self._sizes[key] = size
-            self._held.move_to_end(key)
-            while self._total > self.limit and len(self._held) > 1:
-                self._forget(next(iter(self._held)))
+            self._cache.move_to_end(key)
+            while self._total > self.limit and len(self._cache) > 1:
+                self._evict(next(iter(self._cache)))
 
-    def _forget(self, key: tuple[int, int]) -> None:
-        self._held.pop(key, None)
+    def _evict(self, key: tuple[int, int]) -> None:
+        self._cache.pop(key, None)
         self._total -= self._sizes.pop(key, 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,7 +113,7 @@ class RowGroups:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetImages:
-    """Reads images out of row groups: `spans[i]` is `(file, row group, row in it)`, `int64 [N, 3]`."""
+    """The images in a split's shards. `spans` `int64 [N, 3]` holds (file, row group, row in the group) of each."""
 
     groups: RowGroups
     spans: np.ndarray
@@ -124,15 +126,15 @@ class ParquetImages:
         if image.is_valid:
             return image.as_py()
         if path is not None and path.is_valid:
-            return _beside(self.groups.files[number], _decoded(path.cast(pyarrow.binary()).as_py()))
+            return _read_beside(self.groups.files[number], _decoded(path.cast(pyarrow.binary()).as_py()))
         raise OSError(f"row {row} of row group {group} of {self.groups.files[number]} holds no image")
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """The split's shards in `path` or `path/data`, or the one file that `path` is.
+    """Opens a split's shards in `path` or `path/data`, or the single file `path`.
 
-    Raises `ConfigError` where there are none or not all, for one that is damaged or lacks a column, for labels that are
-    hidden (-1) or of no class, and for a class that is not the train split's.
+    Raises `ConfigError` if shards are missing, damaged or lack a column, if labels are hidden (-1) or not the number of
+    a class, and if the train split lacks a class.
     """
     shards = _find(path, split)
     if shards is None:
@@ -147,34 +149,34 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
 
 
 def _find(path: Path, split: str) -> Shards | None:
-    """The shards of a split, by the first of its names that any go by."""
-    if not path.is_dir():  # its name says which split it is; one without such a name is for training
+    """Returns the shards of a split, under the first of its names that any file has; None if there are none."""
+    if not path.is_dir():  # the file's name tells the split; if it does not, the file is the train split
         name = split_word(path.name, KNOWN_SPLITS) or "train"
         return Shards(name, (path,)) if name in split_names(split) else None
-    places = [(folder, entries(folder)) for folder in (path, path / "data") if folder.is_dir()]
+    listings = [(folder, entries(folder)) for folder in (path, path / "data") if folder.is_dir()]
     for name in split_names(split):
         pattern = re.compile(rf"{re.escape(name)}([-_]\d.*)?\.parquet")
-        for folder, found in places:
-            files = tuple(folder / file for file, _ in found if pattern.fullmatch(file))
-            if not files and (name, True) in found:
+        for folder, listed in listings:
+            files = tuple(folder / file for file, _ in listed if pattern.fullmatch(file))
+            if not files and (name, True) in listed:
                 inside = entries(folder / name)
                 files = tuple(folder / name / file for file, _ in inside if file.endswith(".parquet"))
             if files:
-                _check_whole(files)
+                _check_complete(files)
                 return Shards(name, files)
     return None
 
 
-def _check_whole(files: tuple[Path, ...]) -> None:
-    """Raises `ConfigError` where names such as `train-00001-of-00005.parquet` tell of shards that are not there."""
-    numbered = [(int(found[1]), int(found[2])) for file in files if (found := _SHARD.fullmatch(file.name))]
+def _check_complete(files: tuple[Path, ...]) -> None:
+    """Raises `ConfigError` if names such as `train-00001-of-00005.parquet` imply shards that are missing."""
+    numbered = [(int(match[1]), int(match[2])) for file in files if (match := _SHARD.fullmatch(file.name))]
     if numbered:
         total = numbered[0][1]
         missing = sorted(set(range(total)) - {number for number, _ in numbered})
         if missing or len(numbered) != len(files) or any(of != total for _, of in numbered):
-            lacks = f"shard {missing[0]} is missing" if missing else f"their names do not all say 'of {total:05}'"
+            problem = f"shard {missing[0]} is missing" if missing else f"their names do not all say 'of {total:05}'"
             raise ConfigError(
-                f"{files[0].parent}: {len(files)} shards beside {files[0].name}, expected {total}: {lacks}; "
+                f"{files[0].parent}: {len(files)} shards beside {files[0].name}, expected {total}: {problem}; "
                 f"fetch the set again"
             )
 
@@ -192,41 +194,42 @@ def _not_found(path: Path, split: str) -> ConfigError:
 def _index(shards: Shards, cache_dir: str | None) -> Index:
     stamps = " ".join(f"{file.name} {stamp(file)}" for file in shards.files)
     what = f"parquet {shards.where.absolute()}"
-    return kept(what, stamps, cache_dir, functools.partial(_read_labels, shards))
+    return cached(what, stamps, cache_dir, functools.partial(_read_labels, shards))
 
 
 def _read_labels(shards: Shards) -> Index:
-    """Reads the columns of labels and paths, and no images."""
+    """Reads the columns of labels and paths, but no images."""
     names: list[str | None] = []
     labels: list[np.ndarray] = []
     spans: list[np.ndarray] = []
-    known: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
     for number, file in enumerate(counted(shards.files, f"indexing {shards.where}")):
         try:
             with _open(file) as parquet:
-                image, label, classes = _layout(parquet.schema_arrow, file)
-                if number and classes != known:
+                image, label, listed = _layout(parquet.schema_arrow, file)
+                if number and listed != class_names:
                     raise ConfigError(f"{file}: its metadata names other classes than {shards.files[0].name}")
-                known = classes
+                class_names = listed
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
                 table = parquet.read(columns=[label, f"{image}.path"], use_threads=False)
                 names += _paths(table, image)
         except (OSError, pyarrow.ArrowException) as error:
             raise ConfigError(f"{file}: cannot be read as Parquet ({first_line(error)}); fetch it again") from error
-        labels.append(_labels(table.column(label), file, known))
-        for group, rows in enumerate(groups):
-            spans.append(np.stack(np.broadcast_arrays(number, group, np.arange(rows)), axis=1))
+        labels.append(_labels(table.column(label), file, class_names))
+        for group, count in enumerate(groups):
+            spans.append(np.stack(np.broadcast_arrays(number, group, np.arange(count)), axis=1))
     if not names:
         raise ConfigError(f"{shards.where}: holds no rows")
-    found = np.concatenate(labels)
-    if known is None:
-        known = tuple(map(str, range(int(found.max()) + 1)))
-    full = [f"{known[label]}/{name or format(row, '08')}" for row, (label, name) in enumerate(zip(found, names))]
-    return in_order(known, full, found, np.concatenate(spans))
+    all_labels = np.concatenate(labels)
+    if class_names is None:
+        class_names = tuple(map(str, range(int(all_labels.max()) + 1)))
+    rows = enumerate(zip(all_labels, names))
+    full_names = [f"{class_names[label]}/{name or format(row, '08')}" for row, (label, name) in rows]
+    return sorted_index(class_names, full_names, all_labels, np.concatenate(spans))
 
 
 def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """The columns of images and labels, and the names of the classes where the metadata has them."""
+    """Returns the columns of images and labels, and the class names, or None if the metadata has none."""
     image, label = _column(schema, _IMAGE_COLUMNS, file), _column(schema, _LABEL_COLUMNS, file)
     kind = schema.field(image).type
     if pyarrow.types.is_struct(kind):
@@ -236,10 +239,10 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
     if not pyarrow.types.is_integer(schema.field(label).type):
         raise ConfigError(f"{file}: column {label!r} is {schema.field(label).type}, expected whole numbers")
     try:
-        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except ValueError as error:
         raise ConfigError(f"{file}: its metadata 'huggingface' is no JSON ({error})") from error
-    names = described
+    names = metadata
     for key in ("info", "features", label, "names"):
         names = names.get(key) if isinstance(names, dict) else None
     if names is None:
@@ -250,10 +253,10 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
 
 
 def _column(schema: Any, names: tuple[str, ...], file: Path) -> str:
-    found = next((name for name in names if name in schema.names), None)
-    if found is None:
+    column = next((name for name in names if name in schema.names), None)
+    if column is None:
         raise ConfigError(f"{file}: no column {' or '.join(map(repr, names))}; it has: {', '.join(schema.names)}")
-    return found
+    return column
 
 
 def _labels(column: Any, file: Path, classes: tuple[str, ...] | None) -> np.ndarray:
@@ -269,7 +272,7 @@ def _labels(column: Any, file: Path, classes: tuple[str, ...] | None) -> np.ndar
 
 
 def _paths(table: Any, image: str) -> list[str | None]:
-    """The base names of the files that the images were, None where that is not told."""
+    """Returns the base name of each image's original file, None where the row has none."""
     if image not in table.column_names:
         return [None] * len(table)
     paths = pyarrow_compute.struct_field(table.column(image), ["path"]).cast(pyarrow.binary())
@@ -277,7 +280,7 @@ def _paths(table: Any, image: str) -> list[str | None]:
 
 
 def _decoded(path: bytes) -> str:
-    """A path, which is bytes and not always UTF-8."""
+    """Decodes a path, which is bytes and not always UTF-8."""
     return path.decode("utf-8", "surrogateescape")
 
 
@@ -303,18 +306,18 @@ def _warn_if_slow(path: Path, shards: Shards, limit: int) -> None:
 
 
 def _image_bytes(group: Any, image: str) -> int:
-    """The size of a row group's images, from the footer (`pyarrow.parquet.RowGroupMetaData`)."""
+    """Returns the size of a row group's images from its `pyarrow.parquet.RowGroupMetaData`."""
     columns = [group.column(number) for number in range(group.num_columns)]
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.partition(".")[0] == image)
 
 
 def _open(file: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`, of its own for each read: one may not be shared by threads."""
+    """Returns a new `pyarrow.parquet.ParquetFile` for each read: threads may not share one."""
     return pyarrow_parquet.ParquetFile(open_stream(file) if is_remote(file) else str(file))
 
 
-def _beside(shard: Path, path: str) -> bytes:
-    """An image that the row only names, which must lie in the folder of the shard or below. Raises `OSError`."""
+def _read_beside(shard: Path, path: str) -> bytes:
+    """Reads an image that a row names but does not contain. Raises `OSError` if it is not below the shard's folder."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise OSError(f"the row holds no bytes but a path outside of {shard.parent}: {path}")
     file = shard.parent / path

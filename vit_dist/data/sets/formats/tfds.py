@@ -1,8 +1,8 @@
-"""Data sets of TensorFlow Datasets, prepared as ArrayRecord, read without TensorFlow.
+"""Reads sets that TensorFlow Datasets (TFDS) prepared as ArrayRecord, without TensorFlow.
 
-`data.path` names one of those prepared on this machine (`cifar10`, `imagenet2012:5.1.0`, `name/config:version`; looked
-for in `$TFDS_DATA_DIR`, else in `~/tensorflow_datasets`), or the folder it lies in. A record is a `tf.Example`, a small
-message with the encoded image and the label in it; it is parsed for each image that is read.
+`data.path` is the folder of a prepared set, or its name (`cifar10`, `imagenet2012:5.1.0`, `name/config:version`), which
+is searched for in `$TFDS_DATA_DIR`, else in `~/tensorflow_datasets`. A record is a `tf.Example`, a small message that
+holds the encoded image and the label; it is parsed at each read.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from vit_dist.data.libraries import load, tfds, tfds_core, tfds_proto
 from vit_dist.data.progress_bar import counted
 from vit_dist.data.sets.examples import FileSource, file_source
 from vit_dist.data.sets.formats.listing import NoSplit, find_split
-from vit_dist.data.sets.index import Index, in_order, kept
+from vit_dist.data.sets.index import Index, cached, sorted_index
 
-_NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # what sets call the name of an image
+_NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # features that hold the name of an image
 _INFO = "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImages:
-    """Reads images out of `tf.Example`s: image `i` is feature `feature` of record `numbers[i]`, `int64 [N]`.
+    """Images in `tf.Example` records: image `i` is feature `feature` of record `numbers[i]`, `int64 [N]`.
 
-    `records` is array_record's data source: safe to read from many threads, and what is pickled are its files' names.
+    `records` is an `ArrayRecordDataSource`, which threads may share and which pickles its files' names only.
     """
 
     records: Any
@@ -39,21 +39,21 @@ class TfdsImages:
 
     def read(self, index: int) -> bytes:
         number = int(self.numbers[index])
-        with _damage_as(OSError, f"record {number}"):
+        with _errors_as(OSError, f"record {number}"):
             return _parse(self.records[number])[self.feature].bytes_list.value[0]
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """A split of the data set that `path` names or holds.
+    """Opens a split of the set with the folder or name `path`.
 
-    Raises `ConfigError` where tensorflow-datasets or the set is missing, for one prepared in another format, for one
-    without image or label, and for hidden labels.
+    Raises `ConfigError` if tensorflow-datasets or the set is missing, if the set has another file format or no image or
+    label, and if its labels are hidden.
     """
     info = _open(path).info
     if info.file_format is None or info.file_format.file_suffix != "array_record":
-        found = "unknown" if info.file_format is None else info.file_format.file_suffix
+        suffix = "unknown" if info.file_format is None else info.file_format.file_suffix
         raise ConfigError(
-            f"data.path: {info.full_name} in {info.data_dir} is prepared as {found}, which cannot be read at random; "
+            f"data.path: {info.full_name} in {info.data_dir} is prepared as {suffix}, which cannot be read at random; "
             f'prepare it elsewhere with tfds.builder({info.full_name!r}, data_dir=..., file_format="array_record")'
             f".download_and_prepare()"
         )
@@ -68,18 +68,18 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         raise ConfigError(f"{missing}: a shard of {info.full_name} that is missing; prepare the set again")
     stamps = " ".join(f"{file.name} {stamp(file)}" for file in files)
     records = _records(info, name)
-    index = kept(f"tfds {where}", stamps, data.cache_dir, lambda: _read_labels(records, info, label, where))
+    index = cached(f"tfds {where}", stamps, data.cache_dir, lambda: _read_labels(records, info, label, where))
     assert index.spans is not None
     return file_source(where, name, index, TfdsImages(records, index.spans[:, 1], image))
 
 
 def _open(path: Path) -> Any:
-    """The builder (`tfds.core.DatasetBuilder`) of a prepared set; only its files are looked at."""
+    """Returns the `tfds.core.DatasetBuilder` of a prepared set, from its files alone."""
     from google.protobuf.json_format import ParseError
 
     load(tfds)
     if is_remote(path):
-        raise ConfigError(f"data.path: data.source=tfds reads local files alone, found {path}; copy it to a local disk")
+        raise ConfigError(f"data.path: data.source=tfds reads local files only, found {path}; copy it to a local disk")
     if path.exists():
         folder = _version_folder(path)
         try:
@@ -98,18 +98,18 @@ def _open(path: Path) -> Any:
 
 
 def _version_folder(path: Path) -> Path:
-    """`path`, or the one folder `version` or `config/version` in it that holds a prepared set."""
-    found = [file.parent for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}") for file in sorted(path.glob(pattern))]
-    if not found:
+    """Returns `path`, or the only folder `version` or `config/version` in it that holds a prepared set."""
+    folders = [file.parent for pattern in (_INFO, f"*/{_INFO}", f"*/*/{_INFO}") for file in sorted(path.glob(pattern))]
+    if not folders:
         raise ConfigError(f"data.path: no {_INFO} in {path} or two folders down; expected a prepared TFDS data set")
-    if len(found) > 1 and found[0] != path:
-        names = ", ".join(str(folder.relative_to(path)) for folder in found[:5])
-        raise ConfigError(f"data.path: {path} holds {len(found)} data sets ({names}); name one of them")
-    return found[0]
+    if len(folders) > 1 and folders[0] != path:
+        names = ", ".join(str(folder.relative_to(path)) for folder in folders[:5])
+        raise ConfigError(f"data.path: {path} holds {len(folders)} data sets ({names}); name one of them")
+    return folders[0]
 
 
 def _image_and_label(info: Any) -> tuple[str, str]:
-    """The features that are the image and its class: the only ones of their kind, else those of `supervised_keys`."""
+    """Returns the features of the image and the class: the only ones of their kind, else those of `supervised_keys`."""
     chosen = []
     for kind in (tfds.features.Image, tfds.features.ClassLabel):
         names = [name for name, feature in info.features.items() if isinstance(feature, kind)]
@@ -117,7 +117,7 @@ def _image_and_label(info: Any) -> tuple[str, str]:
             names = [name for name in names if name in (info.supervised_keys or ())]
         if len(names) != 1:
             raise ConfigError(
-                f"data.path: {info.full_name} has no one {kind.__name__} to train on; it has the features "
+                f"data.path: {info.full_name} has no single {kind.__name__} to train on; its features are "
                 f"{', '.join(info.features)}"
             )
         chosen.append(names[0])
@@ -130,39 +130,41 @@ def _image_and_label(info: Any) -> tuple[str, str]:
 def _records(info: Any, split: str) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    with _damage_as(ConfigError, f"{info.full_name}, split {split!r}"):
+    with _errors_as(ConfigError, f"{info.full_name}, split {split!r}"):
         return ArrayRecordDataSource(info.splits[split].file_instructions)
 
 
 def _read_labels(records: Any, info: Any, label: str, where: str) -> Index:
-    """Reads every record once, for its label and its name; no image is decoded."""
+    """Reads the label and the name of every record; decodes no image."""
     classes = tuple(info.features[label].names)
     texts = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Text)]
-    named = next((name for name in _NAME_FEATURES if name in texts), None)
+    name_feature = next((name for name in _NAME_FEATURES if name in texts), None)
     names, labels = [], np.empty(len(records), np.int32)
     for number in counted(range(len(records)), f"indexing {where}"):
-        with _damage_as(ConfigError, f"{where}, record {number}"):
+        with _errors_as(ConfigError, f"{where}, record {number}"):
             features = _parse(records[number])
-            labels[number] = found = features[label].int64_list.value[0]
-            text = features[named].bytes_list.value[0].decode() if named is not None else format(number, "08")
-        if not 0 <= found < len(classes):
+            labels[number] = class_id = features[label].int64_list.value[0]
+            name = format(number, "08")
+            if name_feature is not None:
+                name = PurePosixPath(features[name_feature].bytes_list.value[0].decode()).name
+        if not 0 <= class_id < len(classes):
             raise ConfigError(
-                f"{where}: record {number} has label {found}, expected 0..{len(classes) - 1}; "
-                f"{'the labels of this split are hidden, take another' if found == -1 else 'prepare the set again'}"
+                f"{where}: record {number} has label {class_id}, expected 0..{len(classes) - 1}; "
+                f"{'the labels of this split are hidden, take another' if class_id == -1 else 'prepare the set again'}"
             )
-        names.append(f"{classes[found]}/{PurePosixPath(text).name}")
+        names.append(f"{classes[class_id]}/{name}")
     numbers = np.arange(len(records))
-    return in_order(classes, names, labels, np.stack(np.broadcast_arrays(0, numbers, 0), axis=1))
+    return sorted_index(classes, names, labels, np.stack(np.broadcast_arrays(0, numbers, 0), axis=1))
 
 
 def _parse(record: bytes) -> Any:
-    """The features of a record, by name."""
+    """Returns the features of a record by name."""
     return tfds_proto.tf_example_pb2.Example.FromString(record).features.feature
 
 
 @contextlib.contextmanager
-def _damage_as(kind: type[Exception], where: object) -> Iterator[None]:
-    """What the libraries raise on damaged or missing files, as one error."""
+def _errors_as(kind: type[Exception], where: object) -> Iterator[None]:
+    """Raises `kind`, naming `where`, for any error that the libraries raise on damaged or missing files."""
     from google.protobuf.message import DecodeError
 
     try:

@@ -1,14 +1,14 @@
-"""WebDataset: shards, which are tars, of samples, which are files that lie together under one key.
+"""Reads WebDataset: shards are tars, and the files of a sample share a key.
 
 `0001.jpg` beside `0001.cls` or `0001.json` is an image and its label; the key is the path up to the first dot of the
-file's name. A split is a folder of shards, or the shards whose names say so. One scan reads all headers and labels, and
-its index is kept; after it any sample is read in place, in any order, which the format was not made for.
+file's name. A split is a folder of shards, or the shards that have its name in theirs. One scan reads all headers and
+labels, and its index is cached. After it, samples are read in place in any order, although the format was made for
+reading in sequence.
 """
 
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +20,8 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import allow_open_files, entries, is_remote, stamp
 from vit_dist.data.progress_bar import counted
-from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
-from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, Member, Memory, Tar, members, open_tar
+from vit_dist.data.sets.examples import FileSource, SpanImages, distinct_names, file_source
+from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, Member, MemoryLimit, Tar, members, open_tar
 from vit_dist.data.sets.formats.listing import (
     IMAGE_SUFFIXES,
     KNOWN_SPLITS,
@@ -32,22 +32,23 @@ from vit_dist.data.sets.formats.listing import (
     split_names,
     split_word,
 )
-from vit_dist.data.sets.index import Index, in_order, kept
+from vit_dist.data.sets.index import Index, cached, sorted_index
 
 _CLASS_FILES = ("classes.txt", "classnames.txt")
-_LABEL_KEYS = ("label", "cls")  # of a sample's JSON: what timm's sets and img2dataset's extra columns call it
-_NAME_KEYS = ("class_name", "classname", "label_name", "class_id", "synset", "wnid")  # likewise, the class's name
-Label = int | str  # the number of a class, or its name
+# Keys of a sample's JSON, as in timm's sets and img2dataset's extra columns.
+_LABEL_KEYS = ("label", "cls")
+_NAME_KEYS = ("class_name", "classname", "label_name", "class_id", "synset", "wnid")
+Label = int | str  # a class's number or its name
 
 
 @dataclasses.dataclass(slots=True)
 class _Sample:
-    """What is known of one sample; `called` is the class's name in its JSON, beside the label."""
+    """The files of one sample: its image, the labels in `.cls` and `.json`, and the class's name in `.json`."""
 
     image: Member | None = None
     cls: Label | None = None
     json: Label | None = None
-    called: str | None = None
+    class_name: str | None = None
     suffixes: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -57,53 +58,55 @@ class _Sample:
 
 @dataclasses.dataclass
 class _Shard:
-    """The examples of one shard, and the names of what was left out."""
+    """The examples of one shard."""
 
     names: list[str]
     labels: list[Label]
-    spans: list[tuple[int, int]]
-    called: set[tuple[int, str]]
-    ignored: list[str]
+    spans: list[tuple[int, int]]  # offset and size in bytes
+    class_names: set[tuple[int, str]]  # label and class name, as the samples' JSON gives them
+    ignored: list[str]  # files and samples that were left out
 
 
 def open_split(path: Path, split: str, data: config.Data) -> FileSource:
-    """The samples of a split's shards, named `<key>.<suffix>`, with labels from `.cls` or else `.json`.
+    """Opens the samples of a split's shards, named `<key>.<suffix>`, with labels from `.cls`, else from `.json`.
 
-    Labels are numbers, or names of classes. The classes' names are those in `classes.txt` or `classnames.txt` beside
-    the shards, else in the samples' JSON, else the numbers. Raises `ConfigError` for a missing split, a damaged shard,
-    two files of one name in a shard, labels that do not fit the classes, and what `archive` refuses.
+    Labels are numbers or names of classes. Class names come from `classes.txt` or `classnames.txt` beside the shards,
+    else from the samples' JSON, else they are the numbers.
+
+    Raises `ConfigError` for a missing split, a damaged shard, two files of one name in a shard, labels that do not fit
+    the classes, and members that `archive` refuses.
     """
     if not path.is_dir():
         raise ConfigError(f"data.path: {path} is a file; data.source=webdataset needs the folder of its shards")
     name, shards = find_shards(path, split)
     if not shards:
         names = " or ".join(split_names(split))
-        found = [name for name, is_folder in entries(path) if not is_folder and name.endswith(TAR_SUFFIXES)]
+        tar_names = [name for name, is_folder in entries(path) if not is_folder and name.endswith(TAR_SUFFIXES)]
         raise NoSplit(
             f"data.path: no shards of {split!r} in {path}; expected {names} as a folder of tars or as a word of their "
-            f"names (train-0000.tar), found: {', '.join(found[:3]) or 'no tars'}"
+            f"names (train-0000.tar), found: {', '.join(tar_names[:3]) or 'no tars'}"
         )
     class_file = _class_file(path, shards)
     tars, index = _open(shards, class_file, path, split, data)
     _, train = find_shards(path, "train")
     if split != "train" and train and class_file is None:
-        index = _numbered_as(index, _open(train, None, path, "train", data)[1], shards[0].parent)
+        index = _with_train_classes(index, _open(train, None, path, "train", data)[1], shards[0].parent)
     assert index.spans is not None
     return file_source(shards[0].parent, name, index, SpanImages(tars, index.spans))
 
 
 def find_shards(folder: Path, split: str) -> tuple[str, list[Path]]:
-    """What a split is called there, and its shards, sorted: none where it is not found.
+    """Returns a split's name in the folder and its shards, sorted; ("", []) if there are none.
 
-    Of two words in a shard's name that are splits the last counts.
+    If a shard's name holds two words that are splits, the last counts.
     """
-    found = entries(folder)
-    tars = [name for name, is_folder in found if not is_folder and _is_shard(name)]
+    listed = entries(folder)
+    tars = [name for name, is_folder in listed if not is_folder and _is_shard(name)]
     for name in split_names(split):
-        if (name, True) in found:
-            inside = [one for one, is_folder in entries(folder / name) if not is_folder and _is_shard(one)]
+        if (name, True) in listed:
+            inside = [shard for shard, is_folder in entries(folder / name) if not is_folder and _is_shard(shard)]
             if inside:
-                return name, [folder / name / one for one in inside]
+                return name, [folder / name / shard for shard in inside]
         shards = [tar for tar in tars if split_word(tar, (*KNOWN_SPLITS, name)) == name]
         if shards:
             return name, [folder / tar for tar in shards]
@@ -115,7 +118,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _class_file(path: Path, shards: Sequence[Path]) -> Path | None:
-    """The file that lists the classes' names, a line each, beside a split's shards or its folder."""
+    """Returns the file with the class names, one per line, beside a split's shards or its folder; None if none is."""
     files = [folder / name for folder in (shards[0].parent, path) for name in _CLASS_FILES]
     return next((file for file in files if file.is_file()), None)
 
@@ -123,8 +126,8 @@ def _class_file(path: Path, shards: Sequence[Path]) -> Path | None:
 def _open(
     shards: Sequence[Path], class_file: Path | None, path: Path, split: str, data: config.Data
 ) -> tuple[tuple[Tar, ...], Index]:
-    memory = Memory.of(data, "decompress the shards to plain tars, which are read in place")
-    with ThreadPoolExecutor(data.threads) as pool:  # a request each, where they are remote
+    memory = MemoryLimit.of(data, "decompress the shards to plain tars, which are read in place")
+    with ThreadPoolExecutor(data.threads) as pool:  # each is a request if the shards are remote
         tars = tuple(pool.map(lambda shard: open_tar(shard, memory), shards))
     if not is_remote(path):
         allow_open_files(tars, 1, path)
@@ -133,35 +136,35 @@ def _open(
         stamps.append(f"{class_file.name} {stamp(class_file)}")
 
     def build() -> Index:
-        class_names = None if class_file is None else _listed(class_file)
+        class_names = None if class_file is None else _read_class_names(class_file)
         return _scan(tars, class_names, data.threads)
 
-    return tars, kept(f"webdataset {path.absolute()} {split}", "\n".join(stamps), data.cache_dir, build)
+    return tars, cached(f"webdataset {path.absolute()} {split}", "\n".join(stamps), data.cache_dir, build)
 
 
 def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) -> Index:
     """Reads the headers and labels of all shards, several at a time."""
     where = tars[0].path.parent
     with ThreadPoolExecutor(threads) as pool:
-        found = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
-    ignored = [name for shard in found for name in shard.ignored]
+        scanned = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
+    ignored = [name for shard in scanned for name in shard.ignored]
     notes = left_out(where, ignored, "samples or files without an image or a label")
-    labels = [label for shard in found for label in shard.labels]
+    labels = [label for shard in scanned for label in shard.labels]
     if not labels:
         raise ConfigError(
-            f"{where}: no sample with an image and a label; expected KEY.jpg beside KEY.cls or KEY.json (of class "
+            f"{where}: no sample with an image and a label; expected KEY.jpg beside KEY.cls or KEY.json (for class "
             "folders in tars, set data.source=tar)"
         )
-    called = set().union(*(shard.called for shard in found))
-    if class_names is None and len(dict(called)) < len(called):
+    sample_names = set().union(*(shard.class_names for shard in scanned))
+    if class_names is None and len(dict(sample_names)) < len(sample_names):
         notes.append(f"{where}: the samples of one label name several classes; classes are called by their numbers")
-        called = set()
-    class_names, numbers = _classes(labels, class_names, called, where)
-    return in_order(
+        sample_names = set()
+    class_names, numbers = _classes(labels, class_names, sample_names, where)
+    return sorted_index(
         class_names,
-        [name for shard in found for name in shard.names],
+        [name for shard in scanned for name in shard.names],
         numbers,
-        [(number, *span) for number, shard in enumerate(found) for span in shard.spans],
+        [(number, *span) for number, shard in enumerate(scanned) for span in shard.spans],
         notes,
     )
 
@@ -171,15 +174,15 @@ def _scan_shard(tar: Tar) -> _Shard:
     ignored: list[str] = []
     with tar.stream() as stream:
         for member in members(stream, tar.path):
-            name = member.parts[-1] if member.parts else ""
+            name = member.path[-1] if member.path else ""
             stem, dot, suffix = name.partition(".")
             if member.is_folder:
                 continue
-            if not (stem and dot) or any(map(is_hidden, member.parts)):
+            if not (stem and dot) or any(map(is_hidden, member.path)):
                 ignored.append(member.name)
                 continue
             suffix = suffix.lower()
-            sample = samples.setdefault("/".join((*member.parts[:-1], stem)), _Sample())
+            sample = samples.setdefault("/".join((*member.path[:-1], stem)), _Sample())
             if suffix in sample.suffixes:
                 raise ConfigError(f"{tar.path}: holds {member.name!r} twice; make or fetch it again")
             sample.suffixes.add(suffix)
@@ -193,11 +196,11 @@ def _scan_shard(tar: Tar) -> _Shard:
                 if suffix == "cls":
                     sample.cls = _label(content.decode("utf-8", "replace"))
                 else:
-                    sample.json, sample.called = _json_label(content)
-    return _sorted_out(samples, ignored)
+                    sample.json, sample.class_name = _json_label(content)
+    return _shard(samples, ignored)
 
 
-def _sorted_out(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
+def _shard(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
     shard = _Shard([], [], [], set(), ignored)
     for key, sample in samples.items():
         image, label = sample.image, sample.label
@@ -207,40 +210,40 @@ def _sorted_out(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
         shard.names.append(image.name)
         shard.labels.append(label)
         shard.spans.append((image.offset, image.size))
-        if sample.called is not None and isinstance(label, int):
-            shard.called.add((label, sample.called))
+        if sample.class_name is not None and isinstance(label, int):
+            shard.class_names.add((label, sample.class_name))
     return shard
 
 
 def _json_label(content: bytes) -> tuple[Label | None, str | None]:
-    """The label in a sample's JSON and the name of its class, where they are there."""
+    """Returns the label and the class name in a sample's JSON, None for either that is missing."""
     try:
-        found = json.loads(content)
+        values = json.loads(content)
     except (ValueError, RecursionError):
         return None, None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         return None, None
-    labels = [_label(found[key]) for key in _LABEL_KEYS if key in found]
-    names = [found[key].strip() for key in _NAME_KEYS if isinstance(found.get(key), str) and found[key].strip()]
+    labels = [_label(values[key]) for key in _LABEL_KEYS if key in values]
+    names = [values[key].strip() for key in _NAME_KEYS if isinstance(values.get(key), str) and values[key].strip()]
     return next((label for label in labels if label is not None), None), (names[0] if names else None)
 
 
 def _label(value: Any) -> Label | None:
-    """A label as it is written: a number, a number as text, or a class's name; of -1 and all else there is none."""
+    """Returns the label that a value means: a number, also as text, or a class name; None for -1 and anything else."""
     if isinstance(value, str):
         text = value.strip()
         if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
             return text or None
         value = int(text)
-    if isinstance(value, float) and value.is_integer():  # what a table with gaps makes of integers
+    if isinstance(value, float) and value.is_integer():  # tables with missing values turn integers into floats
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _classes(
-    labels: Sequence[Label], listed: Sequence[str] | None, called: set[tuple[int, str]], where: Path
+    labels: Sequence[Label], listed: Sequence[str] | None, sample_names: set[tuple[int, str]], where: Path
 ) -> tuple[Sequence[str], np.ndarray]:
-    """The classes' names, and labels as their numbers."""
+    """Returns the class names and the labels as numbers, from the listed names, else from those in the samples."""
     numbers = [label for label in labels if isinstance(label, int)]
     names = {label for label in labels if isinstance(label, str)}
     if listed is None and numbers and names:
@@ -251,7 +254,8 @@ def _classes(
     if listed is None:
         if numbers and max(numbers) >= MOST_CLASSES:
             raise ConfigError(f"{where}: label {max(numbers)} is no number of a class")
-        listed = sorted(names) if names else _names(dict(called), max(numbers) + 1)
+        by_number = dict(sample_names)
+        listed = sorted(names) or distinct_names([by_number.get(n, str(n)) for n in range(max(numbers) + 1)])
     if numbers and max(numbers) >= len(listed):
         raise ConfigError(f"{where}: label {max(numbers)}, but {len(listed)} classes are listed; list them all")
     table = {name: number for number, name in enumerate(listed)}
@@ -261,23 +265,12 @@ def _classes(
     return listed, np.array([label if isinstance(label, int) else table[label] for label in labels], np.int32)
 
 
-def _names(names: dict[int, str], count: int) -> list[str]:
-    """What the samples call their classes, or the number where none is called anything."""
-    return _told_apart([names.get(number, str(number)) for number in range(count)])
+def _read_class_names(file: Path) -> list[str]:
+    return distinct_names([line.strip() for line in file.read_text("utf-8", "replace").strip().split("\n")])
 
 
-def _listed(file: Path) -> list[str]:
-    return _told_apart([line.strip() for line in file.read_text("utf-8", "replace").strip().split("\n")])
-
-
-def _told_apart(names: list[str]) -> list[str]:
-    """Names that several classes share, as ImageNet's two cranes do, get the class's number."""
-    counts = Counter(names)
-    return [f"{name} ({number})" if counts[name] > 1 else name for number, name in enumerate(names)]
-
-
-def _numbered_as(index: Index, train: Index, where: Path) -> Index:
-    """The same examples with the training split's classes: by number where the names allow it, else by name."""
+def _with_train_classes(index: Index, train: Index, where: Path) -> Index:
+    """Returns the examples with the train split's classes, matched by number if the names allow it, else by name."""
     by_number = len(index.class_names) <= len(train.class_names) and all(
         name in (train.class_names[number], str(number)) for number, name in enumerate(index.class_names)
     )
