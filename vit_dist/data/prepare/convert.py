@@ -250,7 +250,7 @@ def _written(folder: Path, plan: Plan, files: Sequence[str]) -> list[Entry]:
     if missing:
         raise ConfigError(
             f"{folder}: {len(missing)} of {len(files)} shards are not finished, the first is {missing[0]}; run "
-            f"`vit-dist prepare` for them, or bring them from the host that did, with what it has in {manifest.WORK_FOLDER}"
+            f"`vit-dist prepare` for them, or copy them with {manifest.WORK_FOLDER} from the host that made them"
         )
     return [entry for entry in entries.values() if entry is not None]
 

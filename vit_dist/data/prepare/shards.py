@@ -1,7 +1,7 @@
 """Writes the shards of a set for `prepare`, several at the same time, each atomically.
 
-A shard is written under a temporary name in the folder `WORK_FOLDER`, is renamed when it is complete, and then recorded there
-as finished; a recorded shard is never written again. The next run removes the temporary files of a run that was killed.
+A shard is written under a temporary name in `WORK_FOLDER`, is renamed when it is complete, and is then recorded there
+as finished; a recorded shard is never written again. The next run removes the temporary files of a killed run.
 """
 
 import contextlib
