@@ -6,15 +6,14 @@ arithmetic units, which the compiler does not need. The text format refuses unkn
 0.10.2 knows are used.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 # The version of cuDNN that programs are compiled for. XLA's files have 8.9, 9.7 or 9.10. Here all GPUs have the same,
 # so that plans do not differ by it, and a recent one, with which the compiler uses jax's fused attention.
 CUDNN = (9, 10, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """The figures that differ between kinds of GPU."""
 
     kind: str  # the driver's name, which is JAX's `device_kind`
@@ -31,64 +30,26 @@ class Gpu:
     nvlinks: int
 
 
+# The NVLinks of an A100 are not in XLA's file, but in NVIDIA's "A100 Tensor Core GPU Architecture" whitepaper. XLA's
+# file calls the H200 "NVIDIA H200 141GB HBM3e".
 GPUS = {
     "a100": Gpu(
-        kind="NVIDIA A100-SXM4-80GB",
-        capability=8,
-        own_instructions=False,
-        cores=108,
-        units_a_core=64,
-        clock_ghz=1.41,
-        memory_bytes=85100068864,
-        memory_bandwidth=2039040000000,
-        l2_bytes=41943040,
-        shared_bytes_a_core=167936,
-        shared_bytes_a_block=166912,
-        nvlinks=12,  # not in XLA's file; NVIDIA A100 Tensor Core GPU Architecture whitepaper
+        "NVIDIA A100-SXM4-80GB", 8, False,
+        108, 64, 1.41, 85_100_068_864, 2_039_040_000_000, 41_943_040, 167_936, 166_912, 12,
     ),
     "h100": Gpu(
-        kind="NVIDIA H100 80GB HBM3",
-        capability=9,
-        own_instructions=True,
-        cores=132,
-        units_a_core=128,
-        clock_ghz=1.98,
-        memory_bytes=84942979072,
-        memory_bandwidth=3352320000000,
-        l2_bytes=52428800,
-        shared_bytes_a_core=233472,
-        shared_bytes_a_block=232448,
-        nvlinks=18,
+        "NVIDIA H100 80GB HBM3", 9, True,
+        132, 128, 1.98, 84_942_979_072, 3_352_320_000_000, 52_428_800, 233_472, 232_448, 18,
     ),
     "h200": Gpu(
-        kind="NVIDIA H200",  # the driver's name; XLA's file has "NVIDIA H200 141GB HBM3e"
-        capability=9,
-        own_instructions=True,
-        cores=132,
-        units_a_core=128,
-        clock_ghz=1.98,
-        memory_bytes=151397597184,
-        memory_bandwidth=4800000000000,
-        l2_bytes=52428800,
-        shared_bytes_a_core=233472,
-        shared_bytes_a_block=232448,
-        nvlinks=18,
+        "NVIDIA H200", 9, True,
+        132, 128, 1.98, 151_397_597_184, 4_800_000_000_000, 52_428_800, 233_472, 232_448, 18,
     ),
     "b200": Gpu(
-        kind="NVIDIA B200",
-        capability=10,
-        own_instructions=True,
-        cores=148,
-        units_a_core=128,
-        clock_ghz=1.965,
-        memory_bytes=191514411008,
-        memory_bandwidth=7672320000000,
-        l2_bytes=132644864,
-        shared_bytes_a_core=233472,
-        shared_bytes_a_block=232448,
-        nvlinks=18,
+        "NVIDIA B200", 10, True,
+        148, 128, 1.965, 191_514_411_008, 7_672_320_000_000, 132_644_864, 233_472, 232_448, 18,
     ),
-}
+}  # fmt: skip
 
 
 def target_config(name: str) -> str:
