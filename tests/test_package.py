@@ -1,6 +1,7 @@
 """The package as a house: what it lends by name, and which room may import which."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_a_module_of_the_data_imports_its_own_room_of_them_and_lower_ones_only(n
     for other in of_project(modules()[name]):
         if other.startswith("data."):
             assert data_floor(other) <= data_floor(name), f"{name} imports {other}"
+
+
+def test_the_map_in_the_readme_has_every_module_and_no_other_file():
+    house = (ROOT.parent / "README.md").read_text().partition("## The house")[2]
+    containers = "data.sets.formats."  # the table of `data.source` has these
+    files = [name.rpartition(".")[2] for name in modules() if not name.startswith(containers) and name != "__main__"]
+    assert [name for name in files if not re.search(rf"\b{name}\b", house)] == []
+    assert set(re.findall(r"\b(\w+)\.py\b", house)) <= {*files, "test_package"}
 
 
 def test_training_needs_no_estimate_of_the_plan():
