@@ -86,7 +86,7 @@ def test_a_run_killed_in_an_epoch_and_started_again_is_bitwise_the_run_never_kil
     assert EVERY <= saved < reached < STEPS
     code, again = run(command(workdir, *THERE), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
-    assert f"going on from step {saved}\n" in again.said()
+    assert f"resuming from step {saved}\n" in again.said()
     assert_same_run(workdir, never_stopped[0], STEPS, *RUN)
     assert {name: again.result()[name] for name in ("step", "count", "loss", "top1")} == {
         name: never_stopped[1][name] for name in ("step", "count", "loss", "top1")

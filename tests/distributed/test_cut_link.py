@@ -58,7 +58,7 @@ def test_a_cut_link_ends_both_sides_in_time_and_the_run_resumes_when_it_is_resto
         two.plug()
         with on_both(two, tmp_path, "second") as (first, second):
             assert (first.wait(), second.wait()) == (0, 0), first.said()[-2000:] + second.said()[-2000:]
-    assert f"going on from step {saved}" in first.said()
+    assert f"resuming from step {saved}" in first.said()
     steps = [row["step"] for row in rows(tmp_path / "run")]
     assert steps == list(range(10, STEPS + 1, 10))
     sessions = json.loads((tmp_path / "run/environment.json").read_text())

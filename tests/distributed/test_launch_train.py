@@ -89,7 +89,7 @@ def test_a_killed_process_is_named_and_after_a_restart_the_run_is_bitwise_as_if_
         f"error: process {rank} of 4 (on {socket.gethostname()}, pid {numbers[rank]}) was ended by SIGKILL"
     )
     assert said.count("launch: the job failed; starting again in 1 s (restart 1 of 1)") == 1
-    saved = int(re.search(r"^\[0\] going on from step (\d+)$", said, re.MULTILINE)[1])
+    saved = int(re.search(r"^\[0\] resuming from step (\d+)$", said, re.MULTILINE)[1])
     assert EVERY <= saved < STEPS
     assert_same_run(workdir, undisturbed(4)[0], STEPS, *RUN)
 
@@ -109,7 +109,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_resumes_bitwise(undi
     assert "starting again" not in running.said()
     code, again = run(launch(workdir, *RUN), tmp_path / "again")
     assert code == 0, again.said()[-3000:]
-    assert f"[0] going on from step {saved}\n" in again.said()
+    assert f"[0] resuming from step {saved}\n" in again.said()
     assert_same_run(workdir, undisturbed(4)[0], STEPS, *RUN)
 
 

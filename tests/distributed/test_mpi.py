@@ -55,7 +55,7 @@ def test_ranks_save_on_sigterm_end_with_75_and_resume_along_the_curve_of_one_dev
     assert 0 < saved < STEPS
     code, again = run(command, tmp_path / "again", **_variables())
     assert code == 0, again.said()[-3000:]
-    assert f"going on from step {saved}" in again.said() and again.result()["step"] == STEPS
+    assert f"resuming from step {saved}" in again.said() and again.result()["step"] == STEPS
 
     joined, expected = rows(tmp_path / "run"), train_here(tmp_path / "one", "mesh.data=1")
     assert [row["step"] for row in joined if row["split"] == "train"] == list(range(1, STEPS + 1))

@@ -63,7 +63,7 @@ def test_a_job_saves_on_sigterm_is_requeued_and_ends_as_if_undisturbed(cluster, 
     _until(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), cluster, job, tmp_path)
     assert cluster.state(job) == "COMPLETED", _said(tmp_path)[-4000:]
     said = _said(tmp_path)
-    assert f"going on from step {saved}" in said
+    assert f"resuming from step {saved}" in said
     assert json.loads(said.splitlines()[-1])["step"] == STEPS
     sessions = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert [session["devices"]["processes"] for session in sessions] == [2, 2]

@@ -204,7 +204,7 @@ def test_the_command_lists_the_targets(capfd):
         (["--target=h200:8x0"], "GxN for N nodes of G GPUs"),
         (["--target=tpu:9"], "v5e"),
         (["--target=cpu:8", "--slices=2"], "--slices"),
-        (["--target=cpu:8", "--html=/no/such/folder/plan.html"], "lies in no folder"),
+        (["--target=cpu:8", "--html=/no/such/folder/plan.html"], "cannot be written: there is no folder"),
         (["--target=cpu:8", "--html=/"], "is a folder"),
         (["--target=cpu:8", "--config.mesh.data=2"], "takes 2 of the target's 8 devices"),
         (["--target=cpu:3"], "mesh"),
