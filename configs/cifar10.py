@@ -3,7 +3,7 @@
     vit-dist train --config=configs/cifar10.py --config.data.path=DIR --workdir=runs/cifar10
 
 DIR holds `train.tar.gz` and `test.tar.gz` of class folders, or (with `--config.data.source=folder`) `train/` and
-`test/` unpacked. The model is narrower and deeper than the lesson's: 12 blocks of width 192.
+`test/` unpacked. The model is narrower and deeper than that of d2l_fashion_mnist.py: 12 blocks of width 192.
 
 Expected: a plain ViT of this kind reaches about 0.80 in 200 epochs, with strong augmentation about 0.90 (ViT-Lite-7/4,
 3.7 M parameters, 0.914: Hassani et al. 2021, arXiv:2104.05704). Not yet run to the end here; what a small variant does

@@ -2,8 +2,8 @@
 
     vit-dist train --config=configs/d2l_fashion_mnist.py --config.data.path=DIR --workdir=runs/d2l
 
-DIR holds Fashion-MNIST's four idx files, or will: with `--config.data.download=true` they are fetched. On a machine
-without accelerators add `--config.fake_devices=1` to run on its processor.
+DIR holds Fashion-MNIST's four idx files; `--config.data.download=true` downloads them. On a machine
+without accelerators add `--config.fake_devices=1` to run on the CPU.
 
 Ten epochs of SGD. At the lesson's rate of 0.1 the loss first climbs, to some 20 or 30 within 20 steps, as that of the
 lesson's own model does (`tests/step/test_lesson.py`). Expected at the end: the lesson plots a validation accuracy of

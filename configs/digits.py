@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits, 8x8, on eight pretended devices: the whole system in a minute or two.
+"""Scikit-learn's 1,797 handwritten digits, 8x8, on eight fake CPU devices: the whole system in a minute or two.
 
     vit-dist train --config=configs/digits.py --workdir=runs/digits
 

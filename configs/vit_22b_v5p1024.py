@@ -3,17 +3,17 @@
     launch/tpu_pod.sh --zone=us-east5-a --type=v5p-2048 --queued --before='sudo mount 10.0.0.2:/runs /mnt' \\
       configs/vit_22b_v5p1024.py /mnt/22b --config.data.path=DIR
 
-The type counts cores, two a chip. Blocks with attention and MLP side by side, LayerNorm on queries and keys, no bias on
-their projection; attention pooling; the paper's 177,000 steps, reciprocal square root schedule and weight decay, with
-AdamW (b2 of 0.95, a choice of ours) for Adafactor, and plain LayerNorms for the paper's, which neither centre nor
-shift. The paper's images are JFT's 4 billion, which are not to be had: DIR stands for WebDataset shards of your own,
-here with ImageNet-21k's classes. Heads and MLP are split over 4 chips, parameters over 64 more, and four replicas of
-that share the batch.
+The number in `v5p-2048` counts cores, two per chip. Blocks have attention and MLP side by side, LayerNorm on queries
+and keys, and no bias in the layer that makes queries, keys and values; pooling is attention. Steps, schedule and weight
+decay are the paper's. AdamW (with b2 = 0.95, our choice) replaces Adafactor, and plain LayerNorms replace the paper's,
+which do not subtract the mean and have no bias. The paper's 4 billion images of JFT are not public: DIR stands for
+WebDataset shards of your own, here with ImageNet-21k's classes. Heads and MLP are split over 4 chips, parameters over
+64 groups of these, and four such replicas share the batch.
 
-Expected: the paper's results were had with JFT; for other images there are none. Not yet run. Time: 19 days, if half of
+Expected: the paper trained on JFT; there are no results for other images. Not yet run. Time: 19 days, if half of
 the chips' 459 TFLOP/s each were used.
 
-Compiled for v5p:8x8x16 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 47.1 GiB a chip of its 95, of which 0.9 are
+Compiled for v5p:8x8x16 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 47.1 of a chip's 95 GiB, of which 0.9 are
 parameters and optimizer.
 """
 
@@ -37,7 +37,7 @@ def get_config():
     data.source, data.path = "webdataset", "datasets/web_shards"
     data.crop_area, data.flip = (0.05, 1.0), True
     data.eval_crop = 0.875
-    data.threads, data.read_ahead_mb, data.on_bad = 64, 2048.0, "skip"  # one process a host of 208 virtual cores
+    data.threads, data.read_ahead_mb, data.on_bad = 64, 2048.0, "skip"  # one process per host of 208 virtual cores
 
     optimizer = config.optimizer
     optimizer.name, optimizer.learning_rate, optimizer.weight_decay = "adamw", 1e-3, 0.03

@@ -11,10 +11,10 @@ thousand times as large here, which makes the same updates. The warm-up begins a
 Expected: 83.8 % top-1 after a further 20 epochs at 224 pixels, which are a run of their own (AdamW, learning rate 1e-5,
 weight decay 0.1, batch 512, RandAugment). Not yet run. Time: 18 hours, if a GPU is as
 quick as in NVIDIA's own B/16 in JAX, which trains 1,459 images of 224 pixels a second on each of 8 H100; one of 192 has
-0.73 of the arithmetic. The host must then decode some 16,000 images a second: 32 cores of the kind that does 500.
+0.73 of the arithmetic. The host must then decode some 16,000 images per second: 32 cores at 500 images per second each.
 
-Compiled for h100:8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 16.7 GiB a GPU of the 59 that jax takes of its 79, of
-which 1.0 are parameters and optimizer.
+Compiled for h100:8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 16.7 GiB per GPU, where jax
+uses 59 of 79; 1.0 of them are parameters and optimizer.
 """
 
 from vit_dist.config import default_config

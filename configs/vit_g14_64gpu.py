@@ -4,15 +4,15 @@
       --config.data.path=DIR
 
 DIR holds WebDataset shards on a disk that all nodes read; the classes are ImageNet-21k's, whose 14.2 M images make 90
-epochs. Optimizer, schedule and pooling are those of "Scaling Vision Transformers", with AdamW for Adafactor (its b2 of
-0.95 is a choice of ours, for large batches): the head's weight decay is 3.0 and all else's 0.03. Each node holds the
+epochs. Schedule and pooling are those of "Scaling Vision Transformers"; AdamW (with b2 = 0.95, our choice for large
+batches) replaces Adafactor. The head's weight decay is 3.0, that of all else 0.03. Each node holds the
 parameters once, split over its 8 GPUs; only the sum of the gradients crosses the network.
 
 Expected: no published run of this size on this set. Not yet run. Time: 33 hours at NVIDIA's own rate for ViT-g/14 in
-NeMo, 1,428 images a second and node, and 95 % weak scaling. A process must then decode some 170 images a second.
+NeMo, 1,428 images per second per node, and 95 % weak scaling. A process must then decode some 170 images per second.
 
-Compiled for h100:8x8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 21.1 GiB a GPU of the 59 that jax takes of its 79, of
-which 1.3 are parameters and optimizer.
+Compiled for h100:8x8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 21.1 GiB per GPU, of which
+1.3 are parameters and optimizer.
 """
 
 from vit_dist.config import default_config

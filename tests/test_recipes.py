@@ -125,7 +125,7 @@ def test_a_config_is_made_from_a_name_a_file_another_config_and_keys_with_values
     ("config", "overrides", "said"),
     [
         (7, (), "config: expected a recipe's name or file, or a config, found int"),
-        ("digits", "batch_size=64", "overrides: expected several such as"),
+        ("digits", "batch_size=64", "overrides: expected a list such as"),
         ("digits", {"batch_size": "many"}, "batch_size: expected a whole number, found 'many'"),
         ("digits", {"batchsize": 64}, "unknown key batchsize .did you mean batch_size"),
     ],

@@ -9,7 +9,7 @@ train        trains a recipe or config in a working directory; returns the summa
 evaluate     returns exact accuracy and loss of a run on a split
 predict      returns the classes of image files, with probabilities
 plan         returns memory, time and layout of a config on hardware that is not attached
-bench        measures images a second of a config on the attached devices
+bench        measures images per second of a config on the attached devices
 inspect      returns the parameters of a config, their layout and size
 prepare      converts a data set into sharded records that are quick to read
 load_config  returns a recipe with changes as the config that these functions take

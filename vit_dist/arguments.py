@@ -14,7 +14,7 @@ from vit_dist.schema import ConfigError, elsewhere
 
 Verbs = Mapping[str, Callable[[argparse.Namespace], Any]]
 _KEYS = "--config.KEY=VALUE changes a key of the recipe; `vit-dist configs --keys` lists all keys"
-_KEYS_OF_A_RUN = "--config.KEY=VALUE changes how this runs, such as mesh.data; `vit-dist configs --keys` lists all keys"
+_KEYS_OF_A_RUN = "--config.KEY=VALUE changes a key that does not define the run, such as mesh.data or data.path"
 
 
 def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
@@ -48,29 +48,33 @@ def _parse(arguments: Sequence[str], verbs: Verbs) -> argparse.Namespace:
     return options
 
 
-def _parser(runs: Verbs) -> argparse.ArgumentParser:
+def _parser(functions: Verbs) -> argparse.ArgumentParser:
     parser = _Parser(prog="vit-dist", description="Train, evaluate and use Vision Transformers on any device mesh.")
     parser.add_argument(
-        "--version", action="store_const", dest="run", const=runs["version"], help="versions, devices and commit"
+        "--version", action="store_const", dest="run", const=functions["version"], help="versions, devices and commit"
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB")
 
-    def verb(name: str, *needs: str, help: str) -> argparse.ArgumentParser:
+    def verb(name: str, *options: str, help: str) -> argparse.ArgumentParser:
         keys = {"config": _KEYS, "workdir": _KEYS_OF_A_RUN}
-        epilog = next((text for need, text in keys.items() if need in needs), None)
-        verb = verbs.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
-        verb.set_defaults(run=runs[name], parser=verb)
-        if "config" in needs:
-            verb.add_argument("--config", required=name != "plan", metavar="RECIPE", help="a recipe's name or file")
-        if "workdir" in needs:
-            verb.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
-        if "checkpoint" in needs:
-            which = verb.add_mutually_exclusive_group()
-            which.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
-            which.add_argument("--best", action="store_true", help="the checkpoint of the highest top-1")
-        if "json" in needs:
-            verb.add_argument("--json", action="store_true", help="JSON instead of a table")
-        return verb
+        epilog = next((text for option, text in keys.items() if option in options), None)
+        subparser = subparsers.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
+        subparser.set_defaults(run=functions[name], parser=subparser)
+        if "config" in options:
+            subparser.add_argument(
+                "--config", required=name != "plan", metavar="RECIPE", help="a recipe's name or file"
+            )
+        if "workdir" in options:
+            subparser.add_argument(
+                "--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run"
+            )
+        if "checkpoint" in options:
+            checkpoint = subparser.add_mutually_exclusive_group()
+            checkpoint.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
+            checkpoint.add_argument("--best", action="store_true", help="the checkpoint of the highest top-1")
+        if "json" in options:
+            subparser.add_argument("--json", action="store_true", help="JSON instead of a table")
+        return subparser
 
     verb("train", "config", "workdir", help="train; resumes where the workdir holds the run")
     evaluate = verb("eval", "workdir", "checkpoint", help="evaluate a checkpoint exactly")
@@ -79,12 +83,12 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
     predict.add_argument("paths", nargs="+", metavar="IMAGE", type=_path)
     predict.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
     verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config")
-    plan = verb("plan", "config", "json", help="compile a config for hardware that is not here: memory and speed")
+    plan = verb("plan", "config", "json", help="compile a config for hardware that is not attached: memory and speed")
     plan.add_argument("--target", metavar="KIND:SHAPE", help="such as v5e:16x16, h200:8x4 (4 nodes of 8), cpu:8")
     plan.add_argument("--targets", action="store_true", help="list the kinds of targets, and nothing else")
     plan.add_argument("--slices", type=_count, default=1, help="of a TPU, joined by the data-centre network (1)")
     plan.add_argument("--search", action="store_true", help="look for the quickest layout that fits")
-    plan.add_argument("--batch-size", type=_largest, metavar="max", help="look for the largest batch that fits")
+    plan.add_argument("--batch-size", type=_max_only, metavar="max", help="look for the largest batch that fits")
     plan.add_argument("--examples", type=_count, help="of the training split, for the length of a run in epochs")
     plan.add_argument("--html", metavar="FILE", type=_path, help="also write the plan as a page")
     bench = verb("bench", "config", help="measure how fast a config trains here")
@@ -101,7 +105,7 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
         "--shards", type=_count, help="files of the largest split; else one for 2048 images, 16 to 512"
     )
     prepare.add_argument("--shard-range", type=_range, metavar="A:B", help="make only these; other hosts make the rest")
-    prepare.add_argument("--workers", type=_count, help="threads; else one a core")
+    prepare.add_argument("--workers", type=_count, help="threads; else one per core")
     prepare.add_argument(
         "--on-bad",
         choices=("error", "skip"),
@@ -111,7 +115,7 @@ def _parser(runs: Verbs) -> argparse.ArgumentParser:
     finish.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
     finish.add_argument("--verify", action="store_true", help="check every byte of DEST")
     launch = verb("launch", help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
-    launch.add_argument("--processes", type=_count, help="how many on this host; else one a GPU")
+    launch.add_argument("--processes", type=_count, help="how many on this host; else one per GPU")
     launch.add_argument(
         "--devices-per-process", type=_count, help="fake CPU devices of each; else real ones, a GPU each"
     )
@@ -146,14 +150,14 @@ class _Parser(argparse.ArgumentParser):
 
 def _path(text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("no directory is given")
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         return str(expanded(text, "path"))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
 
 
-def _largest(text: str) -> str:
+def _max_only(text: str) -> str:
     if text != "max":
         raise argparse.ArgumentTypeError(f"expected max, found {text!r}; a size is given by --config.batch_size={text}")
     return text

@@ -46,9 +46,9 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
     )
     program.check_training_batch()
     settle, probes = 3, 15
-    host = program.training_batches(source, 0, 1 + settle + steps + probes)
-    batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
-    with contextlib.closing(host), contextlib.closing(batches), program.in_use():
+    host_batches = program.training_batches(source, 0, 1 + settle + steps + probes)
+    batches = Prefetch(host_batches, program.mesh, settings.batch_size, settings.data.prefetch)
+    with contextlib.closing(host_batches), contextlib.closing(batches), program.in_use():
         state = program.new_state()
         begun, batch = time.perf_counter(), next(batches)
         program.compile_together(program.train_step, state, batch)

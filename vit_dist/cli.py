@@ -25,21 +25,13 @@ from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTE
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
 from vit_dist.paths import expanded
-from vit_dist.schema import one_of
 
 LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
-# Errors of the disk or its permissions, for which the program is not at fault.
-REFUSALS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EMFILE,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EROFS,
-}
+# Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
+FILE_ERRORS = {
+    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOSPC,
+    errno.ENOTDIR, errno.EROFS,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("absl", "jax"):  # orbax and grain log as absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    code, message, together = FAILED, "an error of the program; see its own messages", False
+    code, message, together = FAILED, "an unexpected error; see the log of that process", False
     options = argparse.Namespace()
     try:
         options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
@@ -66,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.blamed is not None:
             Blame(error.blamed, message).report()
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in FILE_ERRORS:
             raise
         code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
         print(f"error: {message}", file=sys.stderr)
@@ -83,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer_ctrl_c() -> None:
     """Makes the first Ctrl-C end the verb by `KeyboardInterrupt`, and the second end the process.
 
-    Python loses an exception that is raised while it collects garbage, and closing a file may wait for a disk. So the
-    process ends `LAST_SECONDS` after the first Ctrl-C in any case.
+    Python ignores exceptions that are raised during garbage collection, and closing a file may block. So a timer ends
+    the process `LAST_SECONDS` after the first Ctrl-C in any case.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -168,9 +160,9 @@ def _inspect(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
     from vit_dist.describe import inspect, spec_text
 
-    account = inspect(settings)
+    description = inspect(settings)
     if options.json:
-        _print_json(account)
+        _print_json(description)
         return
     rows = [
         (
@@ -180,11 +172,11 @@ def _inspect(options: argparse.Namespace) -> None:
             spec_text(tensor["sharding"]),
             f"{tensor['bytes_per_device']:,}",
         )
-        for tensor in account["tensors"]
+        for tensor in description["tensors"]
     ]
-    _print_table(("parameter", "shape", "dtype", "sharding", "bytes a device"), rows)
-    sums = {"parameters": account["parameters"], "FLOPs of training on an image": account["flops_per_image"]}
-    sums |= {f"bytes a device, {tree}": size for tree, size in account["bytes_per_device"].items()}
+    _print_table(("parameter", "shape", "dtype", "sharding", "bytes per device"), rows)
+    sums = {"parameters": description["parameters"], "FLOPs of training on an image": description["flops_per_image"]}
+    sums |= {f"bytes per device, {tree}": size for tree, size in description["bytes_per_device"].items()}
     _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
 
 
@@ -219,7 +211,7 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         for header, rows in report.tables(planned):
             _print_table(header, rows)
-            _print_table((), [])
+            _print_table((), [])  # an empty line
     if page is not None:
         page.write_text(html.page(planned), encoding="utf-8")
 
@@ -247,8 +239,9 @@ def _prepare(options: argparse.Namespace) -> None:
     if len(options.paths) > 2:
         raise ConfigError(f"prepare: expected SOURCE and DEST, found {len(options.paths)} paths")
     *source, dest = options.paths
-    for key in options.overrides:
-        one_of("prepare --config", key.partition("=")[0], _OF_SOURCES)
+    for override in options.overrides:
+        if (key := override.partition("=")[0]) not in _OF_SOURCES:
+            raise ConfigError(f"prepare --config.{key}: has no effect here; only {', '.join(_OF_SOURCES)} can be set")
     settings = config.resolve(recipes.override(config.to_dict(config.Config(total_steps=1)), options.overrides))
     summary = convert.prepare(
         source[0] if source else None,

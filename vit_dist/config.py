@@ -3,9 +3,8 @@
 The schema is a tree of frozen dataclasses. A recipe (`configs/*.py`) receives it as an `ml_collections.ConfigDict`
 from `default_config()`, changes what it wants and returns it (`recipes.py` runs it). `resolve` turns the result back
 into a `Config`, so that the rest of the package reads typed attributes and nobody can read a key that is not declared.
-The comment behind a key is its documentation: `vit-dist configs --keys` prints it (`keys.py`). This module checks
-names, types, bounds and what several keys say together; whether a variant or a source exists is checked by the room
-that has it.
+The comment after a key is its documentation: `vit-dist configs --keys` prints it (`keys.py`). This module checks names,
+types, bounds and contradictions between keys; `model/` checks that a variant exists, `data/` that a source does.
 """
 
 import dataclasses
@@ -17,14 +16,14 @@ from typing import Annotated, Any, Literal
 import ml_collections
 
 from vit_dist.schema import (
-    Amount,
     Bound,
     ConfigError,
-    Count,
-    Portion,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
-    Share,
     build,
     flatten,
 )
@@ -39,7 +38,7 @@ ShearAngle = Annotated[float, Bound("at least 0 and below 90", lambda value: 0 <
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How many devices each axis takes; one of the first four may be -1: all devices that are left."""
+    """How many devices each axis takes; one axis, but not dcn_data, may be -1: all devices that are left."""
 
     data: int = -1  # replicas of the model; each takes its share of the batch
     fsdp: int = 1  # splits the batch as `data` does, and also parameters and optimizer state
@@ -52,7 +51,7 @@ class Mesh:
 class Model:
     """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) and its common variations."""
 
-    variant: str | None = None  # size and patch, such as B/16; the four numbers below win over it
+    variant: str | None = None  # size and patch, such as B/16; width, depth, mlp and heads override it
     width: PositiveInt | None = None  # of a token
     depth: PositiveInt | None = None  # blocks
     mlp: PositiveInt | None = None  # hidden width of a block's MLP
@@ -61,18 +60,20 @@ class Model:
     patch_size: Size | None = None  # pixels; null: the variant's
     channels: PositiveInt = 3  # of an image
     num_classes: PositiveInt | None = None  # null: as many as the data have
-    pool: Literal["cls", "mean", "map"] = "cls"  # what the head classifies: the class token, the mean of all tokens, or
-    # what attention with one learned query finds
+    pool: Literal["cls", "mean", "map"] = "cls"  # what the head classifies; cls: the class token; mean: the mean of all
+    # tokens; map: attention pooling with one learned query
     position: Literal["learned", "sincos2d"] = "learned"  # kind of position embeddings
-    position_std: Amount = 0.02  # standard deviation of learned position embeddings at the start
+    position_std: NonNegativeFloat = 0.02  # standard deviation of learned position embeddings at the start
     cls_position: bool = True  # with learned positions: the class token has one and starts at zero, as in the paper; in
     # DeiT-III it has none, and is drawn with `position_std` itself
-    registers: Count = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
-    dropout: Share = 0.0  # rate after each of the MLP's two layers and after the attention's projection
-    projection_dropout: Share | None = None  # rate after the attention's projection alone; null: as `dropout`
-    embedding_dropout: Share = 0.0  # rate on the sum of patch and position embeddings
-    attention_dropout: Share = 0.0  # rate on the attention weights
-    drop_path: Share = 0.0  # stochastic depth (Huang et al. 2016, arXiv:1603.09382): the rate of the last block
+    registers: NonNegativeInt = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
+    dropout: FractionBelowOne = 0.0  # rate after each of the MLP's two layers and after the attention's projection
+    projection_dropout: FractionBelowOne | None = None  # rate after the attention's projection alone; null: as
+    # `dropout`
+    embedding_dropout: FractionBelowOne = 0.0  # rate on the sum of patch and position embeddings
+    attention_dropout: FractionBelowOne = 0.0  # rate on the attention weights
+    drop_path: FractionBelowOne = 0.0  # stochastic depth (Huang et al. 2016, arXiv:1603.09382): the rate of the last
+    # block
     drop_path_schedule: Literal["linear", "constant"] = "linear"  # rising from 0 at the first block, or equal in all
     layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); null: no LayerScale
     qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the
@@ -86,9 +87,10 @@ class Model:
     head_zero_init: bool = True  # the head's kernel starts at zero
     head_bias: float = 0.0  # initial value of the head's bias; -6.9 or -10 with a sigmoid loss
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
-    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again: nothing, all but the
-    # named dense products' results, or everything inside a block
-    scan: bool = True  # one compiled loop runs all blocks; false: each block is compiled, slower, and runs faster
+    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again to save memory: nothing;
+    # names: attention weights and element-wise operations; block: everything in a block
+    scan: bool = True  # true: all blocks are one compiled loop; false: blocks are compiled one by one, which takes
+    # longer and runs faster
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # what computes attention; auto: cuDNN where it can
     context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values around a ring,
     # or trade tokens for heads before and after, as DeepSpeed-Ulysses does
@@ -100,36 +102,39 @@ class MixtureSource:
 
     source: str = "folder"  # as data.source
     path: str | None = None  # as data.path
-    weight: float | None = None  # its share of the stream, over the sum of all; null in all: each example as likely
+    weight: float | None = None  # relative to the sum of all weights: how often its examples come; null in all sources:
+    # each example once an epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where images come from, and how they are changed before the model sees them."""
 
-    source: str = "digits"  # the container: digits, idx, folder, tar, imagenet_tar, webdataset, parquet, npz,
-    # tfds or array_record
+    source: str = "digits"  # the container: digits, idx, folder, tar, imagenet_tar, webdataset, parquet, npz, tfds or
+    # array_record
     path: str | None = None  # a file or folder, or an address that fsspec knows, such as gs://bucket/images
     mixture: tuple[MixtureSource, ...] = ()  # sets to train on together, instead of source and path
     classes: tuple[str, ...] = ()  # the classes to keep, in this order; none: all
-    fraction: Portion = 1.0  # of each class's training examples; a smaller share lies within a larger one
-    repeats: PositiveInt = 1  # times that an example follows itself, augmented differently (arXiv:1902.05509); all
-    # count for the epoch
+    fraction: PositiveFraction = 1.0  # of each class's training examples to keep; a larger fraction keeps those of a
+    # smaller one too
+    repeats: PositiveInt = 1  # how often in a row each example comes, augmented differently each time
+    # (arXiv:1902.05509); an epoch is longer by this factor
     cache_dir: str | None = None  # folder for the indexes of large sets; null: the user's cache folder
     name: Literal["mnist", "fashion_mnist"] | None = None  # which set an `idx` source is: it names the classes
-    download: bool = False  # fetch missing files of the set that `name` says
+    download: bool = False  # download the missing files of the data set `name`
     in_memory: bool = False  # decode the whole split at the start and keep its pixels
     memory_limit_gb: PositiveFloat = 4.0  # of host memory, for pixels or a compressed tar kept in it
     on_bad: Literal["error", "skip"] = "error"  # what to do with a file that does not decode
-    max_bad_fraction: Amount = 0.01  # of a split; the run stops when more of it was skipped
-    workers: Count = 0  # processes that decode images in files; 0: threads of this one, which is quicker on few cores
+    max_bad_fraction: NonNegativeFloat = 0.01  # of a split; the run stops when more of it was skipped
+    workers: NonNegativeInt = 0  # processes that decode images in files; 0: threads of this one, which is quicker on
+    # few cores
     threads: PositiveInt = 8  # decoding threads of each process of the job, where there are no workers
     read_ahead_mb: PositiveFloat = 512.0  # pixels that each process of the job holds ready ahead of time
     prefetch: PositiveInt = 2  # batches on the devices ahead of the step
-    mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number, or one a channel
+    mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number, or one per channel
     std: PositiveFloat | tuple[PositiveFloat, ...] = 0.5  # likewise
-    crop_area: tuple[Portion, Portion] | None = None  # random resized crop: shares of the image's area, from and to;
-    # null: the whole image
+    crop_area: tuple[PositiveFraction, PositiveFraction] | None = None  # random resized crop: shares of the image's
+    # area, from and to; null: the whole image
     crop_aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # width over height of such a crop, from and to
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of every resize, antialiased; the device's random
     # crops are sampled bilinearly
@@ -137,19 +142,21 @@ class Data:
     flip: bool = False  # left-right, one time in two
     augment_on: Literal["auto", "host", "device"] = "auto"  # where images are cropped and flipped; auto: on the device
     # if they are in memory and every augmentation can be done there
-    color_jitter: Amount = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of 0.7 to 1.3
+    color_jitter: NonNegativeFloat = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of
+    # 0.7 to 1.3
     hue_jitter: HueTurn = 0.0  # largest turn of the hue, as a share of the colour circle
-    randaugment_layers: Count = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
-    randaugment_magnitude: Amount = 10.0  # of 10, which most recipes stay below; 15 and 20 go beyond
-    randaugment_std: Amount = 0.0  # standard deviation of the magnitude, drawn anew for each operation
+    randaugment_layers: NonNegativeInt = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
+    randaugment_magnitude: NonNegativeFloat = 10.0  # strength of the operations; the paper goes up to 10, some recipes
+    # take 15 or 20
+    randaugment_std: NonNegativeFloat = 0.0  # standard deviation of the magnitude, drawn anew for each operation
     three_augment: bool = False  # gray, solarised or blurred (Touvron et al. 2022, arXiv:2204.07118)
     erase: Probability = 0.0  # probability of a random box of noise (Zhong et al. 2020, arXiv:1708.04896)
-    shift: Share = 0.0  # largest shift, as a share of the image's side
-    rotate: Amount = 0.0  # largest rotation, in degrees
-    scale: Amount = 0.0  # largest change of scale: 0.1 is between 1/1.1 and 1.1
+    shift: FractionBelowOne = 0.0  # largest shift, as a share of the image's side
+    rotate: NonNegativeFloat = 0.0  # largest rotation, in degrees
+    scale: NonNegativeFloat = 0.0  # largest change of scale: 0.1 is between 1/1.1 and 1.1
     shear: ShearAngle = 0.0  # largest shear, in degrees
-    eval_crop: Portion | None = None  # centre crop of an evaluation, as a share of the short side; null: the whole
-    # image
+    eval_crop: PositiveFraction | None = None  # centre crop of an evaluation, as a share of the short side; null: the
+    # whole image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +164,9 @@ class Rule:
     """How to train the parameters whose path, such as `blocks/mlp/up/kernel`, matches a regular expression."""
 
     path: str = ""  # the regular expression
-    learning_rate: Amount = 1.0  # multiplies the schedule
-    weight_decay: Amount | None = None  # multiplies `optimizer.weight_decay`; null: 1 for kernels, 0 for all else
+    learning_rate: NonNegativeFloat = 1.0  # multiplies the schedule
+    weight_decay: NonNegativeFloat | None = None  # multiplies `optimizer.weight_decay`; null: 1 for kernels, 0 for all
+    # else
     frozen: bool = False  # these parameters do not change
 
 
@@ -167,19 +175,19 @@ class Optimizer:
     """The update rule (optax) and its schedule. Weight decay is AdamW's: scaled by the schedule."""
 
     name: str = "adamw"  # the update rule: sgd, adam, adamw, lion, lamb, adafactor or muon
-    learning_rate: Amount = 1e-3  # the peak of the schedule
-    weight_decay: Amount = 0.0  # of kernels, unless a rule says otherwise
-    warmup_steps: Count = 0  # in which the learning rate rises to its peak; 0: as warmup_epochs says
-    warmup_epochs: Amount = 0.0  # 0: no warm-up
+    learning_rate: NonNegativeFloat = 1e-3  # the peak of the schedule
+    weight_decay: NonNegativeFloat = 0.0  # of kernels, unless a rule says otherwise
+    warmup_steps: NonNegativeInt = 0  # in which the learning rate rises to its peak; 0: as warmup_epochs says
+    warmup_epochs: NonNegativeFloat = 0.0  # 0: no warm-up
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"  # after the warm-up
-    end_factor: Amount = 0.0  # share of the peak that a cosine or linear schedule ends at
+    end_factor: NonNegativeFloat = 0.0  # share of the peak that a cosine or linear schedule ends at
     rsqrt_timescale: PositiveInt = 10_000  # steps after which an rsqrt schedule has fallen to 0.71 of the peak
-    cooldown_steps: Count = 0  # linear to zero at the end of an rsqrt or constant schedule
-    clip: PositiveFloat | None = None  # largest global norm of the gradient; null: any
-    momentum: Share = 0.9  # of sgd
-    nesterov: bool = False  # with momentum
-    b1: Share = 0.9  # decay of the first moment
-    b2: Share = 0.999  # decay of the second moment
+    cooldown_steps: NonNegativeInt = 0  # linear to zero at the end of an rsqrt or constant schedule
+    clip: PositiveFloat | None = None  # largest global norm of the gradient; null: no clipping
+    momentum: FractionBelowOne = 0.9  # of sgd and muon
+    nesterov: bool = False  # Nesterov momentum, for sgd, adam, adamw, lamb and muon
+    b1: FractionBelowOne = 0.9  # decay of the first moment
+    b2: FractionBelowOne = 0.999  # decay of the second moment
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
     rules: tuple[Rule, ...] = ()  # for some of the parameters; the first that matches counts
@@ -189,8 +197,8 @@ class Optimizer:
 class Evaluate:
     """When and on what a run is evaluated."""
 
-    every_steps: Count = 0  # steps between evaluations, with one more at the end; 0: as every_epochs says
-    every_epochs: Amount = 0.0  # epochs between evaluations, with one more at the end; 0: never
+    every_steps: NonNegativeInt = 0  # steps between evaluations, with one more at the end; 0: as every_epochs says
+    every_epochs: NonNegativeFloat = 0.0  # epochs between evaluations, with one more at the end; 0: never
     splits: tuple[str, ...] = ("test",)  # the first is the run's result
     batch_size: PositiveInt | None = None  # null: the training batch
 
@@ -199,18 +207,18 @@ class Evaluate:
 class Checkpoint:
     """When a run is saved, and which saves are kept."""
 
-    every_steps: Count = 0  # steps between saves, with one more at the end; 0: as every_epochs says
-    every_epochs: Amount = 0.0  # epochs between saves, with one more at the end; 0: at the end alone
+    every_steps: NonNegativeInt = 0  # steps between saves, with one more at the end; 0: as every_epochs says
+    every_epochs: NonNegativeFloat = 0.0  # epochs between saves, with one more at the end; 0: at the end alone
     keep_last: PositiveInt = 1  # how many of the newest are kept
-    keep_best: Count = 0  # how many of the best are kept, by top-1 of the first split of `evaluate.splits`; a best
-    # one is saved when it is measured
+    keep_best: NonNegativeInt = 0  # how many of the best are kept, by top-1 of the first split of `evaluate.splits`; a
+    # best one is saved when it is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """A trace of a few steps for TensorBoard or XProf, in `workdir/profile`."""
 
-    steps: Count = 0  # how many to trace; 0: none
+    steps: NonNegativeInt = 0  # how many to trace; 0: none
     start_step: PositiveInt = 10  # the trace begins after this step
 
 
@@ -220,7 +228,8 @@ class Deadlines:
 
     start_seconds: PositiveInt = 300  # for all processes to join
     peer_seconds: PositiveInt = 60  # without a message from a process
-    step_seconds: PositiveInt = 1800  # once the data are open: in which no process begins a step or a batch
+    step_seconds: PositiveInt = 1800  # in which no process begins a training step or an evaluation batch; counted from
+    # when the data are open
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,18 +241,19 @@ class Config:
     total_epochs: PositiveFloat | None = None  # length of the run, where total_steps is null
     batch_size: PositiveInt = 128  # examples a step, over all devices
     accumulate_steps: PositiveInt = 1  # micro-batches a step
-    accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp: how often parameters are gathered and
-    # gradients scattered; once a step takes memory for all of both, once a micro-batch takes more traffic
+    accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp, how often parameters are gathered and
+    # gradients scattered: step needs memory for all parameters and gradients in full, microbatch communicates more
     loss: Literal["softmax", "sigmoid"] = "softmax"  # cross-entropy over the classes, or of each class by itself
     binarize_targets: bool = False  # sigmoid loss: every class that is in the mixed image counts in full (DeiT-III)
-    label_smoothing: Share = 0.0  # share of a target that goes to all classes evenly
-    mixup: Amount = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412); 0: none
-    cutmix: Amount = 0.0  # likewise (Yun et al. 2019, arXiv:1905.04899); with both, each is taken one time in two
-    ema_decay: Share = 0.0  # of the parameters' moving average; 0: none is kept
+    label_smoothing: FractionBelowOne = 0.0  # share of a target that goes to all classes evenly
+    mixup: NonNegativeFloat = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv:1710.09412); 0: none
+    cutmix: NonNegativeFloat = 0.0  # likewise (Yun et al. 2019, arXiv:1905.04899); with both, each is taken one time in
+    # two
+    ema_decay: FractionBelowOne = 0.0  # of the parameters' moving average; 0: none is kept
     log_every: PositiveInt = 20  # steps between rows of metrics
     log_examples: bool = False  # rows hold a digest of the batch's example ids
     deterministic: bool = False  # bitwise repeatable on GPUs too, and slower there
-    fake_devices: Count = 0  # CPU devices to pretend to have, in each process; 0: the real ones
+    fake_devices: NonNegativeInt = 0  # fake CPU devices of each process; 0: the real devices
     xla_options: bool = True  # compile with the options of `mesh/xla_options.py`; false: XLA's own defaults
     mesh: Mesh = Mesh()
     model: Model = Model()
@@ -338,10 +348,12 @@ def _check(config: Config) -> None:
         if isinstance(flat[key], tuple) and len(flat[key]) != config.model.channels:
             raise ConfigError(
                 f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
-                "give one a channel, or a single number for all"
+                "give one per channel, or a single number for all"
             )
     if config.binarize_targets and config.loss != "sigmoid":
-        raise ConfigError(f"binarize_targets: goes with loss=sigmoid, found loss={config.loss}; set one of them")
+        raise ConfigError(
+            f"binarize_targets: needs loss=sigmoid, found {config.loss}; set loss=sigmoid or binarize_targets=false"
+        )
     model = config.model
     if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
         raise ConfigError(

@@ -1,6 +1,6 @@
 """The recipes: `from vit_dist.configs import digits`, in a checkout (its top-level folder) and where this is installed.
 
-A module that says where its submodules lie is a package to Python.
+`__path__` makes this module a package, so that recipes can be imported from that folder.
 """
 
 from pathlib import Path

@@ -72,7 +72,7 @@ def bytes_per_device(leaf: Any) -> int:
 
 def parameter_table(parameters: Any) -> str:
     """Returns a text with a line for each parameter of a tree."""
-    table = Table("parameter", "shape", "sharding", "bytes a device", box=None, header_style="bold")
+    table = Table("parameter", "shape", "sharding", "bytes per device", box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for tensor in tensors(parameters):

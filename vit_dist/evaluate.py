@@ -64,9 +64,9 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         rows=program.local_rows(batch_size),
     )
     totals = zero_totals(program.shape.classes)
-    placed = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
-    with contextlib.closing(batches), contextlib.closing(placed):
-        for number, batch in enumerate(placed):
+    device_batches = Prefetch(batches, program.mesh, batch_size, settings.data.prefetch)
+    with contextlib.closing(batches), contextlib.closing(device_batches):
+        for number, batch in enumerate(device_batches):
             processes.alive()
             if number == 0:
                 program.compile_together(program.evaluation_step, parameters, batch, totals)
@@ -78,13 +78,13 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         check_none_bad(bad)
     if count + len(bad) != len(source):
         raise RuntimeError(f"evaluation counted {count} examples of {len(source)}, and skipped {len(bad)}")
-    each = zip(distinct_names(source.class_names), sums["class_top1"], sums["class_count"], strict=False)
+    class_sums = zip(distinct_names(source.class_names), sums["class_top1"], sums["class_count"], strict=False)
     return Result(
         count=count,
         loss=float(sums["loss"]) / max(count, 1),
         top1=int(sums["top1"]) / max(count, 1),
         top5=int(sums["top5"]) / max(count, 1),
-        class_top1={name: float(right / of) if of else None for name, right, of in each},
+        class_top1={name: float(correct / examples) if examples else None for name, correct, examples in class_sums},
         bad=tuple(bad),
     )
 
@@ -126,8 +126,8 @@ def evaluate(
     source = open_split(settings, split)
     on_device = augments_on_device(source, settings.data)
     run = restored(workdir, settings, augment_on_device=on_device, step=step, best=best)
-    with run as (program, restored_step, parameters):
-        results = {name: evaluate_source(program, tree, source) for name, tree in parameters.items()}
+    with run as (program, restored_step, trees):
+        results = {name: evaluate_source(program, tree, source) for name, tree in trees.items()}
         bad = results["parameters"].bad
         for example in bad:
             _log.warning("%s: skipped %s: %s", split, example.name, example.reason)

@@ -30,12 +30,12 @@ def _rows(schema: Any, prefix: str = "") -> Iterator[dict[str, str]]:
         default = json.dumps(field.default)
         yield {"key": key, "type": describe_type(hint), "default": default, "meaning": meanings[field.name]}
         items = typing.get_args(hint)
-        if items and dataclasses.is_dataclass(items[0]):  # a list of what has keys of its own
+        if items and dataclasses.is_dataclass(items[0]):  # a list of dataclasses
             yield from _rows(items[0], f"{key}[].")
 
 
 def _meanings(schema: Any) -> dict[str, str]:
-    """Field -> the comment that begins behind it and may go on in the lines below."""
+    """Returns the comment of each field: the one after it, continued on the lines below."""
     source = inspect.getsource(schema)
     comments: dict[int, str] = {}
     for token in tokenize.generate_tokens(StringIO(source).readline):

@@ -1,4 +1,4 @@
-"""Paths that people write: `~` is their home folder, in every path of the command line, of a config and of a call."""
+"""Expands `~` in every path that a user gives: on the command line, in a config or to a function."""
 
 from pathlib import Path
 
@@ -13,4 +13,4 @@ def expanded(path: str | Path, key: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{key}: {path}: no home folder of that user is known; write the path out") from error
+        raise ConfigError(f"{key}: {path}: cannot expand ~ to a home folder; write the full path") from error

@@ -57,7 +57,7 @@ def predict(
     processes.start(settings.fake_devices, settings.deadlines)
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
-    with restored(workdir, settings, augment_on_device=False, step=step, best=best) as (program, _, parameters):
+    with restored(workdir, settings, augment_on_device=False, step=step, best=best) as (program, _, trees):
 
         @jax.jit
         def probabilities(parameters: Any, images: jax.Array) -> jax.Array:
@@ -68,11 +68,11 @@ def predict(
         size, sharding = program.evaluation_batch_size(), batch_sharding(program.mesh)
         answers: list[dict[str, Any]] = []
         for start in range(0, len(images), size):
-            rows = np.zeros((size, *images[0].shape), np.uint8)
+            padded = np.zeros((size, *images[0].shape), np.uint8)
             chunk = images[start : start + size]
-            rows[: len(chunk)] = chunk
-            batch = put({"image": rows}, sharding, size)["image"]
-            result = jax.device_get(probabilities(parameters.get("ema", parameters["parameters"]), batch))
+            padded[: len(chunk)] = chunk
+            batch = put({"image": padded}, sharding, size)["image"]
+            result = jax.device_get(probabilities(trees.get("ema", trees["parameters"]), batch))
             for file, row in zip(files[start:], np.asarray(result)[: len(chunk)], strict=False):
                 order = np.argsort(-row, kind="stable")[:top]
                 classes = [{"name": _name(names, index), "probability": float(row[index])} for index in order]

@@ -1,4 +1,4 @@
-"""A config made into compiled functions on a mesh; every verb that computes begins with a `Program`.
+"""Builds the training and evaluation functions of a config on a mesh; every verb that computes begins with a `Program`.
 
 Building a `Program` checks what can be checked without running: the model's numbers, the mesh against the devices, each
 split dimension against its axes. It allocates nothing, and compiles nothing before the first call of its functions.
@@ -43,6 +43,9 @@ class Program:
       settings: the config with `model.num_classes` filled in.
       steps: the length of the schedule.
       mesh: the devices.
+      shape: the sizes of the model.
+      model: the model as a function of parameters.
+      optimizer: the optax transformation.
       train_step: `(state, batch) -> (state, metrics)`; it donates the buffers of the state.
       evaluation_step: `(parameters, batch, totals) -> totals`; it donates the buffers of the totals.
     """

@@ -21,7 +21,9 @@ from vit_dist.run.devices import memory_in_use
 
 _log = logging.getLogger(__name__)
 SLOW_DATA = 0.05  # share of the time spent waiting for data from which on a warning is logged
-JUDGED_S = 10.0  # seconds of steps that are judged together: in a few steps of a tiny set one late thread is 5 %
+MIN_CHECK_S = (
+    10.0  # windows are joined up to so many seconds before the wait is checked: in less one late thread is 5 %
+)
 _WARN_AGAIN_S = 60.0
 
 
@@ -44,10 +46,10 @@ class Rates:
 class Window:
     """Measures the steps between two rows. It restarts after a compilation, evaluation or save."""
 
-    def __init__(self, step: int, host: Batches, batches: Prefetch):
-        self._host, self._batches = host, batches
+    def __init__(self, step: int, host_batches: Batches, batches: Prefetch):
+        self._host_batches, self._batches = host_batches, batches
         self._warned_at: float | None = None
-        self._unjudged: Rates | None = None
+        self._unchecked: Rates | None = None
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -68,12 +70,12 @@ class Window:
         """Warns, once a minute at most, that the devices wait for data, and names the slowest stage of making it.
 
         Args:
-          rates: of the newest window; windows are judged together once they last `JUDGED_S`.
+          rates: of the newest window; windows are checked together once they last `MIN_CHECK_S`.
           step: the last step of that window.
         """
-        rates = self._unjudged.plus(rates) if self._unjudged is not None else rates
-        self._unjudged = rates if rates.seconds < JUDGED_S else None
-        if self._unjudged is not None:
+        rates = self._unchecked.plus(rates) if self._unchecked is not None else rates
+        self._unchecked = rates if rates.seconds < MIN_CHECK_S else None
+        if self._unchecked is not None:
             return
         now = time.perf_counter()
         if rates.waited <= SLOW_DATA * rates.seconds or (self._warned_at and now - self._warned_at < _WARN_AGAIN_S):
@@ -81,18 +83,18 @@ class Window:
         self._warned_at = now
         stages = ", ".join(f"{name} {getattr(rates.data, name) / rates.steps * 1000:.3g}" for name in NAMES)
         _log.warning(
-            "step %d: %.0f %% of the time went by waiting for data; the slowest stage is %s (ms a batch: %s; all but "
-            "the copying shared by %d)",
+            "step %d: %.0f %% of the time was spent waiting for data; the slowest stage is %s (ms per batch: %s; %d "
+            "threads or processes share all but copy)",
             step,
             100 * rates.waited / rates.seconds,
-            rates.data.slowest(self._host.parallel),
+            rates.data.slowest(self._host_batches.parallel),
             stages,
-            self._host.parallel,
+            self._host_batches.parallel,
         )
 
     def _data_timings(self) -> Timings:
-        host = self._host.timings
-        return dataclasses.replace(host, copy=host.copy + self._batches.copied)
+        made = self._host_batches.timings
+        return dataclasses.replace(made, copy=made.copy + self._batches.copied)
 
 
 @dataclasses.dataclass

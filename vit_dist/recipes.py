@@ -94,7 +94,7 @@ def folders() -> list[Path]:
     return [folder for folder in (current, *own) if folder.is_dir()]
 
 
-# What a mistake in a recipe can raise: it is a program of the user.
+# Exceptions that a user's recipe can raise.
 _RECIPE_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
     TypeError, ValueError,
@@ -131,7 +131,7 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
 
 
 def _line_in(path: Path, error: Exception) -> str:
-    """Returns the last line of the file in the error's traceback, such as ":12"."""
+    """Returns the line of the recipe that raised the error, such as ":12"."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f":{lines[-1]}" if lines else ""
 
@@ -146,7 +146,7 @@ def _error_text(error: Exception) -> str:
 def override(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Applies `a.b=value` assignments to the values; reads each as YAML: `true`, `1e-3`, `[96,128]`, `null`."""
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides: expected several such as ['seed=1'], or keys and values, found {overrides!r}")
+        raise ConfigError(f"overrides: expected a list such as ['seed=1'], or keys and values, found {overrides!r}")
     if isinstance(overrides, Mapping):
         overrides = [assignment(key, value) for key, value in flatten(overrides).items()]
     for change in overrides:

@@ -34,10 +34,10 @@ _POSITIVE = Bound("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
 PositiveInt = Annotated[int, _POSITIVE]
 PositiveFloat = Annotated[float, _POSITIVE]
-Count = Annotated[int, _NOT_NEGATIVE]
-Amount = Annotated[float, _NOT_NEGATIVE]
-Share = Annotated[float, Bound("in [0, 1)", lambda value: 0 <= value < 1)]
-Portion = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < value <= 1)]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+FractionBelowOne = Annotated[float, Bound("in [0, 1)", lambda value: 0 <= value < 1)]
+PositiveFraction = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < value <= 1)]
 
 
 def build(hint: Any, value: Any, key: str = "") -> Any:
@@ -145,11 +145,13 @@ def one_of(key: str, value: str, options: Iterable[str]) -> str:
 
 
 def near_miss(name: str, options: Iterable[str], parent: str = "") -> str:
+    """Returns ` (did you mean x?)` for the closest option, or nothing."""
     close = difflib.get_close_matches(name, list(options), n=1)
     return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values as one mapping with keys such as `model.depth`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

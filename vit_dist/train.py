@@ -42,7 +42,7 @@ from vit_dist.step.state import State
 
 _log = logging.getLogger(__name__)
 
-# What the account of a compiled program can raise on a backend whose reports are not those known.
+# What reading the memory and cost of a compiled program can raise on an unknown backend.
 _PLAN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError,
@@ -89,17 +89,17 @@ def train(
     settings = in_steps(settings, len(source))
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
     on_device = augments_on_device(source, settings.data)
-    for name, split in splits.items():
-        if augments_on_device(split, settings.data) != on_device:  # a mixture can be of another kind than its test set
+    for name, evaluated in splits.items():
+        if augments_on_device(evaluated, settings.data) != on_device:  # as where a mixture of pixels is tested on files
             raise ConfigError(
-                f"evaluate.splits: one of the splits {name} and train is files and the other pixels in memory; the "
-                "model cannot take both, so prepare both alike or set data.in_memory"
+                f"evaluate.splits: of {name} and train one is image files and the other pixels in memory, but both "
+                "must be augmented alike; set data.in_memory=true, or give both in the same format"
             )
     steps = settings.total_steps
     assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
     program.check_training_batch()
-    fingerprints = {name: fingerprint(split) for name, split in {"train": source, **splits}.items()}
+    fingerprints = {name: fingerprint(each) for name, each in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, fingerprints)))
     processes.alive()
     # Process 0 looks for all: a network file system may show the others an older state.
@@ -109,8 +109,8 @@ def train(
         summary, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]
         if saved[-1] > steps:
             raise ConfigError(
-                f"total_steps: the run in {workdir} has done {saved[-1]} steps, more than the {steps} asked for; "
-                "ask for more or choose another --workdir"
+                f"total_steps: the run in {workdir} has done {saved[-1]} steps, more than the {steps} of this config; "
+                "raise total_steps or total_epochs, or choose another --workdir"
             )
         if summary is not None and summary["step"] == steps:
             return summary
@@ -130,7 +130,7 @@ class Session:
     def __init__(
         self, program: Program, workdir: Path, source: Source, splits: dict[str, Source], opened: contextlib.ExitStack
     ):
-        """Restores the newest checkpoint or makes a new state; `opened` closes what this opens."""
+        """Restores the newest checkpoint or makes a new state; `opened` closes checkpoints, logs and progress bar."""
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits = source, splits
         keep, profile = self.settings.checkpoint, self.settings.profile
@@ -138,8 +138,8 @@ class Session:
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best)
         opened.enter_context(contextlib.closing(self.checkpoints))
         self.state, self.seconds_before = self._restore()
-        self.step = self.first_step = int(self.state.step)
-        self.bad_images = BadExampleList(workdir, resume_step=self.step)
+        self.step = self.resumed_step = int(self.state.step)
+        self.bad_examples = BadExampleList(workdir, resume_step=self.step)
         self.log: MetricLog | None = None
         self.progress: Progress | None = None
         self.profile: StepProfile | None = None
@@ -151,7 +151,7 @@ class Session:
                 self.profile = opened.enter_context(contextlib.closing(trace))
         self.result: dict[str, Any] | None = None  # the row that the summary and the best checkpoint go by
         self.pending: Pending | None = None
-        self.host: Batches | None = None
+        self.host_batches: Batches | None = None
         self.started = time.perf_counter()
         opened.callback(processes.stop_clock)
 
@@ -159,23 +159,23 @@ class Session:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
         self._print_run()
-        self.host = host = program.training_batches(self.source, self.step, program.steps)
-        batches = Prefetch(host, program.mesh, settings.batch_size, settings.data.prefetch)
-        window = Window(self.step, host, batches)
-        first, before = self.step + 1, None
-        with contextlib.closing(host), contextlib.closing(batches):
+        self.host_batches = host_batches = program.training_batches(self.source, self.step, program.steps)
+        batches = Prefetch(host_batches, program.mesh, settings.batch_size, settings.data.prefetch)
+        window = Window(self.step, host_batches, batches)
+        first_step, previous = self.step + 1, None
+        with contextlib.closing(host_batches), contextlib.closing(batches):
             for batch in batches:
                 processes.alive(self.step + 1)
-                if self.step == self.first_step:
+                if self.step == self.resumed_step:
                     program.compile_together(program.train_step, self.state, batch)
                     self._print_plan(batch)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
-                jax.block_until_ready(before)  # two dispatched steps are enough, and a stop is answered soon
-                before = metrics
+                jax.block_until_ready(previous)  # two dispatched steps are enough, and a stop request is handled soon
+                previous = metrics
                 self._write_pending()
                 last = self.step == program.steps
-                if self.step == first:
+                if self.step == first_step:
                     jax.block_until_ready(metrics)
                     _log.info("first step, with its compilation: %.1f s", window.seconds())
                     window.restart(self.step)
@@ -255,11 +255,11 @@ class Session:
             self.log.flush()
             curves.draw(self.workdir)
 
-    def _write(self, split: str, row: dict[str, Any]) -> None:
+    def _write(self, name: str, row: dict[str, Any]) -> None:
         if self.log is not None:
-            self.log.write(self.step, split, row)
+            self.log.write(self.step, name, row)
         if self.progress is not None:
-            self.progress.line(f"{split} at step {self.step}: top1 {row['top1']:.4f}  loss {row['loss']:.4f}")
+            self.progress.line(f"{name} at step {self.step}: top1 {row['top1']:.4f}  loss {row['loss']:.4f}")
 
     def _write_pending(self) -> None:
         """Writes the metrics of the last logged step, which the devices have finished by now."""
@@ -267,8 +267,8 @@ class Session:
             return
         pending, self.pending = self.pending, None
         row = pending.read(self.program)
-        assert self.host is not None
-        bad = self.host.bad(pending.step - self.first_step)  # without the batches that were only read ahead
+        assert self.host_batches is not None
+        bad = self.host_batches.bad(pending.step - self.resumed_step)  # without the batches that were only read ahead
         skipped = self._note_bad(pending.step, "train", bad, self.source)
         row |= {"skipped": skipped} if skipped else {}
         if self.log is not None:
@@ -291,8 +291,8 @@ class Session:
         data = self.settings.data
         if data.on_bad == "error":
             return 0
-        skipped = self.bad_images.note(step, split, bad)
-        self.bad_images.check(split, data.max_bad_fraction, len(source))
+        skipped = self.bad_examples.note(step, split, bad)
+        self.bad_examples.check(split, data.max_bad_fraction, len(source))
         return skipped
 
     def _finish(self) -> dict[str, Any]:
@@ -328,7 +328,7 @@ class Session:
             where = "device" if augments_on_device(self.source, self.settings.data) else "host"
             self.progress.line(f"crop and flip on the {where} (data.augment_on={self.settings.data.augment_on})")
         if self.settings.checkpoint.keep_best and not self.splits:
-            self.progress.line("nothing is evaluated, so checkpoint.keep_best finds no best: the newest alone are kept")
+            self.progress.line("nothing is evaluated, so checkpoint.keep_best has no effect: only the newest are kept")
         if self.step:
             self.progress.line(f"resuming from step {self.step}")
 
@@ -337,7 +337,7 @@ class Session:
         if self.progress is None:
             return
         step = self.program.train_step
-        executable = step.lower(self.state, batch).compile()  # the call that follows finds it made
+        executable = step.lower(self.state, batch).compile()  # cached for the next call
         try:
             planned = lines(plan_attached(self.program, executable, self.state, batch))
         except _PLAN_ERRORS as error:  # a run does not need its plan

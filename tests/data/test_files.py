@@ -84,7 +84,7 @@ def test_an_address_that_cannot_be_reached_names_what_is_missing(text: str, plug
 
 def test_a_home_folder_is_expanded() -> None:
     assert files.location("~/images") == Path.home() / "images"
-    with pytest.raises(ConfigError, match="data.path: ~no such user/images: no home folder of that user is known"):
+    with pytest.raises(ConfigError, match="data.path: ~no such user/images: cannot expand ~ to a home folder"):
         files.location("~no such user/images")
 
 

@@ -47,7 +47,7 @@ FAULTS = {"die": die, "stop": stop, "fail": fail, "crash": crash, "exhaust": exh
 
 def main(what, at_fault):
     deadlines = Deadlines(start_seconds=int(os.environ.get("START_SECONDS", "60")), peer_seconds=8, step_seconds=8)
-    code, text = 1, "an error of the program"
+    code, text = 1, "an unexpected error"
     try:
         processes.start(1, deadlines)
         if what == "linger" and processes.index() == at_fault:

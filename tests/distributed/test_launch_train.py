@@ -120,7 +120,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_resumes_bitwise(undi
         ("batch_size=0", "error: batch_size: must be above 0, found 0"),
         (
             "mesh.fsdp=3",
-            "error: mesh: fsdp=3 does not divide the 8 devices",
+            "error: mesh: fsdp=3 uses 3 devices, which do not divide the 8 there are",
         ),  # found after the processes have connected
     ],
 )

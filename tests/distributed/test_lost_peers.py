@@ -121,7 +121,7 @@ def test_a_process_that_crashes_shows_its_own_traceback_and_the_others_name_it(t
         assert codes == [1, 1, 1]
         assert "ZeroDivisionError: a mistake in the program" in processes[1].said()
         for process in (processes[0], processes[2]):
-            assert re.search(r"error: process 1 \(.*\) failed: an error of the program", process.said())
+            assert re.search(r"error: process 1 \(.*\) failed: an unexpected error", process.said())
             assert "Traceback" not in process.said()
 
 

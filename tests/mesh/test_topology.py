@@ -37,14 +37,17 @@ def test_axis_sizes_fill_in_the_rest(configured, devices, sizes):
         ({"data": 16}, "mesh: data=16 needs 16 devices, found 8; make an axis smaller .* fake_devices=16"),
         ({"fsdp": 16}, "mesh: fsdp=16 needs 16 devices, found 8"),
         ({"data": 4, "fsdp": 3}, "mesh: data=4 x fsdp=3 needs 12 devices, found 8"),
-        ({"fsdp": 3}, "mesh: fsdp=3 does not divide the 8 devices here, .*mesh.data.*; take 2 or 4"),
-        ({"fsdp": 3, "tensor": 2}, "mesh: fsdp=3 x tensor=2 does not divide the 8 devices here, .*; take 4 or 8"),
+        ({"fsdp": 3}, "mesh: fsdp=3 uses 3 devices, which do not divide the 8 there are, so mesh.data=-1 .* 2 or 4"),
+        ({"fsdp": 3, "tensor": 2}, "mesh: fsdp=3 x tensor=2 uses 6 devices, which do not divide .* 4 or 8"),
         ({"fsdp": -1}, "mesh.fsdp: only one axis may be -1, and mesh.data is"),
         ({"tensor": 0}, "mesh.tensor: must be above 0, or -1 .*, found 0"),
         ({"data": -2}, "mesh.data: must be above 0, or -1 .*, found -2"),
         ({"context": -1}, "mesh.context: only one axis may be -1, and mesh.data is"),
         ({"dcn_data": -1}, "mesh.dcn_data: must be above 0, the number of slices or nodes, found -1"),
-        ({"dcn_data": 3}, "mesh: dcn_data=3 does not divide the 8 devices here, .*mesh.data.*; take 2 or 4"),
+        (
+            {"dcn_data": 3},
+            "mesh: dcn_data=3 uses 3 devices, which do not divide the 8 there are, .* 2 or 4",
+        ),
     ],
 )
 def test_impossible_axis_sizes_are_refused_with_the_numbers(configured, message):

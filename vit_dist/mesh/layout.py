@@ -5,12 +5,12 @@ turns them into a `PartitionSpec` for the mesh in use (`jax.set_mesh`). A change
 system: initialisation, the step, the checkpoint, the memory report.
 
 A parameter is stored split (`spec`) and used gathered (`gathered`). The type of a gathered parameter is "reduced" over
-the axes that split examples and tokens: every device holds the same values, and the parameter's gradient is a sum over
-those axes that is still to be made. The type decides where: in the backward pass of `gathered` itself (a
-reduce-scatter over `fsdp`, an all-reduce over `data` and `context`), or once after all micro-batches for parameters
-that went through `defer_reduction` first. An activation carries its layout in its own type (`spec_of`), so that layers
-need no argument for it. Without a mesh every function here is the identity, so that a model also runs on one device
-with no setup.
+the axes that split examples and tokens: every device holds the same values, and the gradient must be summed over those
+axes. The backward pass of `gathered` makes that sum (a reduce-scatter over `fsdp`, an all-reduce over `data` and
+`context`). For axes deferred by `defer_reduction`, `as_stored` makes it, once for all micro-batches.
+
+An activation carries its layout in its own type (`spec_of`), so that layers need no argument for it. Without a mesh
+every function here is the identity, so that a model also runs on one device with no setup.
 """
 
 import math
@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),  # the MLP's hidden units, of parameters and of activations
     "all_to_all_heads": ("tensor", "context"),  # heads of activations inside all-to-all attention
     # Every other dimension (pixels of a patch, classes, the stack of blocks) is complete on every device. Classes are
-    # not split on purpose: 10 or 1,000 rarely divide by an axis, and the head is a thousandth of the model.
+    # deliberately not split: 10 or 1,000 rarely divide by an axis, and the head is a thousandth of the model.
 }
 
 
@@ -65,10 +65,10 @@ def shard_count(name: str) -> int:
 
 def reshard(array: jax.Array, *names: str | None) -> jax.Array:
     """Returns the array split by these names. Splitting a replicated array needs no communication."""
-    split = spec(*names)
-    if split is None:
+    partition_spec = spec(*names)
+    if partition_spec is None:
         return array
-    return jax.sharding.reshard(array, PartitionSpec(*split, reduced=jax.typeof(array).sharding.spec.reduced))
+    return jax.sharding.reshard(array, PartitionSpec(*partition_spec, reduced=jax.typeof(array).sharding.spec.reduced))
 
 
 def batch_axes() -> tuple[str, ...]:

@@ -39,19 +39,19 @@ def axis_sizes(mesh: config.Mesh, device_count: int) -> dict[str, int]:
             raise ConfigError(f"mesh.{axis}: must be above 0, or -1 for all that are left, found {size}")
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ConfigError(f"mesh.{free[1]}: only one axis may be -1, and mesh.{free[0]} is")
+        raise ConfigError(f"mesh.{free[1]}: only one axis may be -1, and mesh.{free[0]} is; set one to a number")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = _as_text(sizes)
     if fixed > device_count:
         raise ConfigError(
             f"mesh: {shape} needs {fixed} devices, found {device_count}; "
-            f"make an axis smaller or pretend to have more with fake_devices={fixed}"
+            f"make an axis smaller, or test on the CPU with fake_devices={fixed}"
         )
     if free and device_count % fixed:
         below, above = _nearest_divisors(device_count, fixed)
         raise ConfigError(
-            f"mesh: {shape} does not divide the {device_count} devices here, of which mesh.{free[0]} is to take the "
-            f"rest; take {below} or {above}"
+            f"mesh: {shape} uses {fixed} devices, which do not divide the {device_count} there are, so "
+            f"mesh.{free[0]}=-1 cannot take the rest; make the product of the others {below} or {above}"
         )
     if free:
         sizes[free[0]] = device_count // fixed

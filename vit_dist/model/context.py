@@ -65,8 +65,8 @@ def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax
     """Computes attention over q, k, v [B, N, H, d] that are split by tokens, of which the first `tokens` are real.
 
     While a device computes, it sends the keys and values that it holds to the next device; a ring of n devices does so
-    n - 1 times. In the backward pass the gradients of keys and values move round the ring one step behind them, zeros
-    at first, and two more sends return each to the device that owns its keys. The result [B, N, H, d] is laid out
+    n - 1 times. The backward pass sends the gradients of keys and values round the same ring, and every device adds its
+    own; two sends after the loop bring them back to the device that owns the keys. The result [B, N, H, d] is laid out
     like q.
     """
     return _attention(q, k, v, tokens, True)

@@ -24,10 +24,11 @@ What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names i
   program, the number of arrays and the compile time stay small at any depth. Without it, each block has arrays of its
   own in a Python loop: the same numbers, a longer compilation, and a faster step, which copies nothing out of a stack.
 - `remat` computes activations again in the backward pass to save memory (Chen et al. 2016, arXiv:1604.06174): "names"
-  keeps the result of every dense product, "block" nothing inside a block.
-- A mesh with `context` splits the tokens between embedding and pooling, for ring attention (Liu et al. 2023,
-  arXiv:2310.01889) or all-to-all attention (Jacobs et al. 2023, arXiv:2309.14509); see `model.context`. Padding makes
-  the number of tokens divide. It is masked in attention and pooling, and each device embeds its own tokens only.
+  keeps what spares running a dense product twice, "block" nothing inside a block.
+- With a mesh axis `context` the tokens are split over devices from the embedding to the pooling, for ring attention
+  (Liu et al. 2023, arXiv:2310.01889) or all-to-all attention (Jacobs et al. 2023, arXiv:2309.14509); see
+  `model.context`. Padding makes the number of tokens divide. It is masked in attention and pooling, and each device
+  embeds its own tokens only.
 """
 
 from typing import Any
@@ -61,7 +62,7 @@ from vit_dist.model.layers import (
 from vit_dist.model.position import sincos2d
 from vit_dist.model.shape import Shape, shape_of
 
-SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # what `remat="names"` keeps: every dense product's result
+SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # kept by remat="names", which runs no dense product twice
 
 
 class Block(nnx.Module):

@@ -1,8 +1,8 @@
 """The training step, a pure function to compile.
 
 Every random number of a step depends on the seed, the step's number and an example's row in the global batch only, so
-the loss curve is the same on any mesh. With micro-batches each device sums its own gradients, and they are reduced
-over devices once.
+the loss curve is the same on any mesh. With micro-batches gradients are summed on each device and reduced
+over `data` once per step; over `fsdp` once per step or per micro-batch (`accumulate_gather`).
 """
 
 import dataclasses

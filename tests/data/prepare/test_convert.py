@@ -446,7 +446,10 @@ def test_the_command_prints_one_object_and_the_same_when_run_again(photos: Path,
         (["A"], "no SOURCE is given"),
         (["A", "B", "--source=tra"], "'tra' is none of"),
         (["A", "B", "--source=tar"], "data.path: no such file or folder: A"),
-        (["A", "B", "--config.data.flip=True"], "prepare --config: 'data.flip' is none of data.cache_dir"),
+        (
+            ["A", "B", "--config.data.flip=True"],
+            "prepare --config.data.flip: has no effect here; only data",
+        ),
         (["--verify", "nowhere"], "nowhere: no manifest.json in it"),
     ],
 )
