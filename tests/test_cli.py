@@ -103,12 +103,12 @@ def test_inspect_prints_a_table_or_one_object(said):
     assert {"parameters", "optimizer"} <= set(found["bytes_per_device"])
     assert found["bytes_per_device"]["parameters"] == 4 * found["parameters"]
     table = said("inspect", f"--config={SMALLEST}")
-    assert table.splitlines()[0].split() == ["parameter", "shape", "dtype", "sharding", "bytes", "a", "device"]
+    assert table.splitlines()[0].split() == ["parameter", "shape", "dtype", "sharding", "bytes", "per", "device"]
     assert len(table.splitlines()) > len(found["tensors"])
     sums = dict(line.rsplit("  ", 1) for line in table.splitlines()[-5:])
     sums = {name.strip(): value.strip() for name, value in sums.items()}
     assert sums["parameters"] == f"{found['parameters']:,}"
-    assert sums["bytes a device, optimizer"] == f"{found['bytes_per_device']['optimizer']:,}"
+    assert sums["bytes per device, optimizer"] == f"{found['bytes_per_device']['optimizer']:,}"
 
 
 def test_configs_lists_the_recipes_with_what_they_are(said, tmp_path):

@@ -76,6 +76,6 @@ def test_the_table_of_parameters_ends_with_their_sum():
     program = Program(settings(), classes=1000, steps=10, augment_on_device=True)
     with jax.set_mesh(program.mesh):
         lines = parameter_table(program.abstract_state().parameters).splitlines()
-    assert lines[0].split() == ["parameter", "shape", "sharding", "bytes", "a", "device"]
+    assert lines[0].split() == ["parameter", "shape", "sharding", "bytes", "per", "device"]
     assert lines[-1].split() == ["all", "22,050,664", "88,202,656"]
     assert any(line.split()[:5] == ["head/kernel", "384", "x", "1000", "replicated"] for line in lines)

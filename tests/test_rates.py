@@ -22,7 +22,7 @@ from vit_dist.mesh import feed
 @pytest.fixture
 def judged_at_once(monkeypatch):
     """Stretches of any length are judged."""
-    monkeypatch.setattr(rates, "JUDGED_S", 0.0)
+    monkeypatch.setattr(rates, "MIN_CHECK_S", 0.0)
 
 
 RAW = b"P6 8 8 255\n" + bytes(8 * 8 * 3)

@@ -34,7 +34,7 @@ def test_axis_sizes_fill_in_the_rest(configured, devices, sizes):
 @pytest.mark.parametrize(
     ("configured", "message"),
     [
-        ({"data": 16}, "mesh: data=16 needs 16 devices, found 8; make an axis smaller .* fake_devices=16"),
+        ({"data": 16}, "mesh: data=16 needs 16 devices, found 8; make an axis smaller, .* fake_devices=16"),
         ({"fsdp": 16}, "mesh: fsdp=16 needs 16 devices, found 8"),
         ({"data": 4, "fsdp": 3}, "mesh: data=4 x fsdp=3 needs 12 devices, found 8"),
         ({"fsdp": 3}, "mesh: fsdp=3 uses 3 devices, which do not divide the 8 there are, so mesh.data=-1 .* 2 or 4"),

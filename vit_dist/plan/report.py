@@ -70,7 +70,8 @@ def _summary(plan: dict[str, Any]) -> Table:
     if plan["step_ms"] is not None:
         rows += [
             ("step", f"{ms_text(plan['step_ms'])}, bound by {plan['binds']}"),
-            ("images per second", f"{plan['images_per_second']:,.0f}, per host {plan['images_per_second_per_host']:,.0f}"),
+            ("images per second", f"{plan['images_per_second']:,.0f}"),
+            ("per host", f"{plan['images_per_second_per_host']:,.0f}"),
             ("MFU", f"{plan['mfu']:.1%}"),
         ]
     else:
