@@ -119,11 +119,9 @@ class _CropDecoder(threading.local):
         codec = crop_codec()
         backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
         self.decoder = codec.Decoder(codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
-        gray = {"color_spec": codec.ColorSpec.GRAY, "sample_format": codec.SampleFormat.I_Y}
-        self.options = {
-            channels: codec.DecodeParams(apply_exif_orientation=False, **colours)
-            for channels, colours in ((1, gray), (3, {}))
-        }
+        options = functools.partial(codec.DecodeParams, apply_exif_orientation=False)
+        gray = options(color_spec=codec.ColorSpec.GRAY, sample_format=codec.SampleFormat.I_Y)
+        self.options = {1: gray, 3: options()}
 
 
 _crop_decoder = functools.cache(_CropDecoder)

@@ -106,10 +106,7 @@ class Pixels:
         if isinstance(source, ArraySource):
             with timings.timed("decode"):
                 image = images.convert_channels(source.images[index], self.channels)
-                top, left, height, width = choose(*image.shape[:2])
-                return images.resize(
-                    image[top : top + height, left : left + width], self.image_size, data.interpolation
-                )
+                return images.resize(image, self.image_size, data.interpolation, choose(*image.shape[:2]))
         try:
             with timings.timed("read"):
                 encoded = _read(source, index)
