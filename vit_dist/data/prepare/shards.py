@@ -131,33 +131,25 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 class Shard(NamedTuple):
-    """A shard to write: its split, the ids of its examples, and its file's name."""
+    """A shard to write: its file's name, and its examples as the ids, images and names of a split."""
 
-    split: str
-    ids: range
     file: str
+    ids: range
+    images: StoredImages
+    names: Names
 
 
 class _Stopped(Exception):
     """Another shard failed, or the user pressed Ctrl-C."""
 
 
-def write_shards(
-    folder: Path,
-    plan: Plan,
-    shards: Sequence[Shard],
-    images: dict[str, StoredImages],
-    names: dict[str, Names],
-    workers: int,
-) -> None:
+def write_shards(folder: Path, plan: Plan, shards: Sequence[Shard], workers: int) -> None:
     """Writes the shards that are not recorded as finished.
 
     Args:
       folder: of the set.
       plan: of the set; finished shards of another plan are refused.
       shards: the shards that should exist at the end.
-      images: by split.
-      names: of the examples, by split.
       workers: how many threads, each of which writes a shard at a time.
 
     Raises:
@@ -170,9 +162,6 @@ def write_shards(
         _log.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(unfinished), len(shards))
     stopped = threading.Event()
 
-    def write(shard: Shard) -> None:
-        write_entry(folder, plan, _write_shard(folder, shard, images[shard.split], names[shard.split], advance))
-
     def advance() -> None:
         if stopped.is_set():
             raise _Stopped
@@ -180,7 +169,7 @@ def write_shards(
 
     with bar() as progress, ThreadPoolExecutor(workers) as pool:
         task = progress.add_task(f"preparing {folder}", total=sum(len(shard.ids) for shard in unfinished))
-        written = [pool.submit(write, shard) for shard in unfinished]
+        written = [pool.submit(_write_shard, folder, plan, shard, advance) for shard in unfinished]
         try:
             for future in as_completed(written):
                 future.result()
@@ -194,23 +183,23 @@ def write_shards(
             raise
 
 
-def _write_shard(folder: Path, shard: Shard, images: StoredImages, names: Names, advance: Callable[[], None]) -> Entry:
-    """Writes a shard and returns its entry. Calls `advance` before each example, and stops if that raises."""
-    bad = 0
+def _write_shard(folder: Path, plan: Plan, shard: Shard, advance: Callable[[], None]) -> None:
+    """Writes a shard, then records it as finished. Calls `advance` before each example, and stops if that raises."""
+    images, bad = shard.images, 0
     with _partial(folder, shard.file) as partial:
         file = Path(partial.name)
         writer = Writer(file, folder / shard.file)
         for number in shard.ids:
             advance()
             image, is_bad = _encoded(images, number)
-            writer.write(pack(image, int(images.source.labels[number]), names[number]))
+            writer.write(pack(image, int(images.source.labels[number]), shard.names[number]))
             bad += is_bad
         writer.close()
         size, digest = measure(file)
         os.fsync(partial.fileno())
         os.chmod(file, 0o644)  # only the owner may read a temporary file
         os.replace(file, folder / shard.file)
-    return Entry(shard.file, len(shard.ids), size, digest, bad)
+    write_entry(folder, plan, Entry(shard.file, len(shard.ids), size, digest, bad))
 
 
 def _encoded(images: StoredImages, number: int) -> tuple[bytes, bool]:

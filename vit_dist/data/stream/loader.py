@@ -67,9 +67,7 @@ class Batches(Iterator[HostBatch]):
             raise StopIteration
         try:
             self._batches_made += 1
-            if len(self._starts) == 1:
-                return self._next_piece()
-            return self._assemble()
+            return self._next_piece() if len(self._starts) == 1 else self._assemble()
         except BaseException:
             self.close()
             raise
