@@ -2,13 +2,11 @@
 
 import io
 import logging
-import os
-import pty
 import re
-import subprocess
 import sys
 
 import pytest
+from terminal import screen_of
 
 from vit_dist.run import progress
 from vit_dist.run.progress import Progress, duration
@@ -105,39 +103,8 @@ sys.exit(cli.main())
 """
 
 
-def screen(data):
-    """Returns the lines that a terminal shows after these bytes; knows the sequences of rich's bar."""
-    lines, row, column = [""], 0, 0
-    for sequence, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|\r|\n)|([^\x1b\r\n]+)", data.decode()):
-        if text:
-            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
-            column += len(text)
-        elif sequence == "\r":
-            column = 0
-        elif sequence == "\n":
-            row += 1
-            lines += [""] * (row == len(lines))
-        elif sequence == "\x1b[2K":
-            lines[row] = ""
-        elif sequence.endswith("A"):
-            row -= int(sequence[2:-1])
-    return lines
-
-
 def test_every_log_line_stands_by_itself_above_the_bar_of_a_terminal():
-    ours, terminal = pty.openpty()
-    command = [sys.executable, "-c", LOGS]
-    process = subprocess.Popen(command, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
-    os.close(terminal)
-    data = b""
-    try:
-        while chunk := os.read(ours, 4096):
-            data += chunk
-    except OSError:  # how Linux reports that the terminal has no other end any more
-        pass
-    os.close(ours)
-    assert process.wait(60) == 0
-    lines = [line.rstrip() for line in screen(data) if line.strip()]
+    lines = screen_of(LOGS)
     bar = [line for line in lines if "━" in line]
     assert len(bar) == 1 and re.fullmatch(r"step 2/9 [━╺╸]+ loss 1.5  eta 0:\d\d", bar[0])
     lines = [re.sub(r"^W\d{4} .*\] ", "absl: ", line) for line in lines if line not in bar]

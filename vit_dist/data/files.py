@@ -42,9 +42,8 @@ def location(text: str, key: str = "data.path") -> Path:
         remote.exists()  # the first request: it fails without a network or the right credentials
         return remote
     except (ImportError, OSError, ValueError) as error:
-        reason = first_line(error)
         raise ConfigError(
-            f"{key}: {text} cannot be reached ({reason}); check address, network and credentials"
+            f"{key}: {text} cannot be reached ({first_line(error)}); check address, network and credentials"
         ) from error
 
 

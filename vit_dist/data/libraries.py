@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import threading
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +21,15 @@ _lock = threading.RLock()  # held during a first use; reentrant, as an import ca
 class Library(types.ModuleType):
     """A module that is imported at the first access to one of its attributes."""
 
-    def __init__(
-        self,
-        name: str,
-        package: str,
-        use: str,
-        remedy: str | None = None,
-        after_import: Callable[[types.ModuleType], object] | None = None,
-    ) -> None:
+    def __init__(self, name: str, package: str, use: str, remedy: str = "", after_import: Any = None) -> None:
         """Stores how to import the module, without importing it.
 
         Args:
           name: the module's name.
           package: the package that contains it.
           use: what needs the library, for the error: "data.source=parquet".
-          remedy: what to do if it is missing; None: install the package.
-          after_import: is called with the module right after its import, before any other use.
+          remedy: what to do if it is missing; empty: install the package.
+          after_import: a function that is called with the module right after its import, before any other use.
         """
         super().__init__(name)
         self._missing = package, use, remedy or f"pip install {package}"
@@ -62,7 +54,7 @@ def load(library: Any) -> None:
             module = importlib.import_module(library.__name__)
         except ImportError as error:
             raise _missing(library, error) from error
-        if library._after_import is not None:
+        if library._after_import:
             library._after_import(module)
         vars(library).update(vars(module))
         library.__class__ = types.ModuleType  # type: ignore[assignment]
@@ -88,14 +80,6 @@ def _missing(library: Any, error: ImportError) -> ConfigError:
     return ConfigError(f"{use} needs {package}, which {problem} ({error}); {remedy}")
 
 
-def _parquet_library(name: str) -> Library:
-    return Library(name, "pyarrow", "data.source=parquet")
-
-
-def _tfds_library(name: str) -> Library:
-    return Library(name, "tensorflow-datasets", "data.source=tfds", "pip install 'vit-dist[tfds]'")
-
-
 if TYPE_CHECKING:
     import cv2 as cv2
 else:
@@ -115,9 +99,11 @@ nvimgcodec: Any = Library(
     "pip install 'vit-dist[crop-decode]', or set it to False",
 )
 sklearn: Any = Library("sklearn", "scikit-learn", "data.source=digits")
-pyarrow: Any = _parquet_library("pyarrow")
-pyarrow_compute: Any = _parquet_library("pyarrow.compute")
-pyarrow_parquet: Any = _parquet_library("pyarrow.parquet")
-tfds: Any = _tfds_library("tensorflow_datasets")
-tfds_core: Any = _tfds_library("tensorflow_datasets.core")
-tfds_proto: Any = _tfds_library("tensorflow_datasets.proto")
+_PARQUET = "pyarrow", "data.source=parquet"
+pyarrow: Any = Library("pyarrow", *_PARQUET)
+pyarrow_compute: Any = Library("pyarrow.compute", *_PARQUET)
+pyarrow_parquet: Any = Library("pyarrow.parquet", *_PARQUET)
+_TFDS = "tensorflow-datasets", "data.source=tfds", "pip install 'vit-dist[tfds]'"
+tfds: Any = Library("tensorflow_datasets", *_TFDS)
+tfds_core: Any = Library("tensorflow_datasets.core", *_TFDS)
+tfds_proto: Any = Library("tensorflow_datasets.proto", *_TFDS)

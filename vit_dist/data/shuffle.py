@@ -13,12 +13,13 @@ _HALF = np.uint64(32)
 _MIX = np.uint64(0xD6E8FEB86659FD93)  # an odd constant that spreads a difference in any bit over the upper half
 
 
-def permutation(seed: int, epoch: int, size: int, positions: np.ndarray) -> np.ndarray:
-    """Returns the ids `int64 [n]` at `positions` `int64 [n]` of a shuffle of `[0, size)`; `size` is at most 2**62."""
-    positions = np.asarray(positions, np.int64)
-    if positions.size and (positions.min() < 0 or positions.max() >= size):
-        raise ValueError(f"positions must lie in [0, {size}), found {positions.min()} to {positions.max()}")
-    return shuffled(seed, (), np.full_like(positions, epoch), size, positions)
+def example_ids(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
+    """Returns the ids `int64 [n]` at `positions` `int64 [n]` of the stream of one source of `size` examples.
+
+    Positions `[k * size, (k + 1) * size)`, which are epoch `k`, contain every id of `[0, size)` exactly once.
+    """
+    epochs, offsets = np.divmod(np.asarray(positions, np.int64), size)
+    return shuffled(seed, (), epochs, size, offsets)
 
 
 def shuffled(seed: int, spawn_key: tuple[int, ...], epochs: np.ndarray, size: int, positions: np.ndarray) -> np.ndarray:

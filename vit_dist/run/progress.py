@@ -4,15 +4,13 @@ Both go to stderr, so that stdout carries results only. While the bar is shown, 
 stderr, log records included, is printed above it line by line.
 """
 
-import logging
-import sys
 import time
 from collections.abc import Mapping
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
+
+from vit_dist.data.progress_bar import Bar
 
 Values = Mapping[str, float | int | str]
 
@@ -25,24 +23,11 @@ class Progress:
         self._total = total_steps
         self._started = (start_step, time.monotonic())
         self._first_update: tuple[int, float] | None = None
-        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self._bar = None
-        self._stderr = sys.stderr
-        self._redirected: list[logging.StreamHandler] = []
-        if self._console.is_terminal:
-            self._bar = Bar(
-                TextColumn("step {task.completed}/{task.total}", markup=False),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}", markup=False),
-                console=self._console,
-                refresh_per_second=4,
-                redirect_stdout=False,  # results are printed there, and may go to a file
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, text="")
-            self._bar.start()  # replaces sys.stderr by a stream that prints above the bar
-            self._redirected = _handlers_of(self._stderr)
-            for handler in self._redirected:
-                handler.setStream(sys.stderr)
+        text = TextColumn("{task.fields[text]}", markup=False)
+        steps = TextColumn("step {task.completed}/{task.total}", markup=False)
+        self._bar = Bar(steps, BarColumn(bar_width=20), text, stream=stream, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step, text="")
+        self._bar.start()
 
     def update(self, step: int, values: Values | str | None = None) -> None:
         """Shows that `step` steps are done, with these values; without values a plain stream gets no line."""
@@ -50,7 +35,7 @@ class Progress:
         shown = values if isinstance(values, str) else "  ".join(_format(*item) for item in (values or {}).items())
         text = "  ".join(filter(None, (shown, self._eta(step, now))))
         self._first_update = self._first_update or (step, now)
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(self._task, completed=step)
             if values:
                 self._bar.update(self._task, text=text)
@@ -59,14 +44,11 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self._console.print(text)
+        self._bar.console.print(text)
 
     def close(self) -> None:
         """Stops the bar, and leaves it on the screen as it is."""
-        for handler in self._redirected:
-            handler.setStream(self._stderr)
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def _eta(self, step: int, now: float) -> str:
         """Returns the time left at the mean rate since the first update; the time before it includes compilation."""
@@ -75,14 +57,6 @@ class Progress:
             return ""
         seconds = (now - first_time) / (step - first_step) * (self._total - step)
         return f"eta {duration(seconds)}"
-
-
-def _handlers_of(stream: TextIO) -> list[logging.StreamHandler]:
-    """Returns the logging handlers that write to `stream`, at any logger."""
-    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
-    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
-    writers = [getattr(handler, "python_handler", handler) for handler in handlers]  # absl's handler contains another
-    return [writer for writer in writers if isinstance(writer, logging.StreamHandler) and writer.stream is stream]
 
 
 def duration(seconds: float) -> str:

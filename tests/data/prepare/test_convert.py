@@ -125,6 +125,11 @@ def test_raw_records_hold_the_decoded_pixels_and_gray_images_stay_gray(photos: P
         assert np.array_equal(decode(after, 3), pixels)
 
 
+def test_an_unknown_encoding_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ImageOptions.encode: 'jpg' is none of jpeg, raw .did you mean jpeg"):
+        prepare(str(photos), str(tmp_path / "records"), images=ImageOptions(encode="jpg"))
+
+
 def test_sets_of_pixels_are_stored_raw_in_their_own_order(tmp_path: Path) -> None:
     made = prepare(None, str(tmp_path / "records"), kind="digits", shards=3)
     assert made["splits"] == {"train": 1437, "test": 360} and made["shards"] == 4

@@ -20,8 +20,8 @@ from vit_dist.config import ConfigError, Data
 from vit_dist.data.pictures.images import decode, resize
 from vit_dist.data.sets.examples import ArraySource, Source
 from vit_dist.data.sets.sources import open_source
+from vit_dist.data.shuffle import example_ids
 from vit_dist.data.stream.loader import BadExample, Batches, HostBatch, evaluation_batches, train_batches
-from vit_dist.data.stream.order import example_ids
 
 SIZE = (8, 6)
 AUGMENTED = Data(source="folder", crop_area=(0.3, 1.0), flip=True, threads=2)

@@ -61,8 +61,7 @@ def augment_image(image: np.ndarray, data: config.Data, rng: np.random.Generator
     if data.three_augment:
         image = three_augment(image, rng)
     if data.randaugment_layers:
-        layers, magnitude, std = data.randaugment_layers, data.randaugment_magnitude, data.randaugment_std
-        image = randaugment(image, layers, magnitude, std, rng)
+        image = randaugment(image, data.randaugment_layers, data.randaugment_magnitude, data.randaugment_std, rng)
     if data.color_jitter or data.hue_jitter:
         image = color.color_jitter(image, data.color_jitter, data.hue_jitter, rng)
     return random_erase(image, data.erase, rng) if data.erase else image

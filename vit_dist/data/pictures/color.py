@@ -125,19 +125,16 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Spreads the values of each channel so that all are about equally frequent, by exactly Pillow's integer rule."""
-    tables = np.stack([_equalizing_table(_histogram(image, channel)) for channel in range(image.shape[2])], axis=1)
+    tables = np.stack([_equalizing_table(image, channel) for channel in range(image.shape[2])], axis=1)
     return _look_up(image, tables)
 
 
-def _histogram(image: np.ndarray, channel: int) -> np.ndarray:
-    return cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-
-
-def _equalizing_table(histogram: np.ndarray) -> np.ndarray:
+def _equalizing_table(image: np.ndarray, channel: int) -> np.ndarray:
     """Returns the table `uint8 [256]` that gives about the same number of pixels to each step of the new values.
 
     The pixels of the brightest value do not count, since that value becomes 255 however many there are.
     """
+    histogram = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
     step = int(histogram.sum() - histogram[np.flatnonzero(histogram)[-1]]) // 255
     if not step:
         return _VALUES

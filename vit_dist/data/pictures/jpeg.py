@@ -6,6 +6,7 @@ than full size.) With `crop_decode`, nvImageCodec's libjpeg-turbo decodes only t
 are the same. Reusing a buffer for each thread was tried and gained nothing on one thread or two.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -119,11 +120,9 @@ class _CropDecoder(threading.local):
         codec = crop_codec()
         backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
         self.decoder = codec.Decoder(codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
-        gray = {"color_spec": codec.ColorSpec.GRAY, "sample_format": codec.SampleFormat.I_Y}
-        self.options = {
-            channels: codec.DecodeParams(apply_exif_orientation=False, **colours)
-            for channels, colours in ((1, gray), (3, {}))
-        }
+        options = functools.partial(codec.DecodeParams, apply_exif_orientation=False)
+        gray = options(color_spec=codec.ColorSpec.GRAY, sample_format=codec.SampleFormat.I_Y)
+        self.options = {1: gray, 3: options()}
 
 
 _crop_decoder = functools.cache(_CropDecoder)
@@ -174,9 +173,8 @@ def _orientation(data: bytes) -> int:
     """Returns the orientation in EXIF, or else in XMP; 1 if neither has a valid one."""
     exif, xmp = _metadata(data)
     orientation = _orientation_in_exif(exif)
-    if orientation is None:
-        match = _ORIENTATION_IN_XMP.search(xmp)
-        orientation = 1 if match is None else int(match[1])
+    if orientation is None and (match := _ORIENTATION_IN_XMP.search(xmp)):
+        orientation = int(match[1])
     return orientation if orientation in _TURNS else 1
 
 
@@ -184,7 +182,7 @@ def _orientation_in_exif(exif: bytes) -> int | None:
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
         return None
-    try:
+    with contextlib.suppress(struct.error):  # EXIF is cut short
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
         for offset in range(start + 2, start + 2 + 12 * count, 12):
@@ -193,8 +191,6 @@ def _orientation_in_exif(exif: bytes) -> int | None:
                 # The standard has 16 bits; some programs write 32.
                 (value,) = struct.unpack_from(order + ("I" if kind == _LONG else "H"), exif, offset + 8)
                 return int(value)
-    except struct.error:  # EXIF is cut short
-        pass
     return None
 
 

@@ -103,14 +103,8 @@ def cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray
 
 def _affine(image: np.ndarray, x: tuple[float, float, float], y: tuple[float, float, float]) -> np.ndarray:
     """Samples the image linearly: pixel (column, row) is the input at (`x` . p, `y` . p), p = (column, row, 1)."""
-    moved = cv2.warpAffine(
-        image,
-        np.array([x, y], np.float64),
-        (image.shape[1], image.shape[0]),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=(_FILL,) * 4,
-    )
+    size, flags = (image.shape[1], image.shape[0]), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(image, np.array([x, y], np.float64), size, flags=flags, borderValue=(_FILL,) * 4)
     return moved.reshape(image.shape)
 
 

@@ -84,10 +84,6 @@ def _bicubic(image: np.ndarray, size: tuple[int, int], box: FractionalBox) -> np
     # `min`, since a rounded sum of floats can be past the image's edge
     edges = (left, top, min(left + width, image.shape[1]), min(top + height, image.shape[0]))
     planes = [image] if image.shape[2] == 3 else [image[..., channel] for channel in range(image.shape[2])]
-    resized = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(plane)).resize((size[1], size[0]), Image.Resampling.BICUBIC, edges)
-        )
-        for plane in planes
-    ]
+    bicubic = Image.Resampling.BICUBIC
+    resized = [np.asarray(Image.fromarray(plane).resize(size[::-1], bicubic, edges)) for plane in planes]
     return resized[0] if len(resized) == 1 else np.stack(resized, axis=-1)

@@ -73,7 +73,7 @@ def prepare(
     stored = {split: StoredImages.of(examples, images or ImageOptions()) for split, examples in sources.items()}
     indexes = {split: _index(examples) for split, examples in sources.items()}
     plan = _plan(stored, indexes, shards)
-    chosen = _chosen_shards(plan, shard_range)
+    chosen = _chosen_shards(plan, stored, indexes, shard_range)
     files = [shard.file for shard in chosen]
     if (folder / manifest.MANIFEST).exists():
         finished = manifest.read_manifest(folder)
@@ -81,8 +81,7 @@ def prepare(
         _check_finished(folder, finished)
     else:
         _begin(folder, plan, indexes)
-        names = {split: listed.names for split, listed in indexes.items()}
-        write_shards(folder, plan, chosen, stored, names, workers or os.cpu_count() or 1)
+        write_shards(folder, plan, chosen, workers or os.cpu_count() or 1)
         if shard_range is not None:
             return _range_result(plan, _written(folder, plan, files))
         finished = _merge(folder, plan)
@@ -176,14 +175,16 @@ def _plan(stored: dict[str, StoredImages], indexes: dict[str, Index], shards: in
     return Plan(options.resize, options.encode, stored[first].source.class_names, splits)
 
 
-def _chosen_shards(plan: Plan, shard_range: tuple[int, int] | None) -> list[Shard]:
+def _chosen_shards(
+    plan: Plan, stored: dict[str, StoredImages], indexes: dict[str, Index], shard_range: tuple[int, int] | None
+) -> list[Shard]:
     """Returns the shards to write: those of the largest split in the range, and of each other split the same share."""
     most = max(split.shards for split in plan.splits.values())
     first, end = shard_range or (0, most)
     if not 0 <= first < end <= most:
         raise ConfigError(f"--shard-range={first}:{end}: expected A:B with 0 <= A < B <= {most}, the number of shards")
     return [
-        Shard(name, split.ids(shard), file)
+        Shard(file, split.ids(shard), stored[name], indexes[name].names)
         for name, split in plan.splits.items()
         for shard, file in enumerate(plan.files(name))
         if first <= shard * most // split.shards < end

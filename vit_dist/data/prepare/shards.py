@@ -20,7 +20,6 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import entries
 from vit_dist.data.libraries import simplejpeg
 from vit_dist.data.pictures.images import BadImage, decode, resize
 from vit_dist.data.progress_bar import bar
@@ -28,6 +27,7 @@ from vit_dist.data.sets.examples import FileSource, Source
 from vit_dist.data.sets.formats.array_record import Writer, pack
 from vit_dist.data.sets.index import Names
 from vit_dist.data.sets.manifest import WORK_FOLDER, Entry, Plan, read_entry, write_entry
+from vit_dist.schema import one_of
 
 _log = logging.getLogger(__name__)
 _JPEG_QUALITY, _JPEG_SAMPLING = 90, "420"
@@ -36,7 +36,7 @@ _JPEG_SIDE = 65_500  # pixels; the longest side that libjpeg encodes
 
 @dataclasses.dataclass(frozen=True)
 class ImageOptions:
-    """How `prepare` stores images.
+    """How `prepare` stores images. Raises `ConfigError` for an unknown `encode`.
 
     `resize`: the short side in pixels to which larger images are reduced; None: images keep their size.
     `encode`: `jpeg` (quality 90, 4:2:0), or `raw` (PPM, or PGM for gray); None: encoded images are stored unchanged, or
@@ -47,6 +47,10 @@ class ImageOptions:
     resize: int | None = None
     encode: str | None = None
     keep_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encode is not None:
+            one_of("ImageOptions.encode", self.encode, ("jpeg", "raw"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +85,8 @@ class StoredImages:
 
     def original(self, number: int) -> bytes:
         """Returns an image as the source has it, pixels as a raw file. Raises `OSError` if it cannot be read."""
-        return (
-            self.source.read(number) if isinstance(self.source, FileSource) else encode_raw(self.source.images[number])
-        )
+        source = self.source
+        return source.read(number) if isinstance(source, FileSource) else encode_raw(source.images[number])
 
     def encoded(self, number: int) -> bytes:
         """Returns an image as it is stored. Raises `OSError` if it cannot be read, `BadImage` if it does not decode."""
@@ -128,44 +131,25 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 
 class Shard(NamedTuple):
-    """A shard to write: its split, the ids of its examples, and its file's name."""
+    """A shard to write: its file's name, and its examples as the ids, images and names of a split."""
 
-    split: str
-    ids: range
     file: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What the threads that write the shards of a set share."""
-
-    folder: Path
-    plan: Plan
-    images: dict[str, StoredImages]
-    names: dict[str, Names]
-    stopped: threading.Event
+    ids: range
+    images: StoredImages
+    names: Names
 
 
 class _Stopped(Exception):
     """Another shard failed, or the user pressed Ctrl-C."""
 
 
-def write_shards(
-    folder: Path,
-    plan: Plan,
-    shards: Sequence[Shard],
-    images: dict[str, StoredImages],
-    names: dict[str, Names],
-    workers: int,
-) -> None:
+def write_shards(folder: Path, plan: Plan, shards: Sequence[Shard], workers: int) -> None:
     """Writes the shards that are not recorded as finished.
 
     Args:
       folder: of the set.
       plan: of the set; finished shards of another plan are refused.
       shards: the shards that should exist at the end.
-      images: by split.
-      names: of the examples, by split.
       workers: how many threads, each of which writes a shard at a time.
 
     Raises:
@@ -176,15 +160,21 @@ def write_shards(
     unfinished = [shard for shard in shards if read_entry(folder, plan, shard.file) is None]
     if 0 < len(unfinished) < len(shards):
         _log.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(unfinished), len(shards))
-    job = _Job(folder, plan, images, names, threading.Event())
+    stopped = threading.Event()
+
+    def advance() -> None:
+        if stopped.is_set():
+            raise _Stopped
+        progress.advance(task)
+
     with bar() as progress, ThreadPoolExecutor(workers) as pool:
         task = progress.add_task(f"preparing {folder}", total=sum(len(shard.ids) for shard in unfinished))
-        written = [pool.submit(_write_shard, job, shard, lambda: progress.advance(task)) for shard in unfinished]
+        written = [pool.submit(_write_shard, folder, plan, shard, advance) for shard in unfinished]
         try:
             for future in as_completed(written):
                 future.result()
         except BaseException as error:  # Ctrl-C too
-            job.stopped.set()
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             if isinstance(error, FileNotFoundError):
                 raise ConfigError(
@@ -193,27 +183,23 @@ def write_shards(
             raise
 
 
-def _write_shard(job: _Job, shard: Shard, advance: Callable[[], None]) -> None:
-    """Writes a shard, then records it as finished. Calls `advance` after each example."""
-    bad = 0
-    images, names = job.images[shard.split], job.names[shard.split]
-    labels = images.source.labels
-    with _partial(job.folder, shard.file) as partial:
+def _write_shard(folder: Path, plan: Plan, shard: Shard, advance: Callable[[], None]) -> None:
+    """Writes a shard, then records it as finished. Calls `advance` before each example, and stops if that raises."""
+    images, bad = shard.images, 0
+    with _partial(folder, shard.file) as partial:
         file = Path(partial.name)
-        writer = Writer(file, job.folder / shard.file)
+        writer = Writer(file, folder / shard.file)
         for number in shard.ids:
-            if job.stopped.is_set():
-                raise _Stopped
-            image, is_bad = _encoded(images, number)
-            writer.write(pack(image, int(labels[number]), names[number]))
-            bad += is_bad
             advance()
+            image, is_bad = _encoded(images, number)
+            writer.write(pack(image, int(images.source.labels[number]), shard.names[number]))
+            bad += is_bad
         writer.close()
         size, digest = measure(file)
         os.fsync(partial.fileno())
         os.chmod(file, 0o644)  # only the owner may read a temporary file
-        os.replace(file, job.folder / shard.file)
-    write_entry(job.folder, job.plan, Entry(shard.file, len(shard.ids), size, digest, bad))
+        os.replace(file, folder / shard.file)
+    write_entry(folder, plan, Entry(shard.file, len(shard.ids), size, digest, bad))
 
 
 def _encoded(images: StoredImages, number: int) -> tuple[bytes, bool]:
@@ -243,7 +229,7 @@ def measure(file: Path) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def _partial(folder: Path, file: str) -> Iterator[IO[bytes]]:
-    """Yields a new temporary file for a shard, locked during the `with` block; removes it if the block fails."""
+    """Yields a new temporary file for a shard, locked during the `with` block; then removes it, if not renamed."""
     with tempfile.NamedTemporaryFile(
         dir=folder / WORK_FOLDER, prefix=f"{file}.", suffix=".tmp", delete=False
     ) as partial:
@@ -251,16 +237,14 @@ def _partial(folder: Path, file: str) -> Iterator[IO[bytes]]:
             fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield partial
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial.name)
-            raise
+        finally:
+            Path(partial.name).unlink(missing_ok=True)
 
 
 def _remove_leftovers(folder: Path, files: set[str]) -> None:
     """Removes the temporary files that killed runs left of these shards, which no process has locked."""
-    for name, _ in entries(folder / WORK_FOLDER):
-        if name.endswith(".tmp") and name.rsplit(".", 2)[0] in files:
-            with contextlib.suppress(OSError), open(folder / WORK_FOLDER / name, "rb") as partial:
+    for file in (folder / WORK_FOLDER).glob("*.tmp"):
+        if file.name.rsplit(".", 2)[0] in files:
+            with contextlib.suppress(OSError), open(file, "rb") as partial:
                 fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if a live process holds the lock
-                os.unlink(partial.name)
+                file.unlink()

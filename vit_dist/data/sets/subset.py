@@ -15,7 +15,7 @@ import numpy as np
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import ArraySource, Images, Source
 from vit_dist.data.sets.index import check_distinct
-from vit_dist.data.shuffle import permutation
+from vit_dist.data.shuffle import example_ids
 from vit_dist.schema import near_miss
 
 
@@ -90,7 +90,7 @@ def _fraction_ids(source: Source, fraction: float) -> np.ndarray:
         if size:
             keep = math.ceil(Fraction(str(fraction)) * size)  # exact: in floats, 0.07 of 100 is more than 7
             digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-            ranks = permutation(int.from_bytes(digest, "big"), 0, size, np.arange(keep))
+            ranks = example_ids(int.from_bytes(digest, "big"), size, np.arange(keep))
             chosen[by_class[start + ranks]] = True
     return np.flatnonzero(chosen)
 

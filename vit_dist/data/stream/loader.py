@@ -8,6 +8,7 @@ another step: the loader has no state to save. The amount made ahead is bounded 
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from vit_dist.data.stream.workers import Workers
 
 HostBatch = dict[str, np.ndarray]
 Piece = tuple[HostBatch, list[BadExample], Timings]
+MakePiece = Callable[[np.ndarray], Piece]
 PADDING_ID = -1  # id of the rows that fill up the last batch of an evaluation
 _PIECE_ROWS = 32  # images that a thread makes at a time
 _MOST_PIECES = 256  # made ahead; the bytes allow more pieces of small images, but the step would not be quicker
@@ -55,20 +57,17 @@ class Batches(Iterator[HostBatch]):
         self._pieces = pieces
         self._close = weakref.finalize(self, pieces.close)  # also runs when this is garbage, or at the program's exit
         self._starts, self._rows = starts, rows
-        self._closed = False
         self._batches_made = 0
         self._bad: dict[int, tuple[int, BadExample]] = {}
         self.parallel = parallel
         self.timings = Timings()
 
     def __next__(self) -> HostBatch:
-        if self._closed:
+        if not self._close.alive:
             raise StopIteration
         try:
             self._batches_made += 1
-            if len(self._starts) == 1:
-                return self._next_piece()
-            return self._assemble()
+            return self._next_piece() if len(self._starts) == 1 else self._assemble()
         except BaseException:
             self.close()
             raise
@@ -80,7 +79,6 @@ class Batches(Iterator[HostBatch]):
 
     def close(self) -> None:
         """Ends the threads or processes; the iterator is then exhausted."""
-        self._closed = True
         self._close()
 
     def _assemble(self) -> HostBatch:
@@ -140,8 +138,9 @@ def train_batches(
     sizes = tuple(size for size, _ in source.mixture) or (len(source),)
     weights = tuple(weight for _, weight in source.mixture) or None
     order = Order(seed, sizes, weights, data.repeats)
-    make = _TrainPiece(Pixels(source, data, image_size, channels), order, batch_size)
-    return _batches(make, make.pixels, range(start_step, stop_step), rows)
+    pixels = Pixels(source, data, image_size, channels)
+    batches = range(start_step * batch_size, stop_step * batch_size, batch_size)
+    return _batches(partial(_train_piece, pixels, order), pixels, batches, rows)
 
 
 def evaluation_batches(
@@ -160,92 +159,68 @@ def evaluation_batches(
     masked whatever `data.on_bad` is, so that every process makes equally many batches; the caller decides whether to
     accept the examples in `Batches.bad`.
     """
-    data = dataclasses.replace(data, on_bad="skip")
-    make = _EvaluationPiece(Pixels(source, data, image_size, channels), batch_size)
-    return _batches(make, make.pixels, range(-(-len(source) // batch_size)), rows)
+    pixels = Pixels(source, dataclasses.replace(data, on_bad="skip"), image_size, channels)
+    return _batches(partial(_evaluation_piece, pixels), pixels, range(0, len(source), batch_size), rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class _TrainPiece:
-    """Makes rows of a training batch. Sent to the worker processes, so it must be picklable."""
-
-    pixels: Pixels
-    order: Order
-    batch_size: int
-
-    def __call__(self, step: int, rows: np.ndarray) -> Piece:
-        positions = step * self.batch_size + rows
-        ids, bad, timings = self.order.ids(positions), list[BadExample](), Timings()
-        if augments_on_device(self.pixels.source, self.pixels.data):
-            with timings.timed("read"):
-                images = self.pixels.gather(ids)
-        else:
-            images = self.pixels.empty(len(ids))
-            for row, position in enumerate(positions):
-                images[row], ids[row] = self._first_that_decodes(int(ids[row]), int(position), bad, timings)
-        return {"image": images, "label": self.pixels.source.labels[ids], "id": ids.astype(np.int32)}, bad, timings
-
-    def _first_that_decodes(
-        self, index: int, position: int, bad: list[BadExample], timings: Timings
-    ) -> tuple[np.ndarray, int]:
-        """Returns the first example from id `index` on that decodes, and its id. Appends those before it to `bad`."""
-        examples, skipped = len(self.pixels.source), list[BadExample]()
-        while isinstance(image := self.pixels.augmented(index, self.order.seed, position, timings), BadExample):
-            skipped.append(image)
-            check_bad(skipped, self.pixels.data.max_bad_fraction, examples)  # ends the loop if no example decodes
-            index = (index + 1) % examples
-        bad += skipped
-        return image, index
+def _train_piece(pixels: Pixels, order: Order, positions: np.ndarray) -> Piece:
+    """Makes the rows of training batches at global `positions` of the stream."""
+    source, data = pixels.source, pixels.data
+    ids, bad, timings = order.ids(positions), list[BadExample](), Timings()
+    if augments_on_device(source, data):
+        with timings.timed("read"):
+            images = pixels.gather(ids)
+    else:
+        images = pixels.empty(len(ids))
+        for row, position in enumerate(positions.tolist()):
+            skipped: list[BadExample] = []
+            while isinstance(image := pixels.augmented(int(ids[row]), order.seed, position, timings), BadExample):
+                skipped.append(image)
+                check_bad(skipped, data.max_bad_fraction, len(source))  # ends the loop if no example decodes
+                ids[row] = (ids[row] + 1) % len(source)
+            images[row] = image
+            bad += skipped
+    return {"image": images, "label": source.labels[ids], "id": ids.astype(np.int32)}, bad, timings
 
 
-@dataclasses.dataclass(frozen=True)
-class _EvaluationPiece:
-    """Makes rows of an evaluation batch. Also sent to the worker processes."""
-
-    pixels: Pixels
-    batch_size: int
-
-    def __call__(self, step: int, rows: np.ndarray) -> Piece:
-        source, bad, timings = self.pixels.source, list[BadExample](), Timings()
-        ids = step * self.batch_size + rows
-        mask = ids < len(source)
-        valid_ids = np.where(mask, ids, 0)
-        if augments_on_device(source, self.pixels.data):
-            images = self.pixels.gather(valid_ids)
-        else:
-            images = self.pixels.empty(len(ids))
-            for row in np.flatnonzero(mask):
-                image = self.pixels.plain(int(ids[row]), timings)
-                if isinstance(image, BadExample):
-                    bad.append(image)
-                    mask[row] = False
-                else:
-                    images[row] = image
-        images[~mask] = 0
-        labels = np.where(mask, source.labels[valid_ids], 0).astype(np.int32)
-        ids = np.where(mask, ids, PADDING_ID).astype(np.int32)
-        return {"image": images, "label": labels, "id": ids, "mask": mask}, bad, timings
+def _evaluation_piece(pixels: Pixels, ids: np.ndarray) -> Piece:
+    """Makes the rows of evaluation batches with these ids, masked where the source has no such id."""
+    source, bad, timings = pixels.source, list[BadExample](), Timings()
+    mask = ids < len(source)
+    valid_ids = np.where(mask, ids, 0)
+    if augments_on_device(source, pixels.data):
+        images = pixels.gather(valid_ids)
+    else:
+        images = pixels.empty(len(ids))
+        for row in np.flatnonzero(mask):
+            image = pixels.plain(int(ids[row]), timings)
+            if isinstance(image, BadExample):
+                bad.append(image)
+                mask[row] = False
+            else:
+                images[row] = image
+    images[~mask] = 0
+    labels = np.where(mask, source.labels[valid_ids], 0).astype(np.int32)
+    ids = np.where(mask, ids, PADDING_ID).astype(np.int32)
+    return {"image": images, "label": labels, "id": ids, "mask": mask}, bad, timings
 
 
-@dataclasses.dataclass(frozen=True)
-class _NumberedPieces:
-    """Makes piece `number` of the stream: some rows of the batch of a step."""
-
-    make: Callable[[int, np.ndarray], Piece]
-    first_step: int
-    rows: np.ndarray
-    starts: range
-
-    def __call__(self, number: int) -> Piece:
-        step, piece = divmod(number, len(self.starts))
-        start = self.starts[piece]
-        return self.make(self.first_step + step, self.rows[start : start + self.starts.step])
+def _numbered_piece(make: MakePiece, batches: range, rows: np.ndarray, starts: range, number: int) -> Piece:
+    """Makes piece `number` of the stream; the other arguments are those of `_batches` and `Batches`."""
+    batch, piece = divmod(number, len(starts))
+    start = starts[piece]
+    return make(batches[batch] + rows[start : start + starts.step])
 
 
-def _batches(
-    make: Callable[[int, np.ndarray], Piece], pixels: Pixels, steps: range, rows: Sequence[int] | np.ndarray
-) -> Batches:
-    """Makes the batches of `steps` in order and ahead of time, by at most `data.read_ahead_mb` of pixels."""
+def _batches(make: MakePiece, pixels: Pixels, batches: range, rows: Sequence[int] | np.ndarray) -> Batches:
+    """Makes batches in order and ahead of time, by at most `data.read_ahead_mb` of pixels.
+
+    Args:
+      make: makes the rows at some positions of the stream. Sent to the worker processes, so it must be picklable.
+      pixels: of the source.
+      batches: the position of the first row of each global batch.
+      rows: this process's rows of the global batch.
+    """
     source, data, local_rows = pixels.source, pixels.data, np.asarray(rows)
     if augments_on_device(source, data):
         assert isinstance(source, ArraySource)
@@ -256,7 +231,7 @@ def _batches(
         threads = data.threads
     starts = range(0, len(local_rows), piece_rows)
     ahead = min(most, max(1, int(data.read_ahead_mb * 2**20 / (min(piece_rows, len(local_rows)) * row_bytes))))
-    make_piece, count = _NumberedPieces(make, steps.start, local_rows, starts), len(steps) * len(starts)
+    make_piece, count = partial(_numbered_piece, make, batches, local_rows, starts), len(batches) * len(starts)
     if data.workers and isinstance(source, FileSource):
         return Batches(Workers(make_piece, count, data.workers, ahead), starts, len(local_rows), data.workers)
     import grain  # not at the top: it imports jax, and worker processes, which import this module, need neither

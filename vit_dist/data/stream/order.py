@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from vit_dist.data.shuffle import shuffled
+from vit_dist.data.shuffle import example_ids, shuffled
 
 BLOCK = 1 << 14  # slots of a mixture's stream that its sources share; the smallest share is therefore 1/16384
 _CHUNK = 1 << 12  # positions whose ids are computed and cached together, since a batch may need only a few
@@ -92,12 +92,3 @@ def block_slots(weights: tuple[float, ...]) -> tuple[int, ...]:
     while sum(slots) > BLOCK:
         slots[max((k for k in range(len(slots)) if slots[k] > 1), key=lambda k: slots[k] - shares[k])] -= 1
     return tuple(slots)
-
-
-def example_ids(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
-    """Returns the ids `int64 [n]` at `positions` `int64 [n]` of the stream of one source of `size` examples.
-
-    Positions `[k * size, (k + 1) * size)`, which are epoch `k`, contain every id of `[0, size)` exactly once.
-    """
-    epochs, offsets = np.divmod(np.asarray(positions, np.int64), size)
-    return shuffled(seed, (), epochs, size, offsets)

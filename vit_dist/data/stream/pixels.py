@@ -102,21 +102,16 @@ class Pixels:
         return self._image(index, _evaluation_box(self.data, self.image_size), timings)
 
     def _image(self, index: int, choose: images.ChooseBox, timings: Timings) -> np.ndarray | BadExample:
-        source, data = self.source, self.data
+        source, data, size, channels = self.source, self.data, self.image_size, self.channels
         if isinstance(source, ArraySource):
             with timings.timed("decode"):
-                image = images.convert_channels(source.images[index], self.channels)
-                top, left, height, width = choose(*image.shape[:2])
-                return images.resize(
-                    image[top : top + height, left : left + width], self.image_size, data.interpolation
-                )
+                image = images.convert_channels(source.images[index], channels)
+                return images.resize(image, size, data.interpolation, choose(*image.shape[:2]))
         try:
             with timings.timed("read"):
                 encoded = _read(source, index)
             with timings.timed("decode"):
-                return images.decode_box(
-                    encoded, self.channels, choose, self.image_size, data.interpolation, data.crop_decode
-                )
+                return images.decode_box(encoded, channels, choose, size, data.interpolation, data.crop_decode)
         except (images.BadImage, OSError) as error:
             bad = BadExample(index, source.name(index), str(error))
             if data.on_bad == "error":

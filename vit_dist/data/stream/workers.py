@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Workers(Iterator[T], Generic[T]):
+class Workers(Iterator[T]):
     """An iterator over `make(0)` to `make(count - 1)`, which worker processes compute; the caller closes it.
 
     Iterating raises what `make` raises, and `RuntimeError` if a worker dies.
@@ -52,8 +52,9 @@ class Workers(Iterator[T], Generic[T]):
                 raise StopIteration
             return self._pending.popleft().result()
         except BrokenProcessPool as error:
-            for process in self._processes():
-                process.kill()  # the pool sends SIGTERM, which the workers block
+            # The pool sends SIGTERM, which the workers block. (From Python 3.14 on, `kill_workers()` does this.)
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
             raise RuntimeError(
                 f"data.workers: a worker process died ({error.__cause__ or error}); it was killed, ran out of memory, "
                 "or the script that trains lacks its `if __name__ == '__main__':`"
@@ -69,9 +70,6 @@ class Workers(Iterator[T], Generic[T]):
             return self._pool.submit(_call_make, number)  # can start a process, which inherits the mask
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def _processes(self) -> list[multiprocessing.Process]:
-        return list((self._pool._processes or {}).values())  # from Python 3.14 on, `kill_workers()` does this
 
 
 _make: Callable[[int], Any]
