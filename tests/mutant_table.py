@@ -169,16 +169,16 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "predict by the plain parameters",
-            'parameters.get("ema", parameters["parameters"])',
-            'parameters["parameters"]',
+            'trees.get("ema", trees["parameters"])',
+            'trees["parameters"]',
             PREDICT,
         ),
     ],
     "rates.py": [
         (
             "a moment is judged",
-            "JUDGED_S = 10.0",
-            "JUDGED_S = 0.0",
+            "MIN_CHECK_S = 10.0",
+            "MIN_CHECK_S = 0.0",
             "test_rates.py::test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds",
         ),
     ],

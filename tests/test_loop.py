@@ -125,9 +125,7 @@ def test_fewer_steps_than_a_run_has_done_are_refused_and_nothing_is_changed(fini
     if not finished:
         (tmp_path / "summary.json").unlink()
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(
-        ConfigError, match=r"total_steps: .* has done 2 steps, more than the 1 of this config"
-    ):
+    with pytest.raises(ConfigError, match=r"total_steps: .* has done 2 steps, more than the 1 of this config"):
         train(settings("total_steps=1"), tmp_path)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -72,7 +72,7 @@ def test_a_slow_disk_is_named_with_the_time_it_costs(judged_at_once, caplog):
     assert found.waited > 0.5 * found.seconds  # 16 reads of 4 ms on two threads make 32 ms a batch
     assert found.data.read > 8 * 16 * 0.004 * 0.9
     (record,) = [one for one in caplog.records if "waiting for data" in one.message]
-    assert "the slowest stage is read" in record.message and "shared by 2" in record.message
+    assert "the slowest stage is read" in record.message and "2 threads or processes share" in record.message
     assert int(record.message.split("%")[0].split()[-1]) == round(100 * found.waited / found.seconds)
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol, cast
 from upath import UPath
 
 from vit_dist.config import ConfigError
+from vit_dist.paths import expanded
 
 _SETTLED_NS = 2_000_000_000  # the tick of a file system's clock, with room for that of a network file system
 _OTHER_FILES = 256  # open files of a process that are no data: libraries, pipes, connections
@@ -33,10 +34,7 @@ def location(text: str, key: str = "data.path") -> Path:
     """
     text = text.removeprefix("file://").removeprefix("local://")
     if "://" not in text:
-        try:
-            return Path(text).expanduser()
-        except RuntimeError as error:
-            raise ConfigError(f"{key}: {text}: no home folder of that user is known; write the path out") from error
+        return expanded(text, key)
     try:
         remote = cast(Path, UPath(text))
         remote.exists()  # the first request: it fails without a network or the right credentials
