@@ -28,7 +28,7 @@ from vit_dist.data.sets import index
 from vit_dist.data.sets.examples import FileSource, file_source, fingerprint
 from vit_dist.data.sets.formats.listing import NoSplit, find_split
 from vit_dist.data.sets.index import Index
-from vit_dist.data.sets.manifest import Entry, Manifest, read_manifest
+from vit_dist.data.sets.manifest import Entry, Manifest, read_manifest, stored_size
 
 _log = logging.getLogger(__name__)
 _NAMES = "surrogateescape"  # file names are bytes, not always UTF-8
@@ -134,10 +134,9 @@ class Writer:
 
 def check_size(folder: Path, file: Entry) -> None:
     """Raises `ConfigError` if a file of a set is missing or differs in size from the manifest."""
-    try:
-        size = (folder / file.file).stat().st_size
-    except FileNotFoundError:
-        raise ConfigError(f"{folder / file.file}: missing, though the manifest lists it; copy or prepare it") from None
+    size = stored_size(folder / file.file)
+    if size is None:
+        raise ConfigError(f"{folder / file.file}: missing, though the manifest lists it; copy or prepare it")
     if size != file.bytes:
         raise ConfigError(f"{folder / file.file}: {size} bytes, but the manifest says {file.bytes}; copy or prepare it")
 
@@ -164,7 +163,7 @@ def fingerprint_of(split_index: Index, version: str) -> str:
 def _fetch(path: Path, manifest: Manifest, shards: Sequence[Entry], cache_dir: str | None) -> Path:
     """Copies missing shards of a remote set into the cache folder. Returns the folder of the copies."""
     folder = index.cache_folder(cache_dir) / f"records-{manifest.digest[:24]}"
-    missing = [shard for shard in shards if _size(folder / shard.file) != shard.bytes]
+    missing = [shard for shard in shards if stored_size(folder / shard.file) != shard.bytes]
     if missing:
         size = sum(shard.bytes for shard in missing) / 2**30
         _log.info("copying %d shards, %.3g GiB, of %s into %s (data.cache_dir)", len(missing), size, path, folder)
@@ -180,7 +179,3 @@ def _fetch(path: Path, manifest: Manifest, shards: Sequence[Entry], cache_dir: s
     except OSError as error:
         raise ConfigError(f"data.cache_dir: the shards of {path} cannot be copied into {folder} ({error})") from error
     return folder
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else -1

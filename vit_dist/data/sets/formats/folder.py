@@ -65,7 +65,6 @@ def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
         listed = entries(folder / name)
         classes[name] = [image for image, is_folder in listed if is_image(image) and not is_folder]
         ignored += [f"{name}/{other}" for other, is_folder in listed if is_folder or not is_image(other)]
-    check_filled(folder, classes)
     labels = [label for label, name in enumerate(folders) for _ in classes[name]]
     names = [f"{name}/{image}" for name in folders for image in classes[name]]
-    return sorted_index(folders, names, labels, notes=left_out(folder, ignored))
+    return check_filled(folder, sorted_index(folders, names, labels, notes=left_out(folder, ignored)))
