@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the same files come to give another index: older cached ones are then not read
 _CACHED_FROM = 10_000  # examples; a smaller index is built faster than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of `read`, for a damaged file
 
 
 class Names(Sequence[str]):
@@ -204,10 +205,7 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
 
 
 def read(file: Path) -> tuple[Index, str]:
-    """Returns an index that `write` wrote, and its stamp.
-
-    Raises `OSError`, `ValueError`, `KeyError`, `EOFError` or `zipfile.BadZipFile` if it cannot be read.
-    """
+    """Returns an index that `write` wrote, and its stamp. Raises one of `READ_ERRORS` if it cannot be read."""
     with file.open("rb") as stream, np.load(stream) as arrays:
         class_names, names, (split,), notes = (
             Names(arrays[f"{name}_text"], arrays[f"{name}_ends"]) for name in ("class_names", "names", "split", "notes")
@@ -223,7 +221,7 @@ def _read(file: Path, stamp: str) -> Index | None:
         index, its_stamp = read(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         _log.warning("%s: cannot be read (%s); building that index again", file, error)
         return None
     return index if its_stamp == stamp else None

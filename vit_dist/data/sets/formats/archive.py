@@ -90,14 +90,13 @@ class Tar:
         return open_stream(self.path) if self._unpacked is None else io.BytesIO(self._unpacked)
 
     def _opened(self) -> File:
-        if self._file is None:
-            with self._lock:
-                if self._file is None:  # another thread may have opened it meanwhile
-                    try:
-                        self._file = self._open()
-                    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                        raise ConfigError(f"{self.path}: cannot be read ({error})") from error
-        return self._file
+        with self._lock:
+            if self._file is None:
+                try:
+                    self._file = self._open()
+                except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                    raise ConfigError(f"{self.path}: cannot be read ({error})") from error
+            return self._file
 
     def _open(self) -> File:
         file = open_file(self.path)

@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 import threading
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +74,8 @@ class RecordImages:
             with self._lock:
                 reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
         try:
-            return unpack(reader.read([index - self.starts[shard]])[0])["image"]
+            (record,) = reader.read([index - self.starts[shard]])
+            return msgpack.unpackb(record, unicode_errors=_NAMES)["image"]
         except (RuntimeError, ValueError, LookupError) as error:  # a damaged record, or damaged content
             raise OSError(f"{self.files[shard].name} is damaged ({first_line(error)})") from error
 
@@ -86,11 +86,6 @@ class RecordImages:
 def pack(image: bytes, label: int, name: str) -> bytes:
     """Returns the bytes of a record."""
     return msgpack.packb({"image": image, "label": label, "name": name}, unicode_errors=_NAMES)
-
-
-def unpack(record: bytes) -> dict[str, Any]:
-    """Returns the `image`, `label` and `name` of a record."""
-    return msgpack.unpackb(record, unicode_errors=_NAMES)
 
 
 def open_reader(file: Path) -> Any:
@@ -147,7 +142,7 @@ def read_index(folder: Path, manifest: Manifest, split: str) -> Index:
     check_size(folder, file)
     try:
         split_index, _ = index.read(folder / file.file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except index.READ_ERRORS as error:
         raise ConfigError(f"{folder / file.file}: cannot be read ({error}); copy or prepare it again") from error
     plan = manifest.plan.splits[split]
     if fingerprint_of(split_index, plan.version) != plan.fingerprint:

@@ -48,7 +48,10 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     if name == "train":
         index = _train_index(tar, data.cache_dir)
     else:
-        index = _val_index(tar, _find_truth(path), memory, data.cache_dir)
+        truth = _find_truth(path)
+        stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
+        what = f"imagenet_tar {tar.path.absolute()}"
+        index = cached(what, stamps, data.cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
         if (path / TARS["train"]).is_file():
             train = _train_index(open_tar(path / TARS["train"], memory), data.cache_dir)
             index = index.with_classes(train.class_names, tar.path)
@@ -87,12 +90,6 @@ def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
         yield Member((folder,), outer.offset, 0, True)
         for inner in members(stream, f"{path}:{outer.name}", outer.offset, outer.offset + outer.size):
             yield inner._replace(path=(folder, *inner.path))
-
-
-def _val_index(tar: Tar, truth: Path, memory: MemoryLimit, cache_dir: str | None) -> Index:
-    stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
-    what = f"imagenet_tar {tar.path.absolute()}"
-    return cached(what, stamps, cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
 
 
 def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:

@@ -5,7 +5,6 @@ kept in memory up to a limit. A set that fits is read once. A larger one is slow
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import re
@@ -188,8 +187,7 @@ def _not_found(path: Path, split: str) -> ConfigError:
 
 def _index(shards: Shards, cache_dir: str | None) -> Index:
     stamps = " ".join(f"{file.name} {stamp(file)}" for file in shards.files)
-    what = f"parquet {shards.where.absolute()}"
-    return cached(what, stamps, cache_dir, functools.partial(_read_labels, shards))
+    return cached(f"parquet {shards.where.absolute()}", stamps, cache_dir, lambda: _read_labels(shards))
 
 
 def _read_labels(shards: Shards) -> Index:

@@ -106,14 +106,12 @@ _scanned: weakref.WeakKeyDictionary[Tar, dict[str, Index]] = weakref.WeakKeyDict
 
 
 def _splits(tar: Tar) -> dict[str, Index]:
-    """Returns the index of each split; its name is "" if class folders are at the top. Scans a tar in use only once."""
-    if tar not in _scanned:
-        _scanned[tar] = _scan(tar)
-    return _scanned[tar]
+    """Returns the index of each split; its name is "" if class folders are at the top.
 
-
-def _scan(tar: Tar) -> dict[str, Index]:
-    """Reads the headers of a tar and returns the index of each split."""
+    Reads the headers of a tar only once while a source holds it.
+    """
+    if tar in _scanned:
+        return _scanned[tar]
     classes_in: dict[tuple[str, ...], Classes] = {}  # by the folders above the class folder
     folders: list[tuple[str, ...]] = []
     ignored: list[str] = []
@@ -139,6 +137,7 @@ def _scan(tar: Tar) -> dict[str, Index]:
         if name in splits:
             raise ConfigError(f"{tar.path}: holds two folders {name!r}, one of them {'/'.join(above)}; expected one")
         splits[name] = dataclasses.replace(index_of(classes, notes), split=name)
+    _scanned[tar] = splits
     return splits
 
 
