@@ -119,7 +119,7 @@ def _join(sources: Sequence[Source], weights: tuple[float, ...], limit: int) -> 
         if not len(source):
             raise ConfigError(f"data.mixture[{number}]: holds no examples; leave it out")
     labels = np.concatenate([source.labels for source in sources])
-    mixture = tuple(zip(map(len, sources), weights)) if weights else ()
+    mixture = tuple(zip(map(len, sources), weights))  # () without weights
     files = [source for source in sources if isinstance(source, FileSource)]
     arrays = [source for source in sources if isinstance(source, ArraySource)]
     if files and arrays:

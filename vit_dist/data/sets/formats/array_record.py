@@ -69,10 +69,8 @@ class RecordImages:
 
     def read(self, index: int) -> bytes:
         shard = bisect.bisect_right(self.starts, index) - 1
-        reader = self._readers[shard]
-        if reader is None:
-            with self._lock:
-                reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
+        with self._lock:
+            reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
         try:
             (record,) = reader.read([index - self.starts[shard]])
             return msgpack.unpackb(record, unicode_errors=_NAMES)["image"]

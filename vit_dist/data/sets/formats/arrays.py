@@ -107,7 +107,8 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     train = _find(path, "train")
     given = class_names_beside(path if path.is_dir() else path.parent)
     if given is None and "class_names" in arrays.names:
-        given = tuple(map(_text, arrays.read("class_names", limit).tolist()))
+        names = arrays.read("class_names", limit).tolist()
+        given = tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
     train_labels = [] if train is None or train == chosen else [_labels(train, limit)]
     class_names = class_names_for(arrays.where, given, [labels, *train_labels])
     return ArraySource(images, labels, class_names, split=chosen.name)
@@ -189,10 +190,6 @@ def _labels(split: _Split, limit: int) -> np.ndarray:
     if labels.max() >= MOST_CLASSES:
         raise ConfigError(f"{where} holds the label {labels.max()}, which is no number of a class")
     return labels.astype(np.int32)
-
-
-def _text(name: object) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def _check_size(where: object, size: int, limit: int) -> None:

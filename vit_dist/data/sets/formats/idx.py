@@ -52,8 +52,7 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     if len(images) != len(labels):
         raise ConfigError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
     labels_of_splits = [labels]
-    train_file = _existing(path, _LABELS.format("train"))
-    if name != "train" and train_file is not None:
+    if name != "train" and (train_file := _existing(path, _LABELS.format("train"))) is not None:
         labels_of_splits.append(read_idx(train_file, 1))
     given = class_names_beside(path)
     if given is None and known is not None:

@@ -225,8 +225,8 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
     """Returns the columns of images and labels, and the class names, or None if the metadata has none."""
     image, label = _column(schema, _IMAGE_COLUMNS, file), _column(schema, _LABEL_COLUMNS, file)
     kind = schema.field(image).type
-    if pyarrow.types.is_struct(kind):
-        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise ConfigError(f"{file}: column {image!r} is {kind}, expected struct<bytes, path> or binary")
     if not pyarrow.types.is_integer(schema.field(label).type):
