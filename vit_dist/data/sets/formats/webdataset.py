@@ -130,8 +130,8 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
         scanned = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
     ignored = [name for shard in scanned for name in shard.ignored]
     notes = left_out(where, ignored, "samples or files without an image or a label")
-    examples = [(number, *example) for number, shard in enumerate(scanned) for example in shard.examples]
-    if not examples:
+    labels = [label for shard in scanned for _, label, _, _ in shard.examples]
+    if not labels:
         raise ConfigError(
             f"{where}: no sample with an image and a label; expected KEY.jpg beside KEY.cls or KEY.json (for class "
             "folders in tars, set data.source=tar)"
@@ -140,9 +140,10 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
     if class_names is None and len(dict(sample_names)) < len(sample_names):
         notes.append(f"{where}: the samples of one label name several classes; classes are called by their numbers")
         sample_names = set()
-    shard_numbers, names, labels, offsets, sizes = zip(*examples)
-    class_names, label_numbers = _classes(labels, class_names, sample_names, where)
-    return sorted_index(class_names, names, label_numbers, list(zip(shard_numbers, offsets, sizes)), notes)
+    class_names, numbers = _classes(labels, class_names, sample_names, where)
+    names = [name for shard in scanned for name, _, _, _ in shard.examples]
+    spans = [(number, offset, size) for number, shard in enumerate(scanned) for _, _, offset, size in shard.examples]
+    return sorted_index(class_names, names, numbers, spans, notes)
 
 
 def _scan_shard(tar: Tar) -> _Shard:
@@ -183,8 +184,7 @@ def _scan_shard(tar: Tar) -> _Shard:
             shard.ignored.append(key)
             continue
         shard.examples.append((image.name, label, image.offset, image.size))
-        class_name = class_names.get(key)
-        if class_name is not None and isinstance(label, int):
+        if isinstance(label, int) and (class_name := class_names.get(key)):
             shard.class_names.add((label, class_name))
     return shard
 
