@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+from containers import open_files
 from pyarrow import parquet
 
 from vit_dist.config import Data
 from vit_dist.data.prepare.convert import prepare
 from vit_dist.data.sets.examples import FileSource, fingerprint
-from vit_dist.data.sets.sources import open_source
 from vit_dist.data.stream.loader import train_batches
 
 pytestmark = pytest.mark.slow  # the tests of each format have small sets
@@ -29,9 +29,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource
     root = tmp_path_factory.mktemp("cifar10")
 
     def opened(name: str, path: Path) -> FileSource:
-        source = open_source(Data(source=name, path=str(path), cache_dir=str(root / "cache")), "test")
-        assert isinstance(source, FileSource)
-        return source
+        return open_files(name, path, "test", cache_dir=str(root / "cache"))
 
     with tarfile.open(packed) as tar:
         tar.extractall(root / "folder", filter="data")

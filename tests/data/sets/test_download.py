@@ -1,12 +1,12 @@
 """Fetching the known sets; the address is a folder of this machine."""
 
 import dataclasses
-import gzip
 import hashlib
-import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+from containers import write_idx
 
 from vit_dist.config import ConfigError, Data
 from vit_dist.data.sets import download
@@ -17,11 +17,8 @@ from vit_dist.data.sets.sources import open_source
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for MNIST's address, with sets of three images."""
     folder = tmp_path / "mirror"
-    folder.mkdir()
-    for name in download.MNIST.md5:
-        shape = (3, 4, 4) if "images" in name else (3,)
-        header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
-        (folder / name).write_bytes(gzip.compress(header + bytes(48 if "images" in name else 3)))
+    for prefix in ("train", "t10k"):
+        write_idx(folder, prefix, np.zeros((3, 4, 4), np.uint8), np.zeros(3, np.uint8), packed=True)
     digests = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in download.MNIST.md5}
     known = dataclasses.replace(download.MNIST, base=folder.as_uri() + "/", md5=digests)
     monkeypatch.setitem(download.KNOWN, "mnist", known)

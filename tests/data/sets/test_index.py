@@ -27,7 +27,7 @@ def test_packed_names_read_as_they_were() -> None:
     names = ["", "cat/1.jpg", "katze/ä.jpg", "bytes/\udcff.jpg", "犬/0.png"]
     packed = Names.of(names)
     assert list(packed) == names and len(packed) == 5 and packed[-1] == names[-1]
-    assert list(packed[1:4]) == names[1:4] and list(packed.take([4, 0])) == [names[4], names[0]]
+    assert list(packed.take([4, 0])) == [names[4], names[0]]
     with pytest.raises(IndexError):
         packed[5]
     assert list(Names.of([])) == []
@@ -44,7 +44,7 @@ def test_ids_follow_class_then_name_and_spans_go_along() -> None:
     result = sorted_index(["a", "b"], ["b/2", "a/9", "b/1", "a/1"], [1, 0, 1, 0], [(0, i, 1) for i in range(4)])
     assert list(result.names) == ["a/1", "a/9", "b/1", "b/2"]
     assert result.labels.tolist() == [0, 0, 1, 1] and result.labels.dtype == np.int32
-    assert result.spans is not None and result.spans[:, 1].tolist() == [3, 1, 2, 0]
+    assert result.spans[:, 1].tolist() == [3, 1, 2, 0]
 
 
 def test_labels_follow_the_classes_of_the_train_split() -> None:
@@ -58,7 +58,7 @@ def test_ids_follow_the_train_splits_order_of_classes_and_spans_go_along() -> No
     result = sorted_index(["b", "d"], ["b/1", "b/2", "d/1", "d/2"], [0, 0, 1, 1], [(0, i, 1) for i in range(4)])
     other = result.with_classes(("d", "b"), "test")
     assert list(other.names) == ["d/1", "d/2", "b/1", "b/2"] and other.labels.tolist() == [0, 0, 1, 1]
-    assert other.spans is not None and other.spans[:, 1].tolist() == [2, 3, 0, 1]
+    assert other.spans[:, 1].tolist() == [2, 3, 0, 1]
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_large_index_is_built_once_and_anew_when_its_stamp_changes(large: Inde
     for stamp, count in (("one", 1), ("one", 1), ("two", 2), ("two", 2), ("one", 3)):
         result = cached("set", stamp, str(tmp_path), build)
         assert len(built) == count
-        assert list(result.names[:3]) == list(large.names[:3]) and np.array_equal(result.labels, large.labels)
-        assert result.class_names == large.class_names and result.spans is None
+        assert list(result.names) == list(large.names) and np.array_equal(result.labels, large.labels)
+        assert result.class_names == large.class_names and not len(result.spans)
     cached("another set", "one", str(tmp_path), build)
     assert len(built) == 4
 

@@ -15,7 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +26,11 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the same files come to give another index: older cached ones are then not read
 _CACHED_FROM = 10_000  # examples; a smaller index is built faster than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
+READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of `read`, for a damaged file
 
 
 class Names(Sequence[str]):
-    """Many strings packed into one array of bytes. Each access decodes one."""
+    """Many strings packed into one array of bytes. Each access decodes one; `take` is in place of slices."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         """Takes all bytes, `text` `uint8 [bytes]`; name `i` ends before byte `ends[i]`, `int64 [N]`."""
@@ -45,13 +46,7 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Names": ...
-    def __getitem__(self, index: int | slice) -> "str | Names":
-        if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
         index = range(len(self))[index]  # a negative index counts from the end; one out of range raises `IndexError`
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes().decode(*_TEXT)
@@ -66,14 +61,15 @@ class Index:
     """The examples of one split, in the order of ids.
 
     `labels` `int32 [N]` are indices into `class_names`; `names` identify examples to a person. In a container, `spans`
-    `int64 [N, 3]` holds (file, offset, size) of each image, offset and size in bytes. `split` is the split's name in
-    the container, where that has to be searched for. `notes` are warnings to log whenever the index is opened.
+    `int64 [N, 3]` holds (file, offset, size) of each image, offset and size in bytes; elsewhere it is empty, `[0, 3]`.
+    `split` is the split's name in the container, where that has to be searched for. `notes` are warnings to log
+    whenever the index is opened.
     """
 
     class_names: tuple[str, ...]
     names: Names
     labels: np.ndarray
-    spans: np.ndarray | None = None
+    spans: np.ndarray = dataclasses.field(default_factory=lambda: _spans(()))
     split: str = ""
     notes: tuple[str, ...] = ()
 
@@ -99,12 +95,14 @@ class Index:
             _log.warning("%s: no images of %d classes of the train split, such as %r", where, len(missing), missing[0])
         table = np.array([numbers[name] for name in self.class_names], np.int32)
         labels = table[self.labels]
-        if np.all(labels[1:] >= labels[:-1]):
-            return dataclasses.replace(self, class_names=class_names, labels=labels)
         order = np.argsort(labels, kind="stable")  # names stay in order within their class
-        spans = None if self.spans is None else self.spans[order]
+        spans = self.spans[order] if len(self.spans) else self.spans
         names = self.names.take(order)
         return dataclasses.replace(self, class_names=class_names, names=names, labels=labels[order], spans=spans)
+
+
+def _spans(rows: Sequence[tuple[int, int, int]] | np.ndarray) -> np.ndarray:
+    return np.asarray(rows, np.int64).reshape(-1, 3)
 
 
 def check_distinct(class_names: Sequence[str], where: object) -> None:
@@ -121,7 +119,7 @@ def sorted_index(
     class_names: Sequence[str],
     names: Sequence[str],
     labels: Sequence[int] | np.ndarray,
-    spans: Sequence[tuple[int, int, int]] | np.ndarray | None = None,
+    spans: Sequence[tuple[int, int, int]] | np.ndarray = (),
     notes: Sequence[str] = (),
 ) -> Index:
     """Sorts examples into the order of ids: by class, then name, then the order given.
@@ -130,7 +128,7 @@ def sorted_index(
       class_names: the name of each class.
       names: the name of each example.
       labels: the class of each example.
-      spans: (file, offset, size) of each example, or None where images are files of their own.
+      spans: (file, offset, size) of each example; empty where images are files of their own.
       notes: warnings to log whenever the index is opened.
 
     Returns:
@@ -138,7 +136,7 @@ def sorted_index(
     """
     labels = np.asarray(labels, np.int32)
     order = np.array(sorted(range(len(names)), key=lambda i: (labels[i], names[i])), np.int64)
-    sorted_spans = None if spans is None else np.asarray(spans, np.int64).reshape(-1, 3)[order]
+    sorted_spans = _spans(spans)[order] if len(spans) else _spans(())
     sorted_names = Names.of(names[i] for i in order)
     return Index(tuple(class_names), sorted_names, labels[order], sorted_spans, notes=tuple(notes))
 
@@ -194,18 +192,12 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 def write(file: Path, index: Index, stamp: str = "") -> None:
     """Writes an index atomically; equal indices give equal bytes. Raises `OSError`."""
-    arrays = {
-        "stamp": np.frombuffer(stamp.encode(*_TEXT), np.uint8),
-        "labels": index.labels,
-        **{
-            f"{name}_{array}": getattr(Names.of(values), array)
-            for name, values in (("class_names", index.class_names), ("split", (index.split,)), ("notes", index.notes))
-            for array in ("text", "ends")
-        },
-        "names_text": index.names.text,
-        "names_ends": index.names.ends,
-    }
-    if index.spans is not None:
+    arrays: dict[str, Any] = {"stamp": np.frombuffer(stamp.encode(*_TEXT), np.uint8), "labels": index.labels}
+    for name, values in (("class_names", index.class_names), ("split", (index.split,)), ("notes", index.notes)):
+        packed = Names.of(values)
+        arrays |= {f"{name}_text": packed.text, f"{name}_ends": packed.ends}
+    arrays |= {"names_text": index.names.text, "names_ends": index.names.ends}
+    if len(index.spans):
         arrays["spans"] = index.spans
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as stream:
@@ -213,23 +205,13 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
 
 
 def read(file: Path) -> tuple[Index, str]:
-    """Returns an index that `write` wrote, and its stamp.
-
-    Raises `OSError`, `ValueError`, `KeyError`, `EOFError` or `zipfile.BadZipFile` if it cannot be read.
-    """
+    """Returns an index that `write` wrote, and its stamp. Raises one of `READ_ERRORS` if it cannot be read."""
     with file.open("rb") as stream, np.load(stream) as arrays:
-        names = {
-            name: Names(arrays[f"{name}_text"], arrays[f"{name}_ends"])
-            for name in ("class_names", "names", "split", "notes")
-        }
-        index = Index(
-            tuple(names["class_names"]),
-            names["names"],
-            arrays["labels"],
-            arrays.get("spans"),
-            "".join(names["split"]),
-            tuple(names["notes"]),
+        class_names, names, (split,), notes = (
+            Names(arrays[f"{name}_text"], arrays[f"{name}_ends"]) for name in ("class_names", "names", "split", "notes")
         )
+        spans = arrays.get("spans", _spans(()))
+        index = Index(tuple(class_names), names, arrays["labels"], spans, split, tuple(notes))
         return index, arrays["stamp"].tobytes().decode(*_TEXT)
 
 
@@ -239,7 +221,7 @@ def _read(file: Path, stamp: str) -> Index | None:
         index, its_stamp = read(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         _log.warning("%s: cannot be read (%s); building that index again", file, error)
         return None
     return index if its_stamp == stamp else None

@@ -131,12 +131,11 @@ def read_manifest(folder: Path) -> Manifest:
         indexes = {split: Entry(**entry) for split, entry in values["indexes"].items()}
         shards = {split: tuple(Entry(**entry) for entry in listed) for split, listed in values["shards"].items()}
         manifest = Manifest(plan, indexes, shards)
-        is_unchanged = manifest.digest == values["digest"]
+        if manifest.digest == values["digest"]:
+            return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error!r}); prepare the set again") from error
-    if not is_unchanged:
-        raise ConfigError(f"{file}: was changed since it was written: its digest is not {values['digest']}")
-    return manifest
+    raise ConfigError(f"{file}: was changed since it was written: its digest is not {values['digest']}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -169,11 +168,15 @@ def read_entry(folder: Path, plan: Plan, file: str) -> Entry | None:
         raise ConfigError(f"{path}: cannot be read ({error!r}); remove it and prepare its shard again") from error
     if plan_digest != plan.digest:
         raise ConfigError(f"{path}: of another set than {folder / PLAN}; prepare its shards with the same options")
+    return shard if stored_size(folder / file) == shard.bytes else None
+
+
+def stored_size(file: Path) -> int | None:
+    """Returns the size of a file in bytes, or None if there is none."""
     try:
-        size = (folder / file).stat().st_size
-    except FileNotFoundError:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return shard if size == shard.bytes else None
 
 
 def write_entry(folder: Path, plan: Plan, shard: Entry) -> None:

@@ -51,7 +51,12 @@ def open_mixture(data: config.Data, split: str, open_set: Callable[[config.Data,
     """
     weights = _weights(data.mixture)
     plain = dataclasses.replace(data, mixture=(), classes=(), fraction=1.0)
-    sources = [_open_source(plain, number, source, open_set) for number, source in enumerate(data.mixture)]
+    sources: list[Source] = []
+    for number, member in enumerate(data.mixture):
+        try:
+            sources.append(open_set(dataclasses.replace(plain, source=member.source, path=member.path), "train"))
+        except ConfigError as error:
+            raise ConfigError(f"data.mixture[{number}]: {error}") from error
     class_names = _class_names(sources)
     check_classes(data.classes, class_names)
     if split != "train":
@@ -71,15 +76,6 @@ def _weights(mixture: Sequence[config.MixtureSource]) -> tuple[float, ...]:
         if source.weight is not None and not 0 < source.weight < math.inf:
             raise ConfigError(f"data.mixture[{number}].weight: must be above 0 and finite, found {source.weight:g}")
     return tuple(weights)
-
-
-def _open_source(
-    data: config.Data, number: int, source: config.MixtureSource, open_set: Callable[[config.Data, str], Source]
-) -> Source:
-    try:
-        return open_set(dataclasses.replace(data, source=source.source, path=source.path), "train")
-    except ConfigError as error:
-        raise ConfigError(f"data.mixture[{number}]: {error}") from error
 
 
 def _class_names(sources: Sequence[Source]) -> tuple[str, ...]:
@@ -123,7 +119,7 @@ def _join(sources: Sequence[Source], weights: tuple[float, ...], limit: int) -> 
         if not len(source):
             raise ConfigError(f"data.mixture[{number}]: holds no examples; leave it out")
     labels = np.concatenate([source.labels for source in sources])
-    mixture = tuple(zip(map(len, sources), weights)) if weights else ()
+    mixture = tuple(zip(map(len, sources), weights))  # () without weights
     files = [source for source in sources if isinstance(source, FileSource)]
     arrays = [source for source in sources if isinstance(source, ArraySource)]
     if files and arrays:

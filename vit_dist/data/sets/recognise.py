@@ -97,14 +97,12 @@ def recognise(path: Path) -> str:
     """Returns the key of `SOURCES` that fits `path`. Raises `ConfigError` if none or several fit."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
-    kinds = _kinds_of_folder(path) if path.is_dir() else _kinds_of_file(path, path.name)
+    kinds = _kinds_of_folder(path) if path.is_dir() else _kinds_of_file(path)
     if len(kinds) == 1:
         return kinds.pop()
-    what = (
-        f"may be {' or '.join(sorted(kinds))}; say"
-        if kinds
-        else ("no data set that is known by its files; name the folder that holds its splits, or say")
-    )
+    what = "no data set that is known by its files; name the folder that holds its splits, or say"
+    if kinds:
+        what = f"may be {' or '.join(sorted(kinds))}; say"
     raise ConfigError(f"{path}: {what} which with --source, one of {', '.join(SOURCES)}")
 
 
@@ -130,19 +128,19 @@ def _kinds_of_files(folder: Path, listed: list[tuple[str, bool]]) -> set[str]:
     tars = [name for name in names if name.endswith(TAR_SUFFIXES)]
     others = [name for name in names if name not in tars]
     tars.sort(key=lambda name: not name.startswith(_IMAGENET_PREFIX))
-    return set().union(*(_kinds_of_file(folder / name, name) for name in [*tars[:1], *others]))
+    return set().union(*(_kinds_of_file(folder / name) for name in [*tars[:1], *others]))
 
 
-def _kinds_of_file(path: Path, name: str) -> set[str]:
-    if name.endswith(TAR_SUFFIXES):
-        return _kinds_of_tar(path, name)
-    if "-ubyte" in name:
+def _kinds_of_file(path: Path) -> set[str]:
+    if path.name.endswith(TAR_SUFFIXES):
+        return _kinds_of_tar(path)
+    if "-ubyte" in path.name:
         return {"idx"}
     return {_SUFFIXES[path.suffix]} if path.suffix in _SUFFIXES else set()
 
 
-def _kinds_of_tar(path: Path, name: str) -> set[str]:
-    if name.startswith(_IMAGENET_PREFIX):
+def _kinds_of_tar(path: Path) -> set[str]:
+    if path.name.startswith(_IMAGENET_PREFIX):
         return {"imagenet_tar"}
     try:
         with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:

@@ -32,8 +32,6 @@ SOURCES: dict[str, Callable[[Path, str, config.Data], Source]] = {
     "array_record": array_record.open_split,
 }
 _PIXEL_SOURCES = ("digits", "idx", "npz")  # their examples are arrays, not files
-_SOURCES_WITHOUT_PATH = ("digits",)
-_SOURCES_BY_NAME = ("tfds",)  # `data.path` may be a name instead of a path
 
 
 def open_source(data: config.Data, split: str, channels: int = 3) -> Source:
@@ -85,7 +83,7 @@ def _check_idx_keys(data: config.Data) -> None:
 def _open_set(data: config.Data, split: str) -> Source:
     """Opens a split of the set that `data.source` and `data.path` name, with all its examples."""
     open_split = SOURCES[one_of("data.source", data.source, SOURCES)]
-    if data.source in _SOURCES_WITHOUT_PATH:
+    if data.source == "digits":  # it comes with scikit-learn
         if data.path is not None:
             raise ConfigError(
                 f"data.path: {data.path}, but data.source={data.source} reads no files; leave one out, or set both"
@@ -94,7 +92,7 @@ def _open_set(data: config.Data, split: str) -> Source:
     if data.path is None:
         raise ConfigError(f"data.path: not set; the source {data.source!r} needs a folder or file")
     path = location(data.path)
-    may_be_missing = data.source in _SOURCES_BY_NAME or (data.source == "idx" and data.download)
+    may_be_missing = data.source == "tfds" or (data.source == "idx" and data.download)  # TFDS finds a set by its name
     if not may_be_missing and not path.exists():
         can_fetch = data.source == "idx" and data.name is not None
         advice = f"; set data.download=true to fetch {data.name} into it" if can_fetch else ""

@@ -1,6 +1,7 @@
 """Prepared sets as a source: complete and readable by many threads, or an error that says what to do."""
 
 import dataclasses
+import functools
 import pickle
 import resource
 import subprocess
@@ -13,26 +14,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from containers import assert_refused, open_files
 
-from vit_dist.config import ConfigError, Data
+from vit_dist.config import Data
 from vit_dist.data.prepare.convert import prepare
-from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.formats.array_record import RecordImages, open_split
 from vit_dist.data.sets.index import Names
 from vit_dist.data.sets.manifest import read_manifest, write_manifest
-from vit_dist.data.sets.sources import open_source
 
-
-def _open(path: object, split: str = "train", **keys: Any) -> FileSource:
-    source = open_source(Data(source="array_record", path=str(path), **keys), split)
-    assert isinstance(source, FileSource)
-    return source
-
-
-def _fails(message: str, path: object, split: str = "train", **keys: Any) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _open(path, split, **keys)
-    assert "\n" not in str(caught.value)
+_open = functools.partial(open_files, "array_record")
+_fails = functools.partial(assert_refused, "array_record")
 
 
 def _update_manifest(folder: Path, split: str, index: Path) -> None:

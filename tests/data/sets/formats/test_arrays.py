@@ -1,5 +1,6 @@
 """Arrays: Keras's and MedMNIST's layouts and plain folders give the same pixels and labels, in the array's order."""
 
+import functools
 import pickle
 import uuid
 from pathlib import Path
@@ -8,24 +9,12 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from containers import assert_refused, open_arrays
 
-from vit_dist.config import ConfigError, Data
-from vit_dist.data.sets.examples import ArraySource
-from vit_dist.data.sets.sources import open_source
+_open = functools.partial(open_arrays, "npz")
+_fails = functools.partial(assert_refused, "npz")
 
 Split = tuple[np.ndarray, np.ndarray]
-
-
-def _open(path: object, split: str = "train", **keys: Any) -> ArraySource:
-    source = open_source(Data(source="npz", path=str(path), **keys), split)
-    assert isinstance(source, ArraySource)
-    return source
-
-
-def _fails(message: str, path: object, split: str = "train", **keys: Any) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _open(path, split, **keys)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

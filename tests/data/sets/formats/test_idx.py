@@ -1,12 +1,12 @@
 """Small sets in memory: the digits, and the class names of sets that come in MNIST's files and are not MNIST."""
 
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from containers import write_idx
 from system import ROOT
 
 from vit_dist import recipes
@@ -16,10 +16,7 @@ from vit_dist.data.sets.sources import open_source
 
 
 def _write(folder: Path, prefix: str, labels: list[int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, array in (("images-idx3", np.zeros((len(labels), 3, 2), np.uint8)), ("labels-idx1", np.array(labels))):
-        data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-        (folder / f"{prefix}-{kind}-ubyte").write_bytes(data + array.astype(np.uint8).tobytes())
+    write_idx(folder, prefix, np.zeros((len(labels), 3, 2), np.uint8), np.array(labels, np.uint8))
 
 
 def _class_names(folder: Path, split: str = "train") -> tuple[str, ...]:

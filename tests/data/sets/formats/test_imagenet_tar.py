@@ -1,5 +1,6 @@
 """ImageNet's own tars, in miniature: a tar of tars, a flat tar, and each kind of ground truth."""
 
+import functools
 import io
 import logging
 import pickle
@@ -7,17 +8,18 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
-from containers import assert_same
+from containers import add_file, assert_refused, assert_same, open_files
 from scipy.io import savemat
 
-from vit_dist.config import ConfigError, Data
 from vit_dist.data.files import location
 from vit_dist.data.sets import index
-from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.formats.imagenet_tar import DEVKIT, TARS
-from vit_dist.data.sets.sources import open_source
+
+_files = functools.partial(open_files, "imagenet_tar")
+_fails = functools.partial(assert_refused, "imagenet_tar")
 
 WNIDS = ("n01440764", "n01443537", "n02119789")
 TRUTH = [2, 0, 1, 1, 0, 2, 2]  # of the validation images, in the order of their names
@@ -25,29 +27,11 @@ NUMBERS = {1: "n02119789", 2: "n01440764", 3: "n01443537", 4: "n00001740"}  # th
 LABELS = "imagenet_2012_validation_synset_labels.txt"
 
 
-def _files(path: object, split: str = "train", source: str = "imagenet_tar", **keys: object) -> FileSource:
-    opened = open_source(Data(source=source, path=str(path), **keys), split)  # type: ignore[arg-type]
-    assert isinstance(opened, FileSource)
-    return opened
-
-
-def _fails(message: str, path: Path, split: str = "val") -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _files(path, split)
-    assert "\n" not in str(caught.value)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
 def _tar(files: dict[str, bytes], mode: str = "w") -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
         for name, content in files.items():
-            _add(tar, name, content)
+            add_file(tar, name, content)
     return stream.getvalue()
 
 
@@ -106,7 +90,7 @@ def test_the_tar_of_tars_is_the_folder(tars: Path, folder: Path) -> None:
     assert train.class_names == WNIDS and train.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 5
     assert train.names[0] == "n01440764/n01440764_10.JPEG"
     assert train.name(0) == f"{tars}/ILSVRC2012_img_train.tar/n01440764/n01440764_10.JPEG"
-    assert_same(train, _files(folder, source="folder"))
+    assert_same(train, open_files("folder", folder))
 
 
 def test_a_plain_tar_of_class_folders_needs_no_members_for_them(
@@ -114,13 +98,11 @@ def test_a_plain_tar_of_class_folders_needs_no_members_for_them(
 ) -> None:
     images = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in (folder / "train").glob("*/*")}
     (tars / TARS["train"]).write_bytes(_tar(images))
-    assert_same(_files(tars), _files(folder, source="folder"))
+    assert_same(_files(tars), open_files("folder", folder))
     assert not caplog.records
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
+    with tarfile.open(tars / TARS["train"], "w") as tar:
         for name, content in [*images.items(), *images.items()]:
-            _add(tar, name, content)
-    (tars / TARS["train"]).write_bytes(stream.getvalue())
+            add_file(tar, name, content)
     assert len(_files(tars)) == 12 and "left out 12 images that a later one of the same name" in caplog.text
 
 
@@ -137,7 +119,7 @@ def test_validation_images_are_the_folder_by_every_ground_truth(tars: Path, fold
         val = _files(tars, split)
         assert val.split == "val"
         assert [val.labels[i] for i in np.argsort([name[-13:] for name in val.names])] == TRUTH
-        assert_same(val, _files(folder, "val", "folder"))
+        assert_same(val, open_files("folder", folder, "val"))
 
 
 def test_the_devkits_numbers_are_not_the_labels(tars: Path) -> None:
@@ -149,10 +131,10 @@ def test_the_devkits_numbers_are_not_the_labels(tars: Path) -> None:
 
 def test_bare_numbers_without_the_devkit_are_refused(tars: Path) -> None:
     (tars / LABELS).unlink()
-    _fails(f"no labels of the validation images in .*put {DEVKIT}, {LABELS} or LOC_val_solution.csv there", tars)
+    _fails(f"no labels of the validation images in .*put {DEVKIT}, {LABELS} or LOC_val_solution.csv there", tars, "val")
     truth = tars / "ILSVRC2012_validation_ground_truth.txt"
     truth.write_text("".join(f"{1 + label}\n" for label in TRUTH))
-    _fails(f"ground_truth.txt: begins with '3', expected a WordNet id .*put {DEVKIT}", tars)
+    _fails(f"ground_truth.txt: begins with '3', expected a WordNet id .*put {DEVKIT}", tars, "val")
     (tars / "val_labels.txt").write_text("".join(f"{WNIDS[label]}\n" for label in TRUTH))
     assert len(_files(tars, "val")) == 7  # what holds WordNet ids is taken
 
@@ -160,56 +142,56 @@ def test_bare_numbers_without_the_devkit_are_refused(tars: Path) -> None:
 def test_a_ground_truth_that_does_not_fit_is_named(tars: Path) -> None:
     lines = (tars / LABELS).read_text()
     (tars / LABELS).write_text(lines[:-10])
-    _fails(f"{LABELS}: the labels of 6 images, but .*img_val.tar holds 7", tars)
+    _fails(f"{LABELS}: the labels of 6 images, but .*img_val.tar holds 7", tars, "val")
     (tars / LABELS).write_text(lines.replace(WNIDS[1], "tench"))
-    _fails(f"{LABELS}: holds 'tench', expected a WordNet id", tars)
+    _fails(f"{LABELS}: holds 'tench', expected a WordNet id", tars, "val")
     (tars / LABELS).write_text(lines.replace(WNIDS[1], "n00000001"))
-    _fails("img_val.tar: class 'n00000001' is not among the 3 of the train split", tars)
+    _fails("img_val.tar: class 'n00000001' is not among the 3 of the train split", tars, "val")
     (tars / TARS["train"]).unlink()
     assert _files(tars, "val").class_names == ("n00000001", "n01440764", "n02119789")
 
 
 def test_a_damaged_devkit_is_named(tars: Path) -> None:
     (tars / DEVKIT).write_bytes(_devkit(leave_out="meta.mat"))
-    _fails(f"{DEVKIT}: no data/meta.mat in it", tars)
+    _fails(f"{DEVKIT}: no data/meta.mat in it", tars, "val")
     (tars / DEVKIT).write_bytes(_devkit({1: "n02119789"}))
-    _fails(f"{DEVKIT}: data/meta.mat has no 2", tars)
+    _fails(f"{DEVKIT}: data/meta.mat has no 2", tars, "val")
     top = "ILSVRC2012_devkit_t12/data"
     broken = {f"{top}/meta.mat": b"no table", f"{top}/ILSVRC2012_validation_ground_truth.txt": b"1\n"}
     (tars / DEVKIT).write_bytes(_tar(broken, "w:gz"))
-    _fails(f"{DEVKIT}: data/meta.mat or data/.* cannot be read", tars)
+    _fails(f"{DEVKIT}: data/meta.mat or data/.* cannot be read", tars, "val")
 
 
 def test_what_is_missing_is_named(tars: Path) -> None:
     _fails("no split 'extra': this source has train and val", tars, "extra")
-    _fails("img_train.tar is a file; expected the folder that holds", tars / TARS["train"], "train")
+    _fails("img_train.tar is a file; expected the folder that holds", tars / TARS["train"])
     (tars / TARS["train"]).unlink()
-    _fails("no ILSVRC2012_img_train.tar in", tars, "train")
+    _fails("no ILSVRC2012_img_train.tar in", tars)
 
 
 def test_damage_and_links_in_the_inner_tars_are_refused(tars: Path) -> None:
     file = tars / TARS["train"]
     original = file.read_bytes()
     file.write_bytes(_tar({"n01440764.tar": b"no tar" * 100}))
-    _fails("img_train.tar:n01440764.tar: damaged at byte 512", tars, "train")
+    _fails("img_train.tar:n01440764.tar: damaged at byte 512", tars)
     inner = _tar({"a.JPEG": bytes(600)})
     file.write_bytes(_tar({"n01440764.tar": inner[:1024]}))
-    _fails("img_train.tar:n01440764.tar: member 'a.JPEG' is damaged", tars, "train")
+    _fails("img_train.tar:n01440764.tar: member 'a.JPEG' is damaged", tars)
     file.write_bytes(_tar({"n01440764.tar": _tar({"../a.JPEG": b"x"})}))
-    _fails("n01440764.tar: member '../a.JPEG' reaches outside", tars, "train")
+    _fails("n01440764.tar: member '../a.JPEG' reaches outside", tars)
     file.write_bytes(_tar({"n01440764.tar": _tar({})}))
-    _fails("class folder 'n01440764' holds no images", tars, "train")
+    _fails("class folder 'n01440764' holds no images", tars)
     file.write_bytes(original[:-12_000])
-    _fails("img_train.tar.*damaged", tars, "train")
+    _fails("img_train.tar.*damaged", tars)
 
 
 def test_what_is_no_image_is_left_out_and_counted(tars: Path, caplog: pytest.LogCaptureFixture) -> None:
     with tarfile.open(tars / TARS["val"], "a") as tar:
-        _add(tar, "notes.txt", b"x")
-        _add(tar, "._ILSVRC2012_val_00000001.JPEG", b"x")
+        add_file(tar, "notes.txt", b"x")
+        add_file(tar, "._ILSVRC2012_val_00000001.JPEG", b"x")
     with tarfile.open(tars / TARS["train"], "a") as tar:
-        _add(tar, "README", b"x")
-        _add(tar, "n09999999.tar", _tar({"a.JPEG": b"x", "b.txt": b"x", "deeper/c.JPEG": b"x"}))
+        add_file(tar, "README", b"x")
+        add_file(tar, "n09999999.tar", _tar({"a.JPEG": b"x", "b.txt": b"x", "deeper/c.JPEG": b"x"}))
     with caplog.at_level(logging.WARNING):
         assert len(_files(tars)) == 13
         assert "left out 3 entries" in caplog.text and "n09999999/b.txt" in caplog.text
@@ -226,7 +208,7 @@ def test_the_index_is_kept_until_the_labels_change(
     cache = str(tmp_path / "cache")
     expected = {split: _files(tars, split, cache_dir=cache) for split in ("train", "val")}
     with monkeypatch.context() as patched:
-        patched.setattr("vit_dist.data.sets.formats.imagenet_tar.members", None)
+        patched.setattr("vit_dist.data.sets.formats.imagenet_tar.scan", None)
         for split, source in expected.items():
             assert_same(_files(tars, split, cache_dir=cache), source)
     (tars / LABELS).write_text(f"{WNIDS[0]}\n" * 7 + "\n")
@@ -237,10 +219,8 @@ def test_the_tars_are_read_behind_fsspec_and_in_workers(tars: Path, folder: Path
     (tars / LABELS).unlink()
     (tars / DEVKIT).write_bytes(_devkit())
     remote = location(f"memory://{tmp_path.name}")
-    remote.mkdir(parents=True)
-    for file in tars.iterdir():
-        (remote / file.name).write_bytes(file.read_bytes())
+    fsspec.filesystem("memory").put(f"{tars}/", f"/{tmp_path.name}", recursive=True)
     for split in ("train", "val"):
         source, local = _files(remote, split), _files(tars, split)
-        assert_same(source, _files(folder, split, "folder"))
+        assert_same(source, open_files("folder", folder, split))
         assert_same(pickle.loads(pickle.dumps(local)), source)

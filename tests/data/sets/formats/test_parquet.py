@@ -1,6 +1,7 @@
 """Parquet: the ids, labels and bytes of the class folder, from every layout; reads by row group within a limit."""
 
 import concurrent.futures
+import functools
 import json
 import logging
 import os
@@ -15,26 +16,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from containers import assert_refused, open_files
 
-from vit_dist.config import ConfigError, Data
-from vit_dist.data.sets.examples import FileSource, Source, fingerprint
+from vit_dist.data.sets.examples import fingerprint
 from vit_dist.data.sets.formats.parquet import ParquetImages, RowGroups
-from vit_dist.data.sets.sources import open_source
+
+_fails = functools.partial(assert_refused, "parquet")
 
 IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
 Rows = list[tuple[Any, Any]]
-
-
-def _open(source: str, path: object, split: str = "train", **keys: Any) -> FileSource:
-    opened: Source = open_source(Data(source=source, path=str(path), **keys), split)
-    assert isinstance(opened, FileSource)
-    return opened
-
-
-def _fails(message: str, path: object, split: str = "train") -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _open("parquet", path, split)
-    assert "\n" not in str(caught.value)
 
 
 def _huggingface(names: tuple[str, ...], label: str = "label") -> dict[bytes, bytes]:
@@ -98,7 +88,7 @@ LAYOUTS = {
 def test_ids_labels_and_bytes_are_those_of_the_class_folder(layout: str, image_set: Path, tmp_path: Path) -> None:
     root = _layout(tmp_path / "parquet", LAYOUTS[layout], image_set)
     for split in ("train", "test", "val"):
-        folder, parquet = _open("folder", image_set, split), _open("parquet", root, split)
+        folder, parquet = open_files("folder", image_set, split), open_files("parquet", root, split)
         assert len(parquet) == {"train": 13, "test": 7, "val": 7}[split]
         assert parquet.split == {"train": "train", "test": "test", "val": "test"}[split]
         assert parquet.class_names == folder.class_names and list(parquet.names) == list(folder.names)
@@ -110,12 +100,12 @@ def test_ids_labels_and_bytes_are_those_of_the_class_folder(layout: str, image_s
 def test_one_file_is_the_split_of_its_name(image_set: Path, tmp_path: Path) -> None:
     rows = _rows(image_set / "test")
     file = _write(tmp_path / "test-00000-of-00001.parquet", rows, ("cat", "dog"))
-    assert len(_open("parquet", file, "val")) == 7
+    assert len(open_files("parquet", file, "val")) == 7
     _fails("is one file of one split, and not of 'train'.*train-", file, "train")
-    assert len(_open("parquet", _write(tmp_path / "photos.parquet", rows))) == 7
+    assert len(open_files("parquet", _write(tmp_path / "photos.parquet", rows))) == 7
     _fails("one file of one split, and not of 'test'", tmp_path / "photos.parquet", "test")
     named = _write(tmp_path / "cifar10-validation.parquet", rows)
-    assert len(_open("parquet", named, "test")) == 7 and _open("parquet", named, "test").split == "validation"
+    assert len(open_files("parquet", named, "test")) == 7 and open_files("parquet", named, "test").split == "validation"
     _fails("one file of one split, and not of 'train'", named)
 
 
@@ -131,7 +121,7 @@ def test_metadata_of_another_kind_names_no_classes(tmp_path: Path) -> None:
         _write(file, [({"bytes": b"a", "path": None}, 1)])
         table = pyarrow.parquet.read_table(file).replace_schema_metadata({"huggingface": text})
         pyarrow.parquet.write_table(table, file)
-        assert _open("parquet", file).class_names == ("0", "1")
+        assert open_files("parquet", file).class_names == ("0", "1")
     for names in ('"cat"', "[1, 2]", '{"0": "cat"}'):
         text = f'{{"info": {{"features": {{"label": {{"names": {names}}}}}}}}}'
         pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": text}), file)
@@ -144,14 +134,14 @@ def test_paths_that_are_no_utf8_are_read(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": [0, 1]}), tmp_path / "train.parquet")
     beside = tmp_path / b"caf\xe8.png".decode("utf-8", "surrogateescape")
     beside.write_bytes(b"beside")
-    source = _open("parquet", tmp_path)
+    source = open_files("parquet", tmp_path)
     assert [name.encode("utf-8", "surrogateescape") for name in source.names] == [b"0/caf\xe9.png", b"1/caf\xe8.png"]
     assert [source.read(0), source.read(1)] == [b"a", b"beside"]
 
 
 def test_classes_are_numbered_as_the_metadata_has_them(image_set: Path, tmp_path: Path) -> None:
     file = _write(tmp_path / "train.parquet", _rows(image_set / "train", ("dog", "cat")), ("dog", "cat"))
-    source = _open("parquet", file)
+    source = open_files("parquet", file)
     assert source.class_names == ("dog", "cat")
     assert source.labels.tolist() == [0] * 8 + [1] * 5 and source.names[0] == "dog/0.png"
     assert source.read(0) == (image_set / "train/dog/0.png").read_bytes()
@@ -160,8 +150,8 @@ def test_classes_are_numbered_as_the_metadata_has_them(image_set: Path, tmp_path
 def test_without_metadata_classes_are_numbers_and_those_of_the_train_split(tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet", [({"bytes": b"a", "path": None}, label) for label in (3, 0, 1)])
     _write(tmp_path / "test.parquet", [({"bytes": b"a", "path": None}, label) for label in (1, 0)])
-    assert _open("parquet", tmp_path).class_names == tuple("0123")
-    test = _open("parquet", tmp_path, "test")
+    assert open_files("parquet", tmp_path).class_names == tuple("0123")
+    test = open_files("parquet", tmp_path, "test")
     assert test.class_names == tuple("0123") and test.labels.tolist() == [0, 1]
     _write(tmp_path / "test.parquet", [({"bytes": b"a", "path": None}, 4)])
     _fails("class '4' is not among the 4 of the train split", tmp_path, "test")
@@ -170,7 +160,7 @@ def test_without_metadata_classes_are_numbers_and_those_of_the_train_split(tmp_p
 def test_ids_follow_the_train_splits_order_of_classes(image_set: Path, tmp_path: Path) -> None:
     _write(tmp_path / "train.parquet", _rows(image_set / "train"), ("cat", "dog"))
     _write(tmp_path / "test.parquet", _rows(image_set / "test", ("dog", "cat")), ("dog", "cat"))
-    parquet, folder = _open("parquet", tmp_path, "test"), _open("folder", image_set, "test")
+    parquet, folder = open_files("parquet", tmp_path, "test"), open_files("folder", image_set, "test")
     assert fingerprint(parquet) == fingerprint(folder)
     assert [parquet.read(i) for i in range(7)] == [folder.read(i) for i in range(7)]
 
@@ -180,13 +170,13 @@ def test_rows_without_a_path_are_named_by_their_number(tmp_path: Path) -> None:
     plain = _write(tmp_path / "plain.parquet", rows, columns=("img", "fine_label"), kind=pyarrow.binary(), group=2)
     struct = _write(tmp_path / "struct.parquet", [({"bytes": data, "path": None}, label) for data, label in rows])
     for file in (plain, struct):
-        source = _open("parquet", file)
+        source = open_files("parquet", file)
         assert list(source.names) == ["0/00000001", "1/00000000", "1/00000002"]
         assert [source.read(i) for i in range(3)] == [b"one", b"zero", b"two"]
 
 
 def test_a_source_can_be_pickled_without_its_row_groups(image_set: Path, tmp_path: Path) -> None:
-    source = _open("parquet", _layout(tmp_path / "parquet", LAYOUTS["data"], image_set))
+    source = open_files("parquet", _layout(tmp_path / "parquet", LAYOUTS["data"], image_set))
     expected = [source.read(i) for i in range(13)]
     pickled = pickle.dumps(source)
     assert len(pickled) < sum(map(len, expected))
@@ -214,7 +204,7 @@ def _counting(groups: RowGroups) -> list[tuple[int, int]]:
 
 def test_a_row_group_is_read_once_by_all_threads_where_all_fit(tmp_path: Path) -> None:
     file, images = _big(tmp_path)
-    source = _open("parquet", file)
+    source = open_files("parquet", file)
     assert isinstance(source.images, ParquetImages)
     reads = _counting(source.images.groups)
     together = threading.Barrier(8)
@@ -260,14 +250,14 @@ def test_many_threads_read_right_bytes_in_little_memory(tmp_path: Path) -> None:
 def test_a_set_larger_than_the_limit_logs_its_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(tmp_path / "train.parquet", [(os.urandom(1 << 16), 0) for _ in range(64)], kind=pyarrow.binary(), group=16)
     caplog.set_level(logging.WARNING)
-    _open("parquet", tmp_path)
+    open_files("parquet", tmp_path)
     assert not caplog.records
-    source = _open("parquet", tmp_path, memory_limit_gb=2 / 1024)  # half of it: 1 MiB a group, 1 in 2 held
+    source = open_files("parquet", tmp_path, memory_limit_gb=2 / 1024)  # half of it: 1 MiB a group, 1 in 2 held
     (record,) = caplog.records
     assert "costs 0.5 MiB (row groups of 16 images)" in record.getMessage()
     assert f"`vit-dist prepare {tmp_path} DEST`" in record.getMessage()
     assert isinstance(source.images, ParquetImages) and source.images.groups.limit == 2 << 20
-    workers = _open("parquet", tmp_path, memory_limit_gb=2 / 1024, workers=4)
+    workers = open_files("parquet", tmp_path, memory_limit_gb=2 / 1024, workers=4)
     assert isinstance(workers.images, ParquetImages) and workers.images.groups.limit == 1 << 19
 
 
@@ -278,7 +268,7 @@ def test_images_beside_the_shard_are_read_and_none_from_elsewhere(tmp_path: Path
     paths = ["images/a.jpg", "images/b.jpg", "../secret", str(tmp_path / "secret")]
     rows: Rows = [({"bytes": None, "path": path}, label) for label, path in enumerate(paths)]
     _write(tmp_path / "set/train.parquet", [*rows, (None, 4), ({"bytes": None, "path": None}, 4)])
-    source = _open("parquet", tmp_path / "set")
+    source = open_files("parquet", tmp_path / "set")
     assert source.read(0) == b"beside"
     errors = ["images/b.jpg, which is not in", "path outside of", "path outside of", "holds no image", "holds no image"]
     for number, message in enumerate(errors, 1):
@@ -311,7 +301,7 @@ def test_damaged_files_are_named(image_set: Path, tmp_path: Path) -> None:
 
 def test_a_row_group_damaged_since_is_an_unreadable_image(tmp_path: Path) -> None:
     file, images = _big(tmp_path)
-    source = _open("parquet", file)
+    source = open_files("parquet", file)
     original = file.read_bytes()
     file.write_bytes(original[:200] + b"\xff" * 100 + original[300:])
     with pytest.raises(OSError, match=r"row group 0 of .*train.parquet cannot be read"):
@@ -365,19 +355,19 @@ def test_parquet_is_read_from_remote_storage(image_set: Path) -> None:
             ("cat", "dog"),
             open_file=lambda file, mode: remote.open(str(file), mode),
         )
-        source, folder = _open("parquet", f"memory:/{root}", split), _open("folder", image_set, split)
+        source, folder = open_files("parquet", f"memory:/{root}", split), open_files("folder", image_set, split)
         assert fingerprint(source) == fingerprint(folder)
         assert [source.read(i) for i in range(len(source))] == [folder.read(i) for i in range(len(folder))]
 
 
 def test_cifar10_is_the_same_from_parquet_and_tar(shared: Path, tmp_path: Path) -> None:
-    tar = _open("tar", shared / "cifar10/test.tar.gz", "test")
+    tar = open_files("tar", shared / "cifar10/test.tar.gz", "test")
     order = np.random.default_rng(0).permutation(len(tar)).tolist()
     rows: Rows = [({"bytes": tar.read(i), "path": tar.names[i]}, int(tar.labels[i])) for i in order]
     _write(tmp_path / "test-00000-of-00002.parquet", rows[:6000], tar.class_names, ("img", "label"), group=100)
     _write(tmp_path / "test-00001-of-00002.parquet", rows[6000:], tar.class_names, ("img", "label"), group=100)
-    parquet = _open("parquet", tmp_path, "test", cache_dir=str(tmp_path / "cache"))
+    parquet = open_files("parquet", tmp_path, "test", cache_dir=str(tmp_path / "cache"))
     assert len(parquet) == 10_000 and fingerprint(parquet) == fingerprint(tar)
     assert all(parquet.read(i) == tar.read(i) for i in order)
-    again = _open("parquet", tmp_path, "test", cache_dir=str(tmp_path / "cache"))
+    again = open_files("parquet", tmp_path, "test", cache_dir=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache").glob("index-*.npz"))) == 1 and again.read(77) == tar.read(77)

@@ -1,29 +1,24 @@
 """Tars: read in place, local or remote, unpacked as late as possible, scanned once."""
 
+import functools
 import io
 import pickle
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from containers import assert_same
+from containers import add_file, assert_same, open_files
 
-from vit_dist.config import ConfigError, Data
+from vit_dist.config import ConfigError
 from vit_dist.data.files import location
 from vit_dist.data.sets import index
-from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.formats import archive
-from vit_dist.data.sets.formats.archive import MemoryLimit, Tar, members, open_tar
-from vit_dist.data.sets.sources import open_source
+from vit_dist.data.sets.formats.archive import Member, MemoryLimit, Tar, members, open_tar, scan
+
+_files = functools.partial(open_files, "tar")
 
 SPLITS = ("train", "test")
-
-
-def _files(path: object, split: str = "train", source: str = "tar", **keys: object) -> FileSource:
-    opened = open_source(Data(source=source, path=str(path), **keys), split)  # type: ignore[arg-type]
-    assert isinstance(opened, FileSource)
-    return opened
 
 
 def _upload(file: Path, folder: str) -> Path:
@@ -52,11 +47,11 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tars whose headers were read, each time they were."""
     names: list[str] = []
 
-    def counted(stream: io.BytesIO, where: object, *bounds: int) -> object:
-        names.append(Path(str(where)).name)
-        return members(stream, where, *bounds)
+    def counted(tar: Tar) -> Iterator[Member]:
+        names.append(tar.path.name)
+        return scan(tar)
 
-    monkeypatch.setattr("vit_dist.data.sets.formats.tar.members", counted)
+    monkeypatch.setattr("vit_dist.data.sets.formats.tar.scan", counted)
     return names
 
 
@@ -67,8 +62,8 @@ def test_a_tar_behind_fsspec_is_the_folder(
     whole = _upload(pack(image_set, tmp_path / f"set{suffix}", "", mode), f"{tmp_path.name}-whole")
     for split in SPLITS:
         remote = _upload(pack(image_set / split, tmp_path / f"{split}{suffix}", "", mode), tmp_path.name)
-        assert_same(_files(remote.parent, split), _files(image_set, split, "folder"))
-        assert_same(_files(whole, split), _files(image_set, split, "folder"))
+        assert_same(_files(remote.parent, split), open_files("folder", image_set, split))
+        assert_same(_files(whole, split), open_files("folder", image_set, split))
     source = _files(whole)
     assert_same(pickle.loads(pickle.dumps(source)), source)
 
@@ -83,7 +78,7 @@ def test_a_tar_is_scanned_once_and_then_its_index_is_read(
     assert scans == ["set.tar"]  # once for both splits
     del sources
     for split in SPLITS:
-        assert_same(_files(file, split, cache_dir=cache), _files(image_set, split, "folder", cache_dir=cache))
+        assert_same(_files(file, split, cache_dir=cache), open_files("folder", image_set, split, cache_dir=cache))
     assert scans == ["set.tar"]
     pack(image_set / "train", file, "train")  # made anew
     assert len(_files(file, cache_dir=cache)) == 13 and scans == ["set.tar"] * 2
@@ -150,9 +145,7 @@ def _inner(count: int, end_mark: bool = True) -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for i in range(count):
-            member = tarfile.TarInfo(f"{i}.png")
-            member.size = 600
-            tar.addfile(member, io.BytesIO(bytes([i]) * 600))
+            add_file(tar, f"{i}.png", bytes([i]) * 600)
     return content.getvalue() if end_mark else content.getvalue()[: count * (512 + 1024)]
 
 
@@ -161,10 +154,7 @@ def test_a_tar_inside_a_tar_ends_where_it_ends(tmp_path: Path, end_mark: bool) -
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, count in (("a.tar", 3), ("b.tar", 2)):
-            member = tarfile.TarInfo(name)
-            content = _inner(count, end_mark)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            add_file(tar, name, _inner(count, end_mark))
     found = []
     for outer in members(stream, "x"):
         for inner in members(stream, "x", outer.offset, outer.offset + outer.size):

@@ -1,5 +1,6 @@
 """TFDS: sets that tensorflow-datasets itself prepares, without TensorFlow, read as the class folder they came from."""
 
+import functools
 import io
 import pickle
 import subprocess
@@ -11,26 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from containers import assert_refused, open_files
 
-from vit_dist.config import ConfigError, Data
-from vit_dist.data.sets.examples import FileSource, fingerprint
-from vit_dist.data.sets.sources import open_source
+from vit_dist.data.sets.examples import fingerprint
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
 CLASSES = ("cat", "dog")
-
-
-def _open(source: str, path: object, split: str = "train") -> FileSource:
-    opened = open_source(Data(source=source, path=str(path)), split)
-    assert isinstance(opened, FileSource)
-    return opened
-
-
-def _fails(message: str, path: object, split: str = "train") -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _open("tfds", path, split)
-    assert "\n" not in str(caught.value)
+_fails = functools.partial(assert_refused, "tfds")
 
 
 def _features(**more: Any) -> dict[str, Any]:
@@ -74,7 +63,7 @@ def pets(tmp_path: Path, image_set: Path) -> Path:
 def test_ids_labels_and_bytes_are_those_of_the_class_folder(pets: Path, image_set: Path) -> None:
     assert len(list(pets.glob("pets-train.array_record-*-of-00002"))) == 2
     for split in ("train", "test", "val"):
-        folder, source = _open("folder", image_set, split), _open("tfds", pets, split)
+        folder, source = open_files("folder", image_set, split), open_files("tfds", pets, split)
         assert len(source) == len(folder) and source.class_names == CLASSES
         assert list(source.names) == list(folder.names)
         assert source.labels.dtype == np.int32 and np.array_equal(source.labels, folder.labels)
@@ -85,18 +74,18 @@ def test_ids_labels_and_bytes_are_those_of_the_class_folder(pets: Path, image_se
 def test_a_set_is_found_by_name_and_version_and_in_the_folders_above(
     pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = fingerprint(_open("tfds", pets))
-    assert fingerprint(_open("tfds", pets.parent)) == expected
+    expected = fingerprint(open_files("tfds", pets))
+    assert fingerprint(open_files("tfds", pets.parent)) == expected
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(pets.parent.parent))
     for name in ("pets", "pets:1.0.0"):
-        assert fingerprint(_open("tfds", name)) == expected
+        assert fingerprint(open_files("tfds", name)) == expected
     _fails("no folder 'pets:2.0.0', and no prepared data set of that name .*download_and_prepare", "pets:2.0.0")
     _fails("no folder 'no_such_set'", "no_such_set")
     _fails("no folder 'not a name!'", "not a name!")
 
 
 def test_a_source_is_read_by_many_threads_and_can_be_pickled(pets: Path) -> None:
-    source = _open("tfds", pets)
+    source = open_files("tfds", pets)
     expected = [source.read(i) for i in range(13)]
     copy = pickle.loads(pickle.dumps(source))
     order = np.random.default_rng(0).integers(0, 13, 2000).tolist()
@@ -105,11 +94,12 @@ def test_a_source_is_read_by_many_threads_and_can_be_pickled(pets: Path) -> None
 
 
 def test_records_without_a_name_are_named_by_their_number(tmp_path: Path, image_set: Path) -> None:
-    source = _open("tfds", _prepare(tmp_path / "tfds", image_set, _features()))
-    folder = _open("folder", image_set)
+    source = open_files("tfds", _prepare(tmp_path / "tfds", image_set, _features()))
+    folder = open_files("folder", image_set)
     assert source.labels.tolist() == folder.labels.tolist()
     assert sorted(name.partition("/")[2] for name in source.names) == [f"{number:08}" for number in range(13)]
-    assert all(list(source.names[ids]) == sorted(source.names[ids]) for ids in (slice(0, 5), slice(5, 13)))
+    names = list(source.names)
+    assert all(names[ids] == sorted(names[ids]) for ids in (slice(0, 5), slice(5, 13)))
     for classes in (slice(0, 5), slice(5, 13)):  # TFDS shuffles; within a class the order is its own
         numbers = range(13)[classes]
         assert {source.read(i) for i in numbers} == {folder.read(i) for i in numbers}
@@ -118,7 +108,10 @@ def test_records_without_a_name_are_named_by_their_number(tmp_path: Path, image_
 def test_of_two_labels_the_supervised_one_is_taken(tmp_path: Path, image_set: Path) -> None:
     features = _features(species=tfds.features.ClassLabel(names=("dog", "cat")))
     chosen = _prepare(tmp_path / "one", image_set, features, supervised_keys=("image", "species"))
-    assert _open("tfds", chosen).class_names == ("dog", "cat") and _open("tfds", chosen).labels.tolist()[:8] == [0] * 8
+    assert (
+        open_files("tfds", chosen).class_names == ("dog", "cat")
+        and open_files("tfds", chosen).labels.tolist()[:8] == [0] * 8
+    )
     _fails(
         "pets/1.0.0 has no single ClassLabel to train on; its features are .*label",
         _prepare(tmp_path / "two", image_set, features),
@@ -133,7 +126,7 @@ def test_sets_of_another_format_are_refused_with_what_to_do(pets: Path) -> None:
 
 def test_hidden_labels_are_refused(tmp_path: Path, image_set: Path) -> None:
     pets = _prepare(tmp_path / "tfds", image_set, _features(), hidden=True)
-    assert len(_open("tfds", pets)) == 13
+    assert len(open_files("tfds", pets)) == 13
     _fails("record 0 has label -1, expected 0..1; the labels of this split are hidden", pets, "test")
 
 
@@ -143,7 +136,7 @@ def test_what_is_missing_or_damaged_is_named(pets: Path, tmp_path: Path) -> None
     _fails("no dataset_info.json in .*empty", tmp_path / "empty")
     shard = next(pets.glob("pets-train.array_record-*"))
     whole = shard.read_bytes()
-    source = _open("tfds", pets)
+    source = open_files("tfds", pets)
     start = whole.index(b"\x89PNG")
     shard.write_bytes(whole[:start] + b"\xff" * 500 + whole[start + 500 :])
     _fails("1.0.0/train, record .* cannot be read .*prepare the data set again", pets)

@@ -1,7 +1,7 @@
 """WebDataset shards: the same examples as the folder, whatever the shards, and how their labels are found."""
 
+import functools
 import gzip
-import io
 import json
 import logging
 import pickle
@@ -11,30 +11,19 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import fsspec
 import pytest
-from containers import assert_same
+from containers import add_file, assert_refused, assert_same, open_files
 
-from vit_dist.config import ConfigError, Data
 from vit_dist.data.files import location
 from vit_dist.data.sets import index
-from vit_dist.data.sets.examples import FileSource
 from vit_dist.data.sets.formats.webdataset import find_shards
-from vit_dist.data.sets.sources import open_source
+
+_files = functools.partial(open_files, "webdataset")
+_fails = functools.partial(assert_refused, "webdataset")
 
 CLASSES = ("cat", "dog")
 Sample = tuple[str, dict[str, bytes]]  # key, and its files by suffix
-
-
-def _files(path: object, split: str = "train", source: str = "webdataset", **keys: object) -> FileSource:
-    opened = open_source(Data(source=source, path=str(path), **keys), split)  # type: ignore[arg-type]
-    assert isinstance(opened, FileSource)
-    return opened
-
-
-def _fails(message: str, path: Path, split: str = "train", **keys: object) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        _files(path, split, **keys)
-    assert "\n" not in str(caught.value)
 
 
 def _write(file: Path, samples: Iterable[Sample], mode: str = "w") -> Path:
@@ -42,9 +31,7 @@ def _write(file: Path, samples: Iterable[Sample], mode: str = "w") -> Path:
     with tarfile.open(file, mode) as tar:  # type: ignore[call-overload]
         for key, files in samples:
             for suffix, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}" if suffix else key)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                add_file(tar, f"{key}.{suffix}" if suffix else key, content)
     return file
 
 
@@ -87,7 +74,7 @@ def shards(image_set: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_shards_are_the_folder_wherever_the_label_is(shards: Callable[..., Path], image_set: Path, label: str) -> None:
     root = shards(label)
     for split in ("train", "test"):
-        assert_same(_files(root, split), _files(image_set, split, "folder"))
+        assert_same(_files(root, split), open_files("folder", image_set, split))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +92,7 @@ def test_splits_are_folders_or_words_of_the_shards_names(
 ) -> None:
     root = shards("cls", name, mode)
     for split in ("train", "test"):
-        assert_same(_files(root, split), _files(image_set, split, "folder"))
+        assert_same(_files(root, split), open_files("folder", image_set, split))
 
 
 def test_validation_shards_stand_for_test(tmp_path: Path) -> None:
@@ -131,7 +118,7 @@ def test_the_order_does_not_depend_on_how_samples_are_dealt_to_shards(image_set:
             _write(tmp_path / f"{count}" / f"train-{i}.tar", samples[i::count])
     single, five = _files(tmp_path / "1"), _files(tmp_path / "5")
     assert_same(single, five)
-    assert tuple(single.names[:6]) == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "dog/0.png")
+    assert tuple(single.names)[:6] == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "dog/0.png")
     assert single.class_names == ("0", "1")  # nothing calls them anything else
 
 
@@ -167,7 +154,7 @@ def test_labels_may_be_names_of_classes(image_set: Path, tmp_path: Path) -> None
 
     for split in ("train", "test"):
         _write(tmp_path / f"{split}-0.tar", _samples(image_set, split, named))
-        assert_same(_files(tmp_path, split), _files(image_set, split, "folder"))
+        assert_same(_files(tmp_path, split), open_files("folder", image_set, split))
     _write(tmp_path / "test-0.tar", [("a", {"png": b"x", "cls": b" dog\n"})])
     assert _files(tmp_path, "test").labels.tolist() == [1] and _files(tmp_path, "test").class_names == CLASSES
     _write(tmp_path / "test-0.tar", [("a", {"png": b"x", "cls": b"eel"})])
@@ -260,13 +247,10 @@ def test_shards_are_read_behind_fsspec_and_in_workers(
 ) -> None:
     root = shards("json", name, mode)
     remote = location(f"memory://{tmp_path.name}")
-    for file in (path for path in root.rglob("*") if path.is_file()):
-        copy = remote / str(file.relative_to(root))
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
+    fsspec.filesystem("memory").put(f"{root}/", f"/{tmp_path.name}", recursive=True)
     for split in ("train", "test"):
         source = _files(remote, split)
-        assert_same(source, _files(image_set, split, "folder"))
+        assert_same(source, open_files("folder", image_set, split))
         assert_same(pickle.loads(pickle.dumps(source)), source)
         assert_same(pickle.loads(pickle.dumps(_files(root, split))), source)
 

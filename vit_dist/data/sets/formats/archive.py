@@ -90,14 +90,13 @@ class Tar:
         return open_stream(self.path) if self._unpacked is None else io.BytesIO(self._unpacked)
 
     def _opened(self) -> File:
-        if self._file is None:
-            with self._lock:
-                if self._file is None:  # another thread may have opened it meanwhile
-                    try:
-                        self._file = self._open()
-                    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-                        raise ConfigError(f"{self.path}: cannot be read ({error})") from error
-        return self._file
+        with self._lock:
+            if self._file is None:
+                try:
+                    self._file = self._open()
+                except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                    raise ConfigError(f"{self.path}: cannot be read ({error})") from error
+            return self._file
 
     def _open(self) -> File:
         file = open_file(self.path)
@@ -186,14 +185,12 @@ def members(stream: IO[bytes], where: object, start: int = 0, end: int | None = 
         raise ConfigError(f"{where}: not a tar, or a damaged one ({error})") from error
 
 
-def with_progress(listed: Iterator[Member], tar: Tar) -> Iterator[Member]:
-    """Yields the members of a tar, and shows how many of its MiB have been read."""
-    with tar.stream() as stream:
-        size = stream.seek(0, io.SEEK_END)
-    with bar() as progress:
-        task = progress.add_task(f"indexing {tar.path} (MiB)", total=size >> 20)
+def scan(tar: Tar, list_members: Callable[[IO[bytes], Path], Iterator[Member]] = members) -> Iterator[Member]:
+    """Yields the members of a tar as `list_members` does, and shows how many of its MiB have been read."""
+    with tar.stream() as stream, bar() as progress:
+        task = progress.add_task(f"indexing {tar.path} (MiB)", total=stream.seek(0, io.SEEK_END) >> 20)
         done = 0
-        for member in listed:
+        for member in list_members(stream, tar.path):
             if member.offset - done > _SHOWN_EVERY:
                 done = member.offset
                 progress.update(task, completed=done >> 20)

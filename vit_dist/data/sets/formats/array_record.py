@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 import threading
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,7 @@ from vit_dist.data.sets import index
 from vit_dist.data.sets.examples import FileSource, file_source, fingerprint
 from vit_dist.data.sets.formats.listing import NoSplit, find_split
 from vit_dist.data.sets.index import Index
-from vit_dist.data.sets.manifest import Entry, Manifest, read_manifest
+from vit_dist.data.sets.manifest import Entry, Manifest, read_manifest, stored_size
 
 _log = logging.getLogger(__name__)
 _NAMES = "surrogateescape"  # file names are bytes, not always UTF-8
@@ -70,12 +69,11 @@ class RecordImages:
 
     def read(self, index: int) -> bytes:
         shard = bisect.bisect_right(self.starts, index) - 1
-        reader = self._readers[shard]
-        if reader is None:
-            with self._lock:
-                reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
+        with self._lock:
+            reader = self._readers[shard] = self._readers[shard] or open_reader(self.files[shard])
         try:
-            return unpack(reader.read([index - self.starts[shard]])[0])["image"]
+            (record,) = reader.read([index - self.starts[shard]])
+            return msgpack.unpackb(record, unicode_errors=_NAMES)["image"]
         except (RuntimeError, ValueError, LookupError) as error:  # a damaged record, or damaged content
             raise OSError(f"{self.files[shard].name} is damaged ({first_line(error)})") from error
 
@@ -86,11 +84,6 @@ class RecordImages:
 def pack(image: bytes, label: int, name: str) -> bytes:
     """Returns the bytes of a record."""
     return msgpack.packb({"image": image, "label": label, "name": name}, unicode_errors=_NAMES)
-
-
-def unpack(record: bytes) -> dict[str, Any]:
-    """Returns the `image`, `label` and `name` of a record."""
-    return msgpack.unpackb(record, unicode_errors=_NAMES)
 
 
 def open_reader(file: Path) -> Any:
@@ -134,10 +127,9 @@ class Writer:
 
 def check_size(folder: Path, file: Entry) -> None:
     """Raises `ConfigError` if a file of a set is missing or differs in size from the manifest."""
-    try:
-        size = (folder / file.file).stat().st_size
-    except FileNotFoundError:
-        raise ConfigError(f"{folder / file.file}: missing, though the manifest lists it; copy or prepare it") from None
+    size = stored_size(folder / file.file)
+    if size is None:
+        raise ConfigError(f"{folder / file.file}: missing, though the manifest lists it; copy or prepare it")
     if size != file.bytes:
         raise ConfigError(f"{folder / file.file}: {size} bytes, but the manifest says {file.bytes}; copy or prepare it")
 
@@ -148,7 +140,7 @@ def read_index(folder: Path, manifest: Manifest, split: str) -> Index:
     check_size(folder, file)
     try:
         split_index, _ = index.read(folder / file.file)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except index.READ_ERRORS as error:
         raise ConfigError(f"{folder / file.file}: cannot be read ({error}); copy or prepare it again") from error
     plan = manifest.plan.splits[split]
     if fingerprint_of(split_index, plan.version) != plan.fingerprint:
@@ -164,7 +156,7 @@ def fingerprint_of(split_index: Index, version: str) -> str:
 def _fetch(path: Path, manifest: Manifest, shards: Sequence[Entry], cache_dir: str | None) -> Path:
     """Copies missing shards of a remote set into the cache folder. Returns the folder of the copies."""
     folder = index.cache_folder(cache_dir) / f"records-{manifest.digest[:24]}"
-    missing = [shard for shard in shards if _size(folder / shard.file) != shard.bytes]
+    missing = [shard for shard in shards if stored_size(folder / shard.file) != shard.bytes]
     if missing:
         size = sum(shard.bytes for shard in missing) / 2**30
         _log.info("copying %d shards, %.3g GiB, of %s into %s (data.cache_dir)", len(missing), size, path, folder)
@@ -180,7 +172,3 @@ def _fetch(path: Path, manifest: Manifest, shards: Sequence[Entry], cache_dir: s
     except OSError as error:
         raise ConfigError(f"data.cache_dir: the shards of {path} cannot be copied into {folder} ({error})") from error
     return folder
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else -1

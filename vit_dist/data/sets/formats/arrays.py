@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,27 +23,6 @@ _ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 # Names of the arrays of images and of labels: in a file of one split, and in a file of all splits.
 _NAMES = (("images", "x", "data", "image"), ("labels", "y", "label"))
 _NAMES_BY_SPLIT = (("x_{}", "{}_images", "{}_data"), ("y_{}", "{}_labels"))
-
-
-class Arrays(Protocol):
-    """Arrays by name, in one file or in several files of a folder."""
-
-    @property
-    def where(self) -> Path: ...
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def read(self, name: str, limit: int) -> np.ndarray:
-        """Returns an array. Raises `ConfigError` if it is damaged or takes more than `limit` bytes of memory."""
-        ...
-
-
-class _Split(NamedTuple):
-    """Where the arrays of a split are, and their names."""
-
-    arrays: Arrays
-    images: str
-    labels: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +41,7 @@ class Npz:
             raise _unreadable(file, error) from error
 
     def read(self, name: str, limit: int) -> np.ndarray:
+        """Returns an array. Raises `ConfigError` if it is damaged or takes more than `limit` bytes of memory."""
         where = f"{self.where}: {name!r}"
         _check_size(where, self.names[name], limit)
         try:
@@ -83,6 +63,7 @@ class Npy:
         return cls(folder, [name.removesuffix(".npy") for name, _ in entries(folder) if name.endswith(".npy")])
 
     def read(self, name: str, limit: int) -> np.ndarray:
+        """Returns an array, mapped into memory if it is on a local disk. Raises as `Npz.read`."""
         file = self.where / f"{name}.npy"
         if is_remote(file):
             _check_size(file, file.stat().st_size, limit)
@@ -93,6 +74,15 @@ class Npy:
                 return np.load(stream, allow_pickle=False)
         except _ERRORS as error:
             raise _unreadable(file, error) from error
+
+
+class _Split(NamedTuple):
+    """A split's name, where its arrays are, and their names."""
+
+    name: str
+    arrays: Npz | Npy
+    images: str
+    labels: str
 
 
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
@@ -106,8 +96,7 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     `[N, H, W, C]`.
     """
     limit = int(data.memory_limit_gb * 2**30)
-    candidates = ((name, _find(path, name)) for name in split_names(split))
-    name, chosen = next(((name, candidate) for name, candidate in candidates if candidate), ("", None))
+    chosen = next(filter(None, (_find(path, name) for name in split_names(split))), None)
     if chosen is None:
         raise _not_found(path, split)
     arrays = chosen.arrays
@@ -118,9 +107,11 @@ def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
     train = _find(path, "train")
     given = class_names_beside(path if path.is_dir() else path.parent)
     if given is None and "class_names" in arrays.names:
-        given = tuple(map(_text, arrays.read("class_names", limit).tolist()))
+        names = arrays.read("class_names", limit).tolist()
+        given = tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
     train_labels = [] if train is None or train == chosen else [_labels(train, limit)]
-    return ArraySource(images, labels, class_names_for(arrays.where, given, [labels, *train_labels]), split=name)
+    class_names = class_names_for(arrays.where, given, [labels, *train_labels])
+    return ArraySource(images, labels, class_names, split=chosen.name)
 
 
 def class_names_beside(folder: Path) -> tuple[str, ...] | None:
@@ -146,35 +137,36 @@ def class_names_for(where: Path, given: tuple[str, ...] | None, labels: Iterable
 
 def _find(path: Path, name: str) -> _Split | None:
     """Returns the arrays of the split of this name, or None if there is none."""
+    arrays = _open(path, name)
     conventions = [tuple(tuple(key.format(name) for key in keys) for keys in _NAMES_BY_SPLIT)]
-    arrays: Arrays
-    if not path.is_dir():
-        arrays = Npz.open(path)
-    elif (path / f"{name}.npz").is_file():
-        arrays = Npz.open(path / f"{name}.npz")
+    if arrays.where != path:
         conventions.append(_NAMES)
-    else:
-        arrays = Npy.open(path)
     for image_names, label_names in conventions:
         images = next((key for key in image_names if key in arrays.names), None)
         labels = next((key for key in label_names if key in arrays.names), None)
         if images is not None and labels is not None:
-            return _Split(arrays, images, labels)
+            return _Split(name, arrays, images, labels)
     return None
 
 
+def _open(path: Path, name: str) -> Npz | Npy:
+    """Returns the arrays in the file `path`, in the file of the split below it, or in the `.npy` files in it."""
+    if not path.is_dir():
+        return Npz.open(path)
+    file = path / f"{name}.npz"
+    return Npz.open(file) if file.is_file() else Npy.open(path)
+
+
 def _not_found(path: Path, split: str) -> ConfigError:
-    kind: type[ConfigError] = NoSplit
-    if path.is_dir():
+    arrays = _open(path, split)
+    names, expected = list(arrays.names), f"the arrays x_{split} and y_{split}, or {split}_images and {split}_labels"
+    if arrays.where != path:
+        expected = "the arrays images and labels"
+    elif path.is_dir():
         names = [name for name, _ in entries(path)]
         expected = f"{split}.npz of images and labels, or {split}_images.npy and {split}_labels.npy"
-        if f"{split}.npz" in names:
-            path, kind = path / f"{split}.npz", ConfigError
-            names, expected = list(Npz.open(path).names), "the arrays images and labels"
-    else:
-        names = list(Npz.open(path).names)
-        expected = f"the arrays x_{split} and y_{split}, or {split}_images and {split}_labels"
-    return kind(f"data.path: no split {split!r} in {path}; expected {expected}, found: {', '.join(names[:8])}")
+    kind = NoSplit if arrays.where == path else ConfigError
+    return kind(f"data.path: no split {split!r} in {arrays.where}; expected {expected}, found: {', '.join(names[:8])}")
 
 
 def _pixels(images: np.ndarray, where: str) -> np.ndarray:
@@ -198,10 +190,6 @@ def _labels(split: _Split, limit: int) -> np.ndarray:
     if labels.max() >= MOST_CLASSES:
         raise ConfigError(f"{where} holds the label {labels.max()}, which is no number of a class")
     return labels.astype(np.int32)
-
-
-def _text(name: object) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
 def _check_size(where: object, size: int, limit: int) -> None:

@@ -46,16 +46,12 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
             f"data.path: no folder {' or '.join(map(repr, split_names(split)))} in {path}; "
             f"expected <split>/<class>/<image>, found: {', '.join(splits[:5]) or 'no folders'}"
         )
-    index = _index(path / name, data.cache_dir)
+    folder, classes = path / name, class_folders(path / name)
+    stamp = folders_stamp([folder, *(folder / class_name for class_name in classes)])
+    index = cached(f"folder {folder.absolute()}", stamp, data.cache_dir, lambda: _walk(folder, classes))
     if name != "train" and "train" in splits:
-        index = index.with_classes(class_folders(path / "train"), path / name)
-    return file_source(path / name, name, index, FolderImages(path / name, index.names))
-
-
-def _index(folder: Path, cache_dir: str | None) -> Index:
-    folders = class_folders(folder)
-    stamp = folders_stamp([folder, *(folder / name for name in folders)])
-    return cached(f"folder {folder.absolute()}", stamp, cache_dir, lambda: _walk(folder, folders))
+        index = index.with_classes(class_folders(path / "train"), folder)
+    return file_source(folder, name, index, FolderImages(folder, index.names))
 
 
 def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
@@ -65,7 +61,6 @@ def _walk(folder: Path, folders: tuple[str, ...]) -> Index:
         listed = entries(folder / name)
         classes[name] = [image for image, is_folder in listed if is_image(image) and not is_folder]
         ignored += [f"{name}/{other}" for other, is_folder in listed if is_folder or not is_image(other)]
-    check_filled(folder, classes)
     labels = [label for label, name in enumerate(folders) for _ in classes[name]]
     names = [f"{name}/{image}" for name in folders for image in classes[name]]
-    return sorted_index(folders, names, labels, notes=left_out(folder, ignored))
+    return check_filled(folder, sorted_index(folders, names, labels, notes=left_out(folder, ignored)))

@@ -19,7 +19,7 @@ from vit_dist.data.files import open_stream
 from vit_dist.data.sets.download import KNOWN, KnownSet, fetch
 from vit_dist.data.sets.examples import ArraySource
 from vit_dist.data.sets.formats.arrays import class_names_beside, class_names_for
-from vit_dist.data.sets.formats.listing import NoSplit, find_split
+from vit_dist.data.sets.formats.listing import NoSplit, required_split
 
 _UNSIGNED_BYTE = 8
 _SPLITS = ("train", "test")
@@ -29,35 +29,36 @@ _DIGITS_TEST_EVERY = 5
 
 def open_digits(path: Path, split: str, data: config.Data) -> ArraySource:
     """Opens a split of scikit-learn's digits, which come with the library; ignores `path` and `data`."""
-    name = array_split(split)
+    name = required_split(split, _SPLITS)
     images, labels = read_digits(name)
     return ArraySource(images, labels, tuple("0123456789"), split=name)
 
 
 def open_split(path: Path, split: str, data: config.Data) -> ArraySource:
-    """Opens a split of the set in the folder `path`; see `read_idx_set`.
+    """Opens a split of the set in the folder `path`, from two of MNIST's four files, gzipped or not.
 
-    Class names are the lines of `classes.txt` beside the files, else those of the set `data.name`, else the labels as
-    text: many sets come in IDX files, EMNIST's letters among them.
+    With `data.download`, fetches missing files of the known set `data.name`. Class names are the lines of `classes.txt`
+    beside the files, else those of the set `data.name`, else the labels as text: many sets come in IDX files, EMNIST's
+    letters among them.
+
+    Raises `ConfigError` for a missing, damaged or contradictory file, and if `download` is set but no set is named.
     """
-    name, known = array_split(split), None if data.name is None else KNOWN[data.name]
-    images, labels = read_idx_set(path, name, known, data.download)
+    name, known = required_split(split, _SPLITS), None if data.name is None else KNOWN[data.name]
+    if data.download and known is None:
+        raise ConfigError(f"data.download: set data.name to say what to fetch: {' or '.join(KNOWN)}")
+    prefix = "t10k" if name == "test" else "train"
+    images_file, labels_file = (_find(path, kind.format(prefix), known, data.download) for kind in (_IMAGES, _LABELS))
+    images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    if len(images) != len(labels):
+        raise ConfigError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
     labels_of_splits = [labels]
-    train_file = _existing(path, _LABELS.format("train"))
-    if name != "train" and train_file is not None:
+    if name != "train" and (train_file := _existing(path, _LABELS.format("train"))) is not None:
         labels_of_splits.append(read_idx(train_file, 1))
     given = class_names_beside(path)
     if given is None and known is not None:
         given = known.class_names
-    return ArraySource(images, labels, class_names_for(path, given, labels_of_splits), split=name)
-
-
-def array_split(split: str) -> str:
-    """Returns which split of these sets stands for `split`: `train` or `test`. Raises `ConfigError` if neither does."""
-    name = find_split(split, _SPLITS)
-    if name is None:
-        raise NoSplit(f"no split {split!r}: this source has {' and '.join(_SPLITS)}")
-    return name
+    class_names = class_names_for(path, given, labels_of_splits)
+    return ArraySource(images[..., None], labels.astype(np.int32), class_names, split=name)
 
 
 def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -72,32 +73,6 @@ def read_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     is_test = np.arange(len(rows)) % _DIGITS_TEST_EVERY == 0
     chosen = is_test if split == "test" else ~is_test
     return images[chosen], rows[chosen, -1]
-
-
-def read_idx_set(folder: Path, split: str, known: KnownSet | None, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a split of a folder of MNIST's four files, gzipped or not.
-
-    Args:
-      folder: the folder of the files.
-      split: `train` or `test`.
-      known: the set that `data.name` names, if any.
-      download: fetch missing files of the known set.
-
-    Returns:
-      Images `uint8 [N, H, W, 1]` and labels `int32 [N]`.
-
-    Raises:
-      ConfigError: for a missing, damaged or contradictory file, and if `download` is set but no set is named.
-    """
-    prefix = "t10k" if split == "test" else "train"
-    if download and known is None:
-        raise ConfigError(f"data.download: set data.name to say what to fetch: {' or '.join(KNOWN)}")
-    images_file = _find(folder, _IMAGES.format(prefix), known, download)
-    labels_file = _find(folder, _LABELS.format(prefix), known, download)
-    images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
-    if len(images) != len(labels):
-        raise ConfigError(f"{labels_file}: {len(labels)} labels for the {len(images)} images of {images_file}")
-    return images[:, :, :, None], labels.astype(np.int32)
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
@@ -125,15 +100,10 @@ def _find(folder: Path, name: str, known: KnownSet | None, download: bool) -> Pa
     if known is not None and download:
         fetch(known, f"{name}.gz", folder)
         return folder / f"{name}.gz"
+    advice = f"set data.download=true, or fetch {known.base}{name}.gz" if known else "give the folder that holds it"
     has_other_file = any(folder.glob(f"{name.partition('-')[0]}-*-ubyte*"))  # of the same split
-    raise (ConfigError if has_other_file else NoSplit)(
-        f"data.path: no {name} or {name}.gz in {str(folder)!r}; "
-        + (
-            "give the folder that holds it"
-            if known is None
-            else f"set data.download=true, or fetch {known.base}{name}.gz"
-        )
-    )
+    kind = ConfigError if has_other_file else NoSplit
+    raise kind(f"data.path: no {name} or {name}.gz in {str(folder)!r}; {advice}")
 
 
 def _existing(folder: Path, name: str) -> Path | None:

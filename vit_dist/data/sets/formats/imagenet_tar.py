@@ -18,8 +18,8 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.files import entries, stamp
 from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
-from vit_dist.data.sets.formats.archive import Member, MemoryLimit, Tar, members, open_tar, with_progress
-from vit_dist.data.sets.formats.listing import NoSplit, check_filled, find_split, is_hidden, is_image, left_out
+from vit_dist.data.sets.formats.archive import Member, MemoryLimit, Tar, members, open_tar, scan
+from vit_dist.data.sets.formats.listing import NoSplit, check_filled, is_hidden, is_image, left_out, required_split
 from vit_dist.data.sets.formats.tar import Classes, Span, index_of, replaced
 from vit_dist.data.sets.index import Index, cached
 
@@ -38,9 +38,7 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     of the images' names, or from Kaggle's `LOC_val_solution.csv`. Raises `ConfigError` if a file is missing, damaged or
     does not fit the others.
     """
-    name = find_split(split, tuple(TARS))
-    if name is None:
-        raise NoSplit(f"no split {split!r}: this source has {' and '.join(TARS)}")
+    name = required_split(split, TARS)
     if not path.is_dir():
         raise ConfigError(f"data.path: {path} is a file; expected the folder that holds {TARS[name]}")
     if not (path / TARS[name]).is_file():
@@ -50,11 +48,13 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     if name == "train":
         index = _train_index(tar, data.cache_dir)
     else:
-        index = _val_index(tar, _find_truth(path), memory, data.cache_dir)
+        truth = _find_truth(path)
+        stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
+        what = f"imagenet_tar {tar.path.absolute()}"
+        index = cached(what, stamps, data.cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
         if (path / TARS["train"]).is_file():
             train = _train_index(open_tar(path / TARS["train"], memory), data.cache_dir)
             index = index.with_classes(train.class_names, tar.path)
-    assert index.spans is not None
     return file_source(tar.path, name, index, SpanImages((tar,), index.spans))
 
 
@@ -66,19 +66,18 @@ def _scan_train(tar: Tar) -> Index:
     classes: Classes = {}
     ignored: list[str] = []
     repeated: list[str] = []
-    with tar.stream() as stream:
-        for member in with_progress(_members_of_members(stream, tar.path), tar):
-            if len(member.path) == 1 and member.is_folder:
-                classes.setdefault(member.path[0], {})
-            elif len(member.path) == 2 and is_image(member.path[1]):
-                images = classes.setdefault(member.path[0], {})
-                if member.path[1] in images:
-                    repeated.append(member.name)
-                images[member.path[1]] = (member.offset, member.size)
-            elif not member.is_folder:
-                ignored.append(member.name)
-    check_filled(tar.path, classes)
-    return index_of(classes, [*left_out(tar.path, ignored), *replaced(tar.path, repeated)])
+    for member in scan(tar, _members_of_members):
+        if len(member.path) == 1 and member.is_folder:
+            classes.setdefault(member.path[0], {})
+        elif len(member.path) == 2 and is_image(member.path[1]):
+            images = classes.setdefault(member.path[0], {})
+            if member.path[1] in images:
+                repeated.append(member.name)
+            images[member.path[1]] = (member.offset, member.size)
+        elif not member.is_folder:
+            ignored.append(member.name)
+    notes = [*left_out(tar.path, ignored), *replaced(tar.path, repeated)]
+    return check_filled(tar.path, index_of(classes, notes))
 
 
 def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
@@ -93,28 +92,20 @@ def _members_of_members(stream: IO[bytes], path: Path) -> Iterator[Member]:
             yield inner._replace(path=(folder, *inner.path))
 
 
-def _val_index(tar: Tar, truth: Path, memory: MemoryLimit, cache_dir: str | None) -> Index:
-    stamps = f"{tar.stamp} {truth.name} {stamp(truth)}"
-    what = f"imagenet_tar {tar.path.absolute()}"
-    return cached(what, stamps, cache_dir, lambda: _scan_val(tar, truth, _read_truth(truth, memory)))
-
-
 def _scan_val(tar: Tar, truth: Path, wnids: Sequence[str]) -> Index:
     images: dict[str, Span] = {}
     ignored: list[str] = []
-    with tar.stream() as stream:
-        for member in with_progress(members(stream, tar.path), tar):
-            if len(member.path) == 1 and is_image(member.name):
-                images[member.name] = (member.offset, member.size)
-            elif not member.is_folder:
-                ignored.append(member.name)
+    for member in scan(tar):
+        if len(member.path) == 1 and is_image(member.name):
+            images[member.name] = (member.offset, member.size)
+        elif not member.is_folder:
+            ignored.append(member.name)
     if len(images) != len(wnids):
         raise ConfigError(f"{truth}: the labels of {len(wnids)} images, but {tar.path} holds {len(images)}")
     classes: Classes = {}
     for wnid, image in zip(wnids, sorted(images), strict=True):
         classes.setdefault(wnid, {})[image] = images[image]
-    check_filled(tar.path, classes)
-    return index_of(classes, left_out(tar.path, ignored))
+    return check_filled(tar.path, index_of(classes, left_out(tar.path, ignored)))
 
 
 def _find_truth(folder: Path) -> Path:

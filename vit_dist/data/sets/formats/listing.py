@@ -4,11 +4,14 @@ Holds the names of splits, the test for image files, and the note about entries 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+import numpy as np
 
 from vit_dist.config import ConfigError
 from vit_dist.data.files import entries, printable
+from vit_dist.data.sets.index import Index
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 KNOWN_SPLITS = ("train", "test", "val", "validation")
@@ -25,13 +28,14 @@ class NoSplit(ConfigError):
     """The set can be read but has no split of that name."""
 
 
-def check_filled(where: object, classes: Mapping[str, Collection[object]]) -> None:
-    """Raises `ConfigError` if there is no class, or one without images."""
-    if not classes:
+def check_filled(where: object, index: Index) -> Index:
+    """Returns the index. Raises `ConfigError` if it has no class, or one without images."""
+    if not index.class_names:
         raise ConfigError(f"{where}: no class folders in it; expected <class>/<image>")
-    for name, images in classes.items():
-        if not images:
+    for name, count in zip(index.class_names, np.bincount(index.labels, minlength=len(index.class_names))):
+        if not count:
             raise ConfigError(f"{where}: class folder {name!r} holds no images; fill or remove it")
+    return index
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -47,6 +51,14 @@ def split_names(split: str) -> tuple[str, ...]:
 def find_split(split: str, available: Collection[str]) -> str | None:
     """Returns the first of `split_names` that is available."""
     return next((name for name in split_names(split) if name in available), None)
+
+
+def required_split(split: str, available: Collection[str]) -> str:
+    """Returns the first of `split_names` that is available. Raises `ConfigError` if none is."""
+    name = find_split(split, available)
+    if name is None:
+        raise NoSplit(f"no split {split!r}: this source has {' and '.join(available)}")
+    return name
 
 
 def split_word(name: str, known: Collection[str]) -> str | None:

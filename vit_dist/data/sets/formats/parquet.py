@@ -4,14 +4,13 @@ Parquet is read by row group: one image costs the reading of a hundred or a thou
 kept in memory up to a limit. A set that fits is read once. A larger one is slow in random order; a warning says so.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import functools
 import json
 import logging
 import re
 import threading
+from collections import OrderedDict
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,8 +53,8 @@ class RowGroups:
         """Takes the shards and the limit in bytes."""
         self.files, self.limit = files, limit
         self._lock = threading.Lock()
-        self._cache: collections.OrderedDict[tuple[int, int], concurrent.futures.Future[Any]]
-        self._cache = collections.OrderedDict()  # (file, group) -> image column; the one used longest ago comes first
+        # (file, group) -> image column; the one used longest ago comes first
+        self._cache: OrderedDict[tuple[int, int], Future[Any]] = OrderedDict()
         self._sizes: dict[tuple[int, int], int] = {}
         self._total = 0
 
@@ -63,21 +62,17 @@ class RowGroups:
         """Returns the image column (`pyarrow.ChunkedArray`) of a row group of `files[number]`. Raises `OSError`."""
         key = (number, group)
         with self._lock:
-            cached_column = self._cache.get(key)
-            if cached_column is None:
-                new_column = self._cache[key] = concurrent.futures.Future()
-            else:
-                self._cache.move_to_end(key)
-        if cached_column is not None:
-            return cached_column.result()  # waits if another thread is reading it
-        try:
-            new_column.set_result(self._read(key))
-        except BaseException as error:
-            with self._lock:
-                self._evict(key)
-            new_column.set_exception(error)
-            raise
-        return new_column.result()
+            is_new = key not in self._cache
+            column = self._cache.setdefault(key, Future())
+            self._cache.move_to_end(key)
+        if is_new:
+            try:
+                column.set_result(self._read(key))
+            except BaseException as error:
+                with self._lock:
+                    self._evict(key)
+                column.set_exception(error)
+        return column.result()  # waits if another thread is reading it
 
     def _read(self, key: tuple[int, int]) -> Any:
         number, group = key
@@ -144,7 +139,6 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         index = index.with_classes(_index(train, data.cache_dir).class_names, shards.where)
     limit = int(data.memory_limit_gb * 2**30) // max(1, data.workers)
     _warn_if_slow(path, shards, limit)
-    assert index.spans is not None
     return file_source(shards.where, shards.name, index, ParquetImages(RowGroups(shards.files, limit), index.spans))
 
 
@@ -193,8 +187,7 @@ def _not_found(path: Path, split: str) -> ConfigError:
 
 def _index(shards: Shards, cache_dir: str | None) -> Index:
     stamps = " ".join(f"{file.name} {stamp(file)}" for file in shards.files)
-    what = f"parquet {shards.where.absolute()}"
-    return cached(what, stamps, cache_dir, functools.partial(_read_labels, shards))
+    return cached(f"parquet {shards.where.absolute()}", stamps, cache_dir, lambda: _read_labels(shards))
 
 
 def _read_labels(shards: Shards) -> Index:
@@ -232,8 +225,8 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
     """Returns the columns of images and labels, and the class names, or None if the metadata has none."""
     image, label = _column(schema, _IMAGE_COLUMNS, file), _column(schema, _LABEL_COLUMNS, file)
     kind = schema.field(image).type
-    if pyarrow.types.is_struct(kind):
-        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise ConfigError(f"{file}: column {image!r} is {kind}, expected struct<bytes, path> or binary")
     if not pyarrow.types.is_integer(schema.field(label).type):

@@ -9,12 +9,10 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import FileSource, SpanImages, file_source
-from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, MemoryLimit, Tar, members, open_tar, with_progress
+from vit_dist.data.sets.formats.archive import TAR_SUFFIXES, MemoryLimit, Tar, open_tar, scan
 from vit_dist.data.sets.formats.listing import (
     KNOWN_SPLITS,
     NoSplit,
@@ -55,7 +53,6 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
         except NoSplit:
             if not holds_all:
                 raise
-    assert index.spans is not None
     name = index.split if holds_all else file.name.partition(".")[0]
     return file_source(file, name, index, SpanImages((tar,), index.spans))
 
@@ -100,13 +97,7 @@ def _index(tar: Tar, split: str, holds_all: bool, cache_dir: str | None) -> Inde
             names = ", ".join(repr(name) for name in sorted(splits) if name) or "none"
             expected = "<split>/<class>/<image>" if holds_all else "<class>/<image>"
             raise NoSplit(f"{tar.path}: no split {split!r} in it; expected {expected}, found splits: {names}")
-        index = splits[name]
-        counts = np.bincount(index.labels, minlength=len(index.class_names)).tolist()
-        check_filled(
-            f"{tar.path}{':' if name else ''}{name}",
-            {class_name: range(count) for class_name, count in zip(index.class_names, counts, strict=True)},
-        )
-        return index
+        return check_filled(f"{tar.path}{':' if name else ''}{name}", splits[name])
 
     return cached(f"tar {tar.path.absolute()} {split}", tar.stamp, cache_dir, build)
 
@@ -115,30 +106,27 @@ _scanned: weakref.WeakKeyDictionary[Tar, dict[str, Index]] = weakref.WeakKeyDict
 
 
 def _splits(tar: Tar) -> dict[str, Index]:
-    """Returns the index of each split; its name is "" if class folders are at the top. Scans a tar in use only once."""
-    if tar not in _scanned:
-        _scanned[tar] = _scan(tar)
-    return _scanned[tar]
+    """Returns the index of each split; its name is "" if class folders are at the top.
 
-
-def _scan(tar: Tar) -> dict[str, Index]:
-    """Reads the headers of a tar and returns the index of each split."""
+    Reads the headers of a tar only once while a source holds it.
+    """
+    if tar in _scanned:
+        return _scanned[tar]
     classes_in: dict[tuple[str, ...], Classes] = {}  # by the folders above the class folder
     folders: list[tuple[str, ...]] = []
     ignored: list[str] = []
     repeated: list[str] = []
-    with tar.stream() as stream:
-        for member in with_progress(members(stream, tar.path), tar):
-            path = member.path
-            if member.is_folder:
-                folders.append(path)
-            elif len(path) < 2 or not is_image(path[-1]) or any(map(is_hidden, path)) or not _is_split(path[:-2]):
-                ignored.append(member.name)
-            else:
-                images = classes_in.setdefault(path[:-2], {}).setdefault(path[-2], {})
-                if path[-1] in images:
-                    repeated.append(member.name)
-                images[path[-1]] = (member.offset, member.size)
+    for member in scan(tar):
+        path = member.path
+        if member.is_folder:
+            folders.append(path)
+        elif len(path) < 2 or not is_image(path[-1]) or any(map(is_hidden, path)) or not _is_split(path[:-2]):
+            ignored.append(member.name)
+        else:
+            images = classes_in.setdefault(path[:-2], {}).setdefault(path[-2], {})
+            if path[-1] in images:
+                repeated.append(member.name)
+            images[path[-1]] = (member.offset, member.size)
     for path in folders:
         if path and path[:-1] in classes_in and not any(map(is_hidden, path)):
             classes_in[path[:-1]].setdefault(path[-1], {})
@@ -149,6 +137,7 @@ def _scan(tar: Tar) -> dict[str, Index]:
         if name in splits:
             raise ConfigError(f"{tar.path}: holds two folders {name!r}, one of them {'/'.join(above)}; expected one")
         splits[name] = dataclasses.replace(index_of(classes, notes), split=name)
+    _scanned[tar] = splits
     return splits
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,28 +41,10 @@ _NAME_KEYS = ("class_name", "classname", "label_name", "class_id", "synset", "wn
 Label = int | str  # a class's number or its name
 
 
-@dataclasses.dataclass(slots=True)
-class _Sample:
-    """The files of one sample: its image, the labels in `.cls` and `.json`, and the class's name in `.json`."""
-
-    image: Member | None = None
-    cls: Label | None = None
-    json: Label | None = None
-    class_name: str | None = None
-    suffixes: set[str] = dataclasses.field(default_factory=set)
-
-    @property
-    def label(self) -> Label | None:
-        return self.json if self.cls is None else self.cls
-
-
-@dataclasses.dataclass
-class _Shard:
+class _Shard(NamedTuple):
     """The examples of one shard."""
 
-    names: list[str]
-    labels: list[Label]
-    spans: list[tuple[int, int]]  # offset and size in bytes
+    examples: list[tuple[str, Label, int, int]]  # name, label, and the offset and size of the image in bytes
     class_names: set[tuple[int, str]]  # label and class name, as the samples' JSON gives them
     ignored: list[str]  # files and samples that were left out
 
@@ -91,7 +73,6 @@ def open_split(path: Path, split: str, data: config.Data) -> FileSource:
     _, train = find_shards(path, "train")
     if split != "train" and train and class_file is None:
         index = _with_train_classes(index, _open(train, None, path, "train", data)[1], shards[0].parent)
-    assert index.spans is not None
     return file_source(shards[0].parent, name, index, SpanImages(tars, index.spans))
 
 
@@ -149,7 +130,7 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
         scanned = list(counted(pool.map(_scan_shard, tars), f"indexing the shards in {where}", len(tars)))
     ignored = [name for shard in scanned for name in shard.ignored]
     notes = left_out(where, ignored, "samples or files without an image or a label")
-    labels = [label for shard in scanned for label in shard.labels]
+    labels = [label for shard in scanned for _, label, _, _ in shard.examples]
     if not labels:
         raise ConfigError(
             f"{where}: no sample with an image and a label; expected KEY.jpg beside KEY.cls or KEY.json (for class "
@@ -160,58 +141,51 @@ def _scan(tars: Sequence[Tar], class_names: Sequence[str] | None, threads: int) 
         notes.append(f"{where}: the samples of one label name several classes; classes are called by their numbers")
         sample_names = set()
     class_names, numbers = _classes(labels, class_names, sample_names, where)
-    return sorted_index(
-        class_names,
-        [name for shard in scanned for name in shard.names],
-        numbers,
-        [(number, *span) for number, shard in enumerate(scanned) for span in shard.spans],
-        notes,
-    )
+    names = [name for shard in scanned for name, _, _, _ in shard.examples]
+    spans = [(number, offset, size) for number, shard in enumerate(scanned) for _, _, offset, size in shard.examples]
+    return sorted_index(class_names, names, numbers, spans, notes)
 
 
 def _scan_shard(tar: Tar) -> _Shard:
-    samples: dict[str, _Sample] = {}
-    ignored: list[str] = []
+    suffixes: dict[str, set[str]] = {}  # of a sample's files, by key
+    images: dict[str, Member] = {}  # by key
+    labels: dict[tuple[str, str], Label | None] = {}  # by key and suffix, `cls` or `json`
+    class_names: dict[str, str | None] = {}  # by key
+    shard = _Shard([], set(), [])
     with tar.stream() as stream:
         for member in members(stream, tar.path):
-            name = member.path[-1] if member.path else ""
+            folder, slash, name = member.name.rpartition("/")
             stem, dot, suffix = name.partition(".")
             if member.is_folder:
                 continue
             if not (stem and dot) or any(map(is_hidden, member.path)):
-                ignored.append(member.name)
+                shard.ignored.append(member.name)
                 continue
-            suffix = suffix.lower()
-            sample = samples.setdefault("/".join((*member.path[:-1], stem)), _Sample())
-            if suffix in sample.suffixes:
+            key, suffix = folder + slash + stem, suffix.lower()
+            if suffix in suffixes.setdefault(key, set()):
                 raise ConfigError(f"{tar.path}: holds {member.name!r} twice; make or fetch it again")
-            sample.suffixes.add(suffix)
+            suffixes[key].add(suffix)
             if f".{suffix}" in IMAGE_SUFFIXES:
-                if sample.image is not None:
-                    raise ConfigError(f"{tar.path}: {sample.image.name!r} and {member.name!r} are images of one sample")
-                sample.image = member
+                if key in images:
+                    raise ConfigError(f"{tar.path}: {images[key].name!r} and {member.name!r} are images of one sample")
+                images[key] = member
             elif suffix in ("cls", "json"):
                 stream.seek(member.offset)
                 content = stream.read(member.size)
                 if suffix == "cls":
-                    sample.cls = _label(content.decode("utf-8", "replace"))
+                    labels[key, "cls"] = _label(content.decode("utf-8", "replace"))
                 else:
-                    sample.json, sample.class_name = _json_label(content)
-    return _shard(samples, ignored)
-
-
-def _shard(samples: dict[str, _Sample], ignored: list[str]) -> _Shard:
-    shard = _Shard([], [], [], set(), ignored)
-    for key, sample in samples.items():
-        image, label = sample.image, sample.label
+                    labels[key, "json"], class_names[key] = _json_label(content)
+    for key in suffixes:
+        image, label = images.get(key), labels.get((key, "cls"))
+        if label is None:
+            label = labels.get((key, "json"))
         if image is None or label is None:
             shard.ignored.append(key)
             continue
-        shard.names.append(image.name)
-        shard.labels.append(label)
-        shard.spans.append((image.offset, image.size))
-        if sample.class_name is not None and isinstance(label, int):
-            shard.class_names.add((label, sample.class_name))
+        shard.examples.append((image.name, label, image.offset, image.size))
+        if isinstance(label, int) and (class_name := class_names.get(key)):
+            shard.class_names.add((label, class_name))
     return shard
 
 
