@@ -21,9 +21,7 @@ from vit_dist.run.devices import memory_in_use
 
 _log = logging.getLogger(__name__)
 SLOW_DATA = 0.05  # share of the time spent waiting for data from which on a warning is logged
-MIN_CHECK_S = (
-    10.0  # windows are joined up to so many seconds before the wait is checked: in less one late thread is 5 %
-)
+MIN_CHECK_S = 10.0  # of steps that are checked together: within fewer one late thread is 5 % of the time
 _WARN_AGAIN_S = 60.0
 
 
