@@ -546,7 +546,7 @@ def test_runs_killed_while_they_write_shards_and_run_again_make_the_same_set(
                 _open("array_record", dest)
     assert kills_in_a_shard >= kills // 2 + 1 and 0 < finished < 80
     done = _command(source, dest, *options, check=True)
-    assert "going on, " in done.stderr
+    assert "resuming, " in done.stderr
     undisturbed = _command(source, tmp_path / "undisturbed", *options, check=True)
     assert done.stdout == undisturbed.stdout and _digests(dest) == _digests(tmp_path / "undisturbed")
     assert json.loads(_command("--verify", dest, check=True).stdout) == json.loads(done.stdout)

@@ -159,7 +159,7 @@ def write_shards(folder: Path, plan: Plan, shards: Sequence[Shard], workers: int
     _remove_leftovers(folder, {shard.file for shard in shards})
     unfinished = [shard for shard in shards if read_entry(folder, plan, shard.file) is None]
     if 0 < len(unfinished) < len(shards):
-        _log.info("%s: going on, %d of %d shards are there", folder, len(shards) - len(unfinished), len(shards))
+        _log.info("%s: resuming, %d of %d shards are finished", folder, len(shards) - len(unfinished), len(shards))
     stopped = threading.Event()
 
     def advance() -> None:
