@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from vit_dist.config import ConfigError
 from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
-from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES
+from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
 from vit_dist.schema import one_of
 
 VERBS = ("train", "eval", "predict", "bench")  # the verbs that run as several processes
@@ -69,8 +69,7 @@ class Job:
             raise ConfigError(
                 "launch --nodes: also give --coordinator=HOST:PORT, an address of node 0, the same on all"
             )
-        host, _, port = (self.coordinator or "localhost:1").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if self.coordinator is not None and not is_address(self.coordinator):
             raise ConfigError(
                 f"launch --coordinator: expected HOST:PORT, such as node0:29500, found {self.coordinator}"
             )
@@ -177,9 +176,10 @@ class _Attempt:
         return MISTAKE if is_shared else self._conclude()
 
     def _forward_signals(self, running: Sequence[Child]) -> None:
-        for number in self.received[self._forwarded :]:
+        while self._forwarded < len(self.received):  # one by one: another may arrive meanwhile
+            number = self.received[self._forwarded]
+            self._forwarded += 1
             self._signal(running, signal.SIGKILL if self._second_ctrl_c() else number)
-        self._forwarded = len(self.received)
 
     def _look_for_failures(self, running: Sequence[Child]) -> None:
         failed = [child for child in running if child.poll() and not self._ended_well(child)]
