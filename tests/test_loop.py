@@ -139,6 +139,16 @@ def test_a_plan_that_cannot_be_made_does_not_end_a_run(tmp_path, monkeypatch, ca
     assert "no plan of this run can be made (KeyError: 'network_ms'); it goes on" in caplog.text
 
 
+def test_a_run_prints_where_it_saves_and_where_its_profile_is(tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    train(settings(*PLAIN, "checkpoint.every_steps=1", "profile.steps=1", "profile.start_step=1"), tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "saving" in line] == [
+        f"saving step {step} to {tmp_path}/checkpoints" for step in (1, 2)
+    ]
+    assert f"the profile is in {tmp_path}/profile" in caplog.text
+
+
 def test_a_profile_makes_the_loop_wait_where_it_begins_and_ends_alone(tmp_path, monkeypatch):
     waits = []
     block_until_ready = jax.block_until_ready

@@ -112,6 +112,16 @@ def test_the_map_in_the_readme_has_every_module_and_no_other_file():
     assert set(re.findall(r"\b(\w+)\.py\b", house)) <= {*files, "test_package"}
 
 
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_module_is_longer_than_400_lines_and_no_function_takes_more_than_nine_arguments(name):
+    text = modules()[name].read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([argument for argument in names if argument.arg != "self"]) <= 9, node.name
+
+
 def test_training_needs_no_estimate_of_the_plan():
     reached, waiting = set(), {"train"}
     while waiting:

@@ -134,5 +134,5 @@ def test_open_files_of_all_living_holders_are_added_up(monkeypatch: pytest.Monke
         raise ValueError(limit)
 
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    with pytest.raises(ConfigError, match=r"here: .*900 files .* may open 1000 here; .*ulimit -Hn 1156"):
+    with pytest.raises(ConfigError, match=r"here: .*900 files .* may open 1000 only; .*ulimit -Hn 1156"):
         files.allow_open_files([Holder()], 900, "here")

@@ -22,7 +22,7 @@ RANK = "import os, signal, subprocess, sys, time; rank = int(os.environ['VIT_DIS
 LAUNCH = """
 import sys
 from vit_dist.job import child, launcher as launch
-launch.LAST_WORDS_SECONDS, launch.GRACE_SECONDS, launch.STRAGGLER_SECONDS = {last_words}, {grace}, {straggler}
+launch.SIGTERM_SECONDS, launch.SIGKILL_SECONDS, launch.STRAGGLER_SECONDS = {last_words}, {grace}, {straggler}
 child.HOLD_SECONDS = {hold}
 sys.exit(launch.launch(launch.Job((sys.executable, "-c", {code!r}), **{options!r})))
 """
@@ -467,7 +467,7 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(between, monkeypatch
         ("--processes=2 --node-rank=0 -- train", "--nodes and --node-rank are given together"),
         ("--processes=2 --nodes=2 -- train", "--nodes and --node-rank are given together"),
         ("--processes=2 --nodes=2 --node-rank=1 -- train", "also give --coordinator=HOST:PORT"),
-        ("--processes=2 --nodes=2 --node-rank=2 --coordinator=a:1 -- train", "numbered from 0"),
+        ("--processes=2 --nodes=2 --node-rank=2 --coordinator=a:1 -- train", "expected 0 to 1"),
         ("--processes=2 --nodes=2 --node-rank=0 --coordinator=a -- train", "expected HOST:PORT"),
         ("--processes=2 --coordinator=a:99999 -- train", "expected HOST:PORT"),
     ],

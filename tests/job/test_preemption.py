@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_ends_the_command_without_waiting_for_the_save(tmp_path)
         until(lambda: "saving" in running.said(), running, 60)
         running.process.send_signal(signal.SIGINT)
         assert running.wait(20) == -signal.SIGINT  # a shell reports 130
-    assert "Ctrl-C again ends at once\n" in running.said() and "Traceback" not in running.said()
+    assert "Ctrl-C again ends at once, unsaved\n" in running.said() and "Traceback" not in running.said()
 
 
 def test_a_second_ctrl_c_ends_the_command_while_a_program_is_compiled(tmp_path):

@@ -111,7 +111,7 @@ def test_the_coordinator_may_be_an_ipv6_address(rank_in, address):
         ({"VIT_DIST_PROCESS": ""}, r"VIT_DIST_PROCESS=\(unset\): all three must be set"),
         ({"VIT_DIST_COORDINATOR": "node0"}, "VIT_DIST_COORDINATOR must be host:port"),
         ({"VIT_DIST_COORDINATOR": "node0:99999"}, "VIT_DIST_COORDINATOR must be host:port"),
-        ({"VIT_DIST_PROCESS": "4"}, "processes are numbered from 0"),
+        ({"VIT_DIST_PROCESS": "4"}, "must be less than VIT_DIST_PROCESSES"),
         ({"VIT_DIST_LOCAL_PROCESS": "first"}, "VIT_DIST_LOCAL_PROCESS: expected a whole number, found 'first'"),
     ],
 )

@@ -173,7 +173,7 @@ def test_the_batch_is_checked_against_the_mesh():
 
 
 def test_search_and_largest_batch_exclude_each_other():
-    with pytest.raises(ConfigError, match="--batch-size=max by itself"):
+    with pytest.raises(ConfigError, match="give it or --batch-size=max, not both"):
         plan(settings(*CPU), "cpu:8", search=True, largest_batch=True)
 
 

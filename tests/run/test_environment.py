@@ -33,7 +33,7 @@ def test_a_digest_from_before_pixels_were_covered_is_not_compared(tmp_path, capl
     write(tmp_path, {"data": {"train": "ab12", "test": "cd34"}})
     check_same_data(tmp_path, {"train": "pixels:ef56", "test": "cd34"})
     assert caplog.messages == [
-        f"data: the run in {tmp_path} has a digest of the train split without its pixels; not compared"
+        f"data: the run in {tmp_path} kept a digest of the train split without pixels; not compared"
     ]
     write(tmp_path, {"data": {"train": "pixels:ef56", "test": "cd34"}})
     with pytest.raises(ConfigError, match=r"the train split has another content \(digest pixels:0000\)"):

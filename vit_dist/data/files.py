@@ -23,7 +23,7 @@ from vit_dist.config import ConfigError
 from vit_dist.paths import expanded
 
 _SETTLED_NS = 2_000_000_000  # the tick of a file system's clock, with room for that of a network file system
-_OTHER_FILES = 256  # open files of a process that are no data: libraries, pipes, connections
+_OTHER_FILES = 256  # open files of a process besides the data: libraries, pipes, connections
 
 
 def location(text: str, key: str = "data.path") -> Path:
@@ -202,6 +202,6 @@ def allow_open_files(holders: Sequence[object], files_each: int, data: object) -
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"{data}: with it {count} files are kept open at once, but a process may open {hard} here; raise that "
-            f"(ulimit -Hn {needed}), or make the data into fewer shards"
+            f"{data}: {count} files must be open at once, but this process may open {hard} only; raise the limit "
+            f"(ulimit -Hn {needed}), or prepare the data with fewer shards"
         ) from error

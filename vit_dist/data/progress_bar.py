@@ -19,7 +19,7 @@ class Bar(Progress):
     """
 
     def __init__(self, *columns: ProgressColumn, stream: TextIO | None = None, **options: Any) -> None:
-        """Hides the bar if `stream` (None: stderr) is no terminal. `options` are those of rich's `Progress`."""
+        """Hides the bar if `stream` (None: stderr) is not a terminal. `options` are those of rich's `Progress`."""
         console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
         # Results are printed on stdout, and may go to a file.
         super().__init__(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False, **options)

@@ -21,7 +21,7 @@ from vit_dist.job.blame import VARIABLE, Blame, read
 from vit_dist.job.exit_codes import MISTAKE
 
 TAIL = 20  # lines kept of each process, to be printed again if it fails
-HOLD_SECONDS = 6.0  # for which an `error:` line is held back while its process runs; a process that failed ends sooner
+HOLD_SECONDS = 6.0  # an `error:` line is held back so long while its process runs; a process that failed ends sooner
 _CHUNK = 1 << 16
 _ERROR = b"error: "
 _LONGEST_LINE = 1 << 20  # bytes; longer lines are cut, so that no process can fill the launcher's memory
@@ -196,7 +196,7 @@ def print_line(text: str) -> None:
 
 
 def _write(stream: TextIO, data: bytes) -> None:
-    """Writes all of `data`, past the stream's own buffer. A reader that has gone is no reason to end a job."""
+    """Writes all of `data`, past the stream's own buffer. If the reader has closed the stream the job goes on."""
     while data:
         try:
             data = data[os.write(stream.fileno(), data) :]

@@ -1,4 +1,4 @@
-"""The exit codes of the verbs, and what whoever started a verb may do then."""
+"""The exit codes of the verbs, and whether it makes sense to start the verb again."""
 
 DONE = 0
 FAILED = 1  # a crash or a lost machine; another start may succeed

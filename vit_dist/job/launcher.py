@@ -1,4 +1,4 @@
-"""`vit-dist launch`: starts several processes of a verb on this host and runs them as one job.
+"""`vit-dist launch`: runs a verb as several processes on this host, as one job.
 
 A single thread runs one loop: it prints the output of the processes, forwards the signals that it receives, and checks
 which process ends first. The first process that fails ends the others. A restart starts all of them again, and they
@@ -27,9 +27,9 @@ from vit_dist.schema import one_of
 
 VERBS = ("train", "eval", "predict", "bench")  # the verbs that run as several processes
 # After the first failure the others may end by themselves, each with its own message (process 0, if it is at fault,
-# waits until its peers have ended). They get SIGTERM and SIGKILL after so many seconds: none is left after ten.
-LAST_WORDS_SECONDS = 1.0
-GRACE_SECONDS = 6.0
+# waits until its peers have ended). Those that still run get SIGTERM, then SIGKILL, so long after the failure.
+SIGTERM_SECONDS = 1.0
+SIGKILL_SECONDS = 6.0
 STRAGGLER_SECONDS = 120.0  # for the last process to end when others have ended without a failure
 LONGEST_PAUSE = 60.0  # seconds before a restart; 1 before the first, then twice as long each time
 _POLL_SECONDS = 0.05
@@ -63,7 +63,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.node_rank >= self.nodes:
             raise ConfigError(
-                f"launch --node-rank: {self.node_rank} of {self.nodes} nodes; they are numbered from 0 to --nodes - 1"
+                f"launch --node-rank: expected 0 to {self.nodes - 1} (--nodes - 1), found {self.node_rank}"
             )
         if self.nodes > 1 and self.coordinator is None:
             raise ConfigError(
@@ -123,7 +123,7 @@ def launch(job: Job) -> int:
     SIGTERM and Ctrl-C are forwarded to the processes; after either there is no restart.
 
     Returns:
-      The exit code: 0 if all processes end with 0; 2 if a process ends with 2, which no restart would mend; 75 if they
+      The exit code: 0 if all processes end with 0; 2 if a process ends with 2, which no restart would fix; 75 if they
       were preempted and have saved; 130 after Ctrl-C; else 1.
     """
     received: list[int] = []
@@ -149,7 +149,7 @@ class _Attempt:
     def __init__(self, job: Job, received: list[int]):
         self.job, self.received = job, received
         self.children: list[Child] = []
-        self.first: Child | None = None  # the first child that failed
+        self.first_failed: Child | None = None  # the first child that failed
         self._first_at, self._all_ran_at = 0.0, time.monotonic()
         self._forwarded = 0  # how many of the signals received
         self._sent_sigterm = False
@@ -183,18 +183,20 @@ class _Attempt:
 
     def _look_for_failures(self, running: Sequence[Child]) -> None:
         failed = [child for child in running if child.poll() and not self._ended_well(child)]
-        if failed and self.first is None:
-            self.first, self._first_at = min(failed, key=Child.blame_order), time.monotonic()
+        if failed and self.first_failed is None:
+            self.first_failed, self._first_at = min(failed, key=Child.blame_order), time.monotonic()
             others_run = any(child.code is None for child in running)
-            if others_run and self.first.code != MISTAKE and not self._was_stopped(self.first):
-                print_line(f"launch: {self._name(self.first)} {self.first.describe_end()}; ending the others")
-        if self.first is None:
+            if others_run and self.first_failed.code != MISTAKE and not self._was_stopped(self.first_failed):
+                print_line(
+                    f"launch: {self._name(self.first_failed)} {self.first_failed.describe_end()}; ending the others"
+                )
+        if self.first_failed is None:
             self._look_for_stragglers([child for child in running if child.code is None])
             return
         elapsed = time.monotonic() - self._first_at
-        if elapsed > GRACE_SECONDS:
+        if elapsed > SIGKILL_SECONDS:
             self._signal(running, signal.SIGKILL)
-        elif elapsed > LAST_WORDS_SECONDS and not self._sent_sigterm:
+        elif elapsed > SIGTERM_SECONDS and not self._sent_sigterm:
             self._signal(running, signal.SIGTERM)
             self._sent_sigterm = True
 
@@ -230,7 +232,8 @@ class _Attempt:
         """
         errors = {child.stderr.error for child in self.children if child.code == MISTAKE}
         others = {child.code for child in self.children} - {MISTAKE, -signal.SIGTERM, -signal.SIGKILL}
-        if self.first and self.first.code == MISTAKE and not others and len(errors) == 1 and "" not in errors:
+        first = self.first_failed
+        if first and first.code == MISTAKE and not others and len(errors) == 1 and "" not in errors:
             print_line(errors.pop())
             return True
         for child in self.children:
@@ -240,15 +243,15 @@ class _Attempt:
     def _conclude(self) -> int:
         """Prints why the job failed, if it did; returns its exit code."""
         codes = [child.code for child in self.children]
-        if self.first is None:
+        if self.first_failed is None:
             return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
-        if self._was_stopped(self.first):
+        if self._was_stopped(self.first_failed):
             print_line("launch: stopped before all had saved")
         else:
-            self._report_failure(self.first)
+            self._report_failure(self.first_failed)
         if MISTAKE in codes:
             return MISTAKE
-        return INTERRUPTED if signal.SIGINT in self.received or self.first.code == INTERRUPTED else FAILED
+        return INTERRUPTED if signal.SIGINT in self.received or self.first_failed.code == INTERRUPTED else FAILED
 
     def _report_failure(self, first: Child) -> None:
         """Blames the first process that failed, or the process that this one has blamed."""

@@ -1,7 +1,7 @@
-"""Stops a run when asked to: after the step under way, with everything saved.
+"""Stops a run when asked to: after the current step, with everything saved.
 
-SIGTERM means that the machine is wanted back, Ctrl-C that the user wants to stop. Both are answered between two steps,
-where nothing is half done. A single process catches the signals itself. In a job of several, a signal may reach one
+SIGTERM means that the scheduler needs the machine, Ctrl-C that the user wants to stop. A run answers both between two
+steps. A single process catches the signals itself. In a job of several, a signal may reach one
 process and not the others, or each at another step; JAX's preemption service then agrees on the step to stop at.
 """
 
@@ -63,7 +63,7 @@ class StopRequest:
             if number in self._received:
                 signal.signal(number, signal.SIG_DFL)  # a third Ctrl-C ends the process
                 raise KeyboardInterrupt
-            message = b"interrupted: the step under way is finished and saved; Ctrl-C again ends at once\n"
+            message = b"interrupted: finishing and saving this step; Ctrl-C again ends at once, unsaved\n"
             os.write(2, b"\n" * os.isatty(2) + message)  # a progress bar does not end its line
             if self._own_process:
                 signal.signal(number, signal.SIG_DFL)

@@ -19,11 +19,11 @@ from vit_dist.job import rank as ranks
 from vit_dist.job.rendezvous import rendezvous
 from vit_dist.job.watchdog import Watchdog, end_now
 
-# XLA ends a process whose CPU collective waits longer than 40 s, which eight fake devices on two busy cores can.
+# XLA ends a process that waits 40 s in a CPU collective. Eight fake devices on two busy cores can wait longer.
 COLLECTIVE_TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 EXTRA_THREADS = 2  # for each fake device; see `make_fake_devices`
 
-# How an error of compiled code begins that may be the effect of a lost peer (out of memory is not among them). Not all
+# The beginnings of errors of compiled code that a lost peer may have caused (out of memory is not among them). Not all
 # such errors have a type of their own.
 _LOST_PEER = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 
@@ -43,7 +43,8 @@ def start(
       saves_when_asked_to_stop: `preemption.StopRequest` answers SIGTERM; otherwise SIGTERM ends the process.
 
     Raises:
-      ConfigError: for environment variables that make no sense, and if the process has joined a job by other means.
+      ConfigError: if an environment variable is missing, is not a number or is out of range, and if the process has
+        joined a job by other means.
       JobError: names the processes that did not connect in time.
     """
     global _watchdog

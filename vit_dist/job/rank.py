@@ -39,7 +39,7 @@ def find_rank(start_seconds: int) -> Rank | None:
       start_seconds: how long a cluster's own service may take to report the address of process 0.
 
     Raises:
-      ConfigError: for environment variables that make no sense.
+      ConfigError: if an environment variable is missing, is not a number or is out of range.
     """
     values = {name: os.environ.get(name, "") for name in VARIABLES}
     rank = _from_variables(values) if any(values.values()) else _from_cluster(start_seconds)
@@ -69,9 +69,7 @@ def _from_variables(values: Mapping[str, str]) -> Rank:
     if not is_address(coordinator):
         raise ConfigError(f"{shown}: {VARIABLES[0]} must be host:port, such as localhost:12345")
     if int(index) >= int(count):
-        raise ConfigError(
-            f"{shown}: processes are numbered from 0, so the last one's number is below how many there are"
-        )
+        raise ConfigError(f"{shown}: {VARIABLES[2]} must be less than {VARIABLES[1]}, as processes are numbered from 0")
     local = os.environ.get(LOCAL, "")
     if local and not local.isdecimal():
         raise ConfigError(f"{LOCAL}: expected a whole number, found {local!r}")

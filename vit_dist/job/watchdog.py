@@ -1,9 +1,9 @@
 """The watchdog: a thread that ends its process when the processes of the job cannot go on together.
 
 A process whose peer is lost waits in a collective that never ends, in code that Python cannot interrupt. So this thread
-reports the problem and ends the process itself. Process 0 receives from all others and decides: a closed connection is
-a process that died, a silent one a machine that is cut off; and if no process makes progress while the clock of a step
-runs, one is stuck. The others receive from process 0 alone, which sends them its verdict.
+reports the problem and ends the process itself. Process 0 receives from all others and decides. If a connection
+closes, its process has died. If a connection is silent, its machine is cut off. If no process makes progress while the
+clock of a step runs, a process is stuck. The others receive from process 0 only, which sends them its verdict.
 """
 
 import contextlib

@@ -32,8 +32,9 @@ def step_analysis(step: CompiledStep, chip: Chip) -> Analysis:
       - memory: bytes by use, whose sum is peak_bytes.
       - flops: {model, hardware}, of a step over all devices.
       - collectives: {kind, axes, bytes, count, link, crosses, ms} of each.
-      - bounds_ms, binds, network_ms, efficiencies, step_ms, images_per_second, mfu: see `roofline`; None where the
-        chip's rates are unknown.
+      - bounds_ms: lower bounds on a step {arithmetic, memory, network}; binds: the name of the largest.
+      - network_ms: milliseconds that each link is busy; efficiencies: assumed shares of the full rates.
+      - step_ms, images_per_second, mfu: of the likely step. Times are None where the chip's rates are unknown.
 
     Raises:
       ValueError: the compiled program cannot be read.
@@ -72,8 +73,8 @@ def too_large_analysis(program: Program, error: TooLarge, chip: Chip) -> Analysi
 def memory_by_use(step: CompiledStep, chip: Chip) -> dict[str, int]:
     """Returns the bytes that a device holds at the peak of a step, by use.
 
-    The sum is the compiler's own: arguments, temporaries, code, and results that do not reuse an argument's buffer. A
-    device also holds the arguments that the step does not use.
+    The sum is what the compiler reports (arguments, temporaries, code, results that do not reuse an argument's buffer)
+    and the arguments that the step does not use: the compiler leaves these out, but the device holds them.
     """
     compiled = step.executable.memory_analysis()
     assert compiled is not None

@@ -6,8 +6,9 @@ list, a transposed range (`[4,2]<=[2,4]T(1,0)`), and axes of a mesh that XLA mad
 of the config's mesh.
 
 Compilers rewrite some collectives. On a TPU a collective that overlaps with products is cut into pieces in several
-fusions, and a reduce-scatter is a fusion of an all-reduce with a slice of its result. TPU slices have no collectives
-between them, but sends to the host, which sums and forwards; partitions are then numbered within a slice.
+fusions, and a reduce-scatter is a fusion of an all-reduce with a slice of its result. Between TPU slices there are no
+collective instructions: each slice sends to its host, and the hosts sum and forward. Partitions are then numbered
+within a slice.
 """
 
 import dataclasses
@@ -116,7 +117,7 @@ def collective_axes(line: str, axes: Mapping[str, int]) -> tuple[str, ...]:
     over = _varying(groups, axes)
     product = _groups(partitions, list(axes), over)
     if {frozenset(group) for group in groups} != {frozenset(group) for group in product}:
-        raise ValueError(f"groups {groups} are no product of the axes of {dict(axes)}")
+        raise ValueError(f"groups {groups} are not groups along axes of {dict(axes)}")
     return over
 
 

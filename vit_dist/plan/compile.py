@@ -14,8 +14,8 @@ from vit_dist.describe import CLASSES, bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State
 
-# With a GPU attached, its compiler measures its own matrix products against cuBLAS's and takes the faster. Without one
-# it would take its own unmeasured, with tile sizes that do not fit every shape.
+# With a GPU attached, XLA times its own matrix products (Triton) against cuBLAS's and takes the faster. Without one it
+# would take its own untimed, with tile sizes that do not fit every shape.
 _OPTIONS: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _SIZE = r"([\d.]+)([KMGT]?)"
 _NEEDS = re.compile(rf"memory required for HLO temporaries \({_SIZE}\)|Used {_SIZE} of {_SIZE} hbm", re.IGNORECASE)
@@ -82,7 +82,10 @@ def compile_step(program: Program) -> CompiledStep:
 
 
 def held_bytes(state: State, batch: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the bytes that a device holds before a step: parameters, optimizer, ema, batch; of arrays or shapes."""
+    """Returns the bytes that a device holds before a step, by use: parameters, optimizer, ema, batch.
+
+    `state` and `batch` may hold arrays or `jax.ShapeDtypeStruct`s.
+    """
     trees = {"parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema}
     trees["batch"] = dict(batch)
     return {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()}

@@ -20,13 +20,13 @@ class Gpu(NamedTuple):
     capability: int  # CUDA compute capability, major
     own_instructions: bool  # whether it has instructions of its generation alone, such as Hopper's wgmma ("sm_90a")
     cores: int  # streaming multiprocessors
-    units_a_core: int  # float32 units of one
+    units_per_core: int  # float32 units of one
     clock_ghz: float
     memory_bytes: int
     memory_bandwidth: int  # bytes/s
     l2_bytes: int
-    shared_bytes_a_core: int
-    shared_bytes_a_block: int  # the maximum that a block may request
+    shared_bytes_per_core: int
+    shared_bytes_per_block: int  # the maximum that a block may request
     nvlinks: int
 
 
@@ -70,14 +70,14 @@ gpu_device_info {{
   compile_time_toolkit_version: "12.8.0"
   dnn_version: "{major}.{minor}.{patch}"
   core_count: {gpu.cores}
-  fpus_per_core: {gpu.units_a_core}
+  fpus_per_core: {gpu.units_per_core}
   clock_rate_ghz: {gpu.clock_ghz}
   device_memory_size: {gpu.memory_bytes}
   memory_bandwidth: {gpu.memory_bandwidth}
   l2_cache_size: {gpu.l2_bytes}
-  shared_memory_per_core: {gpu.shared_bytes_a_core}
+  shared_memory_per_core: {gpu.shared_bytes_per_core}
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {gpu.shared_bytes_a_block}
+  shared_memory_per_block_optin: {gpu.shared_bytes_per_block}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   threads_per_warp: 32

@@ -11,9 +11,9 @@ meshes).
 
 GPU: the GPUs of a node are connected by NVLink switches, each at its full rate with any other.
 
-Nodes and slices are connected by the network, of whose rate each device has its own share. A group with several members
-in a node or slice uses the shares of all of them at once, each for its own part of the data, unless the links within
-the node or slice are slower.
+Nodes and slices are connected by the network. Each device has a fixed share of its rate. A group with several devices
+in a node or slice splits its data among them and so uses all their shares at once, unless the links inside the node or
+slice are slower.
 """
 
 import functools

@@ -54,7 +54,7 @@ def _flops_text(count: float) -> str:
 
 def _time_text(plan: dict[str, Any]) -> str:
     if plan["step_ms"] is None:
-        return f"no time is planned: no rates of {plan['device_kind']} in {plan['dtype']} are published"
+        return f"unknown: no rates of {plan['device_kind']} in {plan['dtype']} are published"
     run = "" if plan["hours"] is None else f", {plan['hours']:,.1f} hours for {plan['steps']:,} steps"
     mfu = "" if plan["mfu"] is None else f", MFU {plan['mfu']:.0%}"
     return f"likely {ms_text(plan['step_ms'])} a step, {plan['images_per_second']:,.0f} images/s{mfu}{run}"
@@ -105,7 +105,7 @@ def _time(plan: dict[str, Any]) -> Table:
     rows = [(name, ms_text(bound), f"{plan['efficiencies'][name]:.0%}") for name, bound in plan["bounds_ms"].items()]
     rows += [(f"  over {link}", ms_text(busy), "") for link, busy in plan["network_ms"].items()]
     rows += [(f"arithmetic of a step, {which}", _flops_text(count), "") for which, count in plan["flops"].items()]
-    return ("lower bounds of a step", "at full rate", "share reached"), rows
+    return ("lower bounds of a step", "at full rate", "assumed share"), rows
 
 
 def _collectives(plan: dict[str, Any]) -> Table:
@@ -121,7 +121,7 @@ def _collectives(plan: dict[str, Any]) -> Table:
         )
         for row in plan["collectives"]
     ]
-    return ("collective", "over", "bytes", "times a step", "link", "crosses", "time a step"), rows
+    return ("collective", "over", "bytes", "count per step", "link", "crosses", "time per step"), rows
 
 
 def _ranking(plan: dict[str, Any]) -> Table:
@@ -130,7 +130,7 @@ def _ranking(plan: dict[str, Any]) -> Table:
             ms_text(row["step_ms"]),
             "-" if row["compiled_step_ms"] is None else ms_text(row["compiled_step_ms"]),
             bytes_text(row["peak_bytes"]),
-            " ".join(row["overrides"]) or "as it is",
+            " ".join(row["overrides"]) or "the config's own",
             row["note"],
         )
         for row in plan["ranking"]

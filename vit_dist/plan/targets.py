@@ -35,7 +35,7 @@ MEMORY_SHARE = 0.75  # jaxlib's default of the two variables (JAX documentation,
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is jaxlib's older name
 MAX_DEVICES = 32768  # more is taken for a typing error; their descriptions would fill this machine's memory
 
-_GPUS_A_NODE = (1, 2, 4, 8)
+_GPUS_PER_NODE = (1, 2, 4, 8)
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # pages "TPU v5e" and "TPU v6e"
 # Pages "TPU v4", "TPU v5p" and "TPU types and topologies": A <= B <= C, all at most 4 or all multiples of 4.
 _SMALL_SHAPES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -141,7 +141,7 @@ def parse(text: str, slices: int = 1) -> Target:
     chip = _chip(name)
     sides = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d{0,8}(x[1-9]\d{0,8})*", shape) else ()
     if not _valid(chip, sides):
-        problem = f"{shape!r} is no shape of {name}{_suggestion(chip, shape, sides)}" if colon else "gives no shape"
+        problem = f"{shape!r} is not a shape of {name}{_suggestion(chip, shape, sides)}" if colon else "has no shape"
         raise ConfigError(f"--target={text}: {problem}; valid: {_shapes(chip)}")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
         wanted = "1 or more" if chip.platform == "tpu" else f"1, because {name} has no slices"
@@ -248,7 +248,7 @@ def _valid(chip: Chip, sides: tuple[int, ...]) -> bool:
     if chip.platform == "cpu":
         return len(sides) == 1
     if chip.platform == "gpu":
-        return len(sides) <= 2 and sides[0] in _GPUS_A_NODE
+        return len(sides) <= 2 and sides[0] in _GPUS_PER_NODE
     if chip.ports == 4:
         return sides in _FLAT_SHAPES
     cubes = len(sides) == 3 and all(side % _CUBE == 0 for side in sides) and list(sides) == sorted(sides)
@@ -260,7 +260,7 @@ def _shapes(chip: Chip) -> str:
     if chip.platform == "cpu":
         return "cpu:N for N devices"
     if chip.platform == "gpu":
-        counts = ", ".join(map(str, _GPUS_A_NODE))
+        counts = ", ".join(map(str, _GPUS_PER_NODE))
         return f"{chip.name}:G or {chip.name}:GxN for N nodes of G GPUs, G one of {counts}"
     if chip.ports == 4:
         return " ".join(f"{chip.name}:{_shape_text(sides)}" for sides in _FLAT_SHAPES)

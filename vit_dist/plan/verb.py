@@ -38,8 +38,8 @@ def plan(
 ) -> Analysis:
     """Compiles the training step of a config for a target and returns its memory, time and collectives.
 
-    The process can then only plan: jax keeps CPU devices alone and, unless the target is a CPU, no cache of compiled
-    programs.
+    Afterwards this process can only plan: jax then has CPU devices only and, unless the target is a CPU, no compilation
+    cache.
 
     Args:
       config: a recipe's name or path, or a config.
@@ -53,15 +53,16 @@ def plan(
     Returns:
       What `step_analysis` returns, and target, device_kind, devices, mesh, batch_size, dtype, overrides (differences
       from the config), images_per_second_per_host, steps, hours, device_hours (None if the length of the run or the
-      chip's rates are unknown). With `search` also its ranking, fallen and smallest; the last is planned if no layout
-      fits. A step that is too large is a result, not an error: `fits` is False.
+      chip's rates are unknown). With `search` also `ranking`, `fallen` (rejected layouts) and `smallest` (the
+      layout of the least memory, which is planned if no layout fits). A step that is too large is a result, not an
+      error: `fits` is False.
 
     Raises:
       ConfigError: the config, the target or both together are not valid, or a compiler is not installed.
     """
     settings = load_config(config, overrides)
     if search and largest_batch:
-        raise ConfigError("--search: looks for layouts at one batch size; ask for --batch-size=max by itself")
+        raise ConfigError("--search: looks for layouts at one batch size; give it or --batch-size=max, not both")
     hardware = targets.parse(target, slices)
     devices = _devices(hardware)
     if settings.model.num_classes is None:
@@ -112,7 +113,7 @@ def overridden(settings: Config, assignments: Sequence[str]) -> Config:
 
 
 def _devices(target: Target) -> list[jax.Device]:
-    """Returns the target's devices. Attached accelerators stay free for other processes: jax gets CPU devices alone."""
+    """Returns the target's devices. jax gets CPU devices only, so that accelerators stay free for other processes."""
     count = target.count if target.chip.platform == "cpu" else 1
     if target.chip.platform != "cpu":
         # jax writes programs for devices that are not attached to its cache, but cannot read them back.

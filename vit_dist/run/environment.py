@@ -63,7 +63,9 @@ def check_same_data(workdir: Path, data_fingerprints: Mapping[str, str]) -> None
     for split, digest in data_fingerprints.items():
         if digest.startswith(PIXELS) and not earlier.get(split, digest).startswith(PIXELS):
             _log.warning(
-                "data: the run in %s has a digest of the %s split without its pixels; not compared", workdir, split
+                "data: the run in %s kept a digest of the %s split without pixels; not compared",
+                workdir,
+                split,
             )
         elif earlier.get(split, digest) != digest:
             raise ConfigError(

@@ -172,5 +172,5 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             rows.append((line, json.loads(line)))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON row ({error.msg}); mend the line or remove it") from error
+            raise ConfigError(f"{path}:{number}: not a JSON row ({error.msg}); repair the line or remove it") from error
     return rows

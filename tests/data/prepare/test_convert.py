@@ -167,8 +167,8 @@ def test_a_folder_that_holds_anything_else_is_not_touched(photos: Path, tmp_path
     before = _digests(photos)
     _fails(r"photos: is not empty \(it holds train\)", photos, photos)
     file = photos / "val" / "class 0" / "000.png"
-    _fails("000.png: is no folder", photos, file)
-    _fails("000.png: is no folder", photos, file / "deep" / "er")
+    _fails("000.png: is not a folder", photos, file)
+    _fails("000.png: is not a folder", photos, file / "deep" / "er")
     _fails("gs://somewhere: records are written to a mounted disk", photos, "gs://somewhere")
     assert _digests(photos) == before
 

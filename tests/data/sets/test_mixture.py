@@ -114,10 +114,10 @@ def test_evaluation_splits_are_labelled_as_training_is(
     with caplog.at_level(logging.WARNING):
         test = _files(_data(image_set, other_set), "test")
     assert test.class_names == ("ant", "cat", "dog") and test.labels.tolist() == [1] * 3 + [2] * 4
-    assert "no images to evaluate on of 1 classes of data.mixture, such as 'ant'" in caplog.text
+    assert "no images of 1 classes of data.mixture in the evaluation split, such as 'ant'" in caplog.text
     assert test.name(0) == f"{image_set}/test/cat/0.png" and test.mixture == () and test.split == "test"
     alone = _data(other_set, path=str(image_set))  # cats are evaluated on, but not trained on
-    _fails("data.path: class 'cat' is none of the 2 of data.mixture; .*data.source and data.path", alone, "test")
+    _fails("data.path: class 'cat' is none of the 2 of data.mixture; .*data.source, data.path", alone, "test")
     assert len(_files(dataclasses.replace(alone, classes=("dog",)), "test")) == 4
     _fails("data.path: class '0' is none of the 3", _data(image_set, other_set, source="digits", path=None), "test")
 
@@ -161,7 +161,7 @@ def test_a_mixture_of_pixels_is_pixels(image_set: Path, other_set: Path) -> None
 
 def test_what_does_not_mix_is_named(image_set: Path, other_set: Path) -> None:
     kinds = Data(mixture=(MixtureSource("digits"), MixtureSource("folder", str(image_set))))
-    _fails("data.mixture: source 1 is image files, source 0 an array of pixels; .*vit-dist prepare", kinds)
+    _fails("data.mixture: source 1 has image files, source 0 pixels; .*vit-dist prepare", kinds)
     _fails(r"data.mixture\[1\]: data.path: no such file or folder: .*nowhere", _data(image_set, Path("/nowhere")))
     _fails(
         r"data.mixture\[0\]: data.source: 'foldr' is none of", Data(mixture=(MixtureSource("foldr", str(image_set)),))

@@ -296,7 +296,7 @@ def test_a_compressed_tar_past_the_memory_limit_says_how_to_unpack_it(
     limit = 10_000 / 2**30
     file = pack(image_set, tmp_path / "set.tar.gz", "", "w:gz")
     assert_refused(
-        "tar", "set.tar.gz: more than data.memory_limit_gb.*tar -xf.*data.source=folder", file, memory_limit_gb=limit
+        "tar", "set.tar.gz: .* more than data.memory_limit_gb.*tar -xf.*data.source=folder", file, memory_limit_gb=limit
     )
     assert len(open_files("tar", pack(image_set, tmp_path / "set.tar"), memory_limit_gb=limit)) == 13
 

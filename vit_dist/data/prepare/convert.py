@@ -136,7 +136,7 @@ def _folder(dest: str) -> Path:
     folder = location(dest)
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise ConfigError(f"{nearest}: is no folder; give one for the records, or a new name")
+        raise ConfigError(f"{nearest}: is not a folder; choose another DEST")
     return folder
 
 

@@ -23,7 +23,7 @@ from vit_dist.config import ConfigError
 from vit_dist.data.files import replacing
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # raise it when the same files come to give another index: older cached ones are then not read
+_FORMAT = 1  # raise it when the code gives another index for the same files: older cached ones are then ignored
 _CACHED_FROM = 10_000  # examples; a smaller index is built faster than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
 READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of `read`, for a damaged file

@@ -43,8 +43,8 @@ def open_mixture(data: config.Data, split: str, open_set: Callable[[config.Data,
       open_set: opens a split of the single set that a config names.
 
     Returns:
-      The split, labelled by the classes of the mixture: `data.classes`, else those of the sources' train splits, as
-      they are if all sources have the same, else each name once, sorted.
+      The split. Its labels are indices into the classes of the mixture: `data.classes` if set, else the sources' common
+      list if all have the same, else the union of their class names, sorted.
 
     Raises:
       ConfigError: if the sources cannot be joined or one cannot be opened; names the source.
@@ -89,13 +89,15 @@ def _evaluation_source(source: Source, classes: tuple[str, ...], class_names: tu
     unknown = [name for name in source.class_names if name not in class_names]
     if unknown and not classes:
         raise ConfigError(
-            f"data.path: class {unknown[0]!r} is none of the {len(class_names)} of data.mixture; what is evaluated on "
-            "comes from data.source and data.path, and must have classes that are trained on"
+            f"data.path: class {unknown[0]!r} is none of the {len(class_names)} of data.mixture; the evaluation split "
+            "(data.source, data.path) may only have classes of the mixture"
         )
     source = _choose(source, classes, "data.path")
     missing = [name for name in classes or class_names if name not in source.class_names]
     if missing:
-        _log.warning("no images to evaluate on of %d classes of data.mixture, such as %r", len(missing), missing[0])
+        _log.warning(
+            "no images of %d classes of data.mixture in the evaluation split, such as %r", len(missing), missing[0]
+        )
     return _relabel(source, classes or class_names)
 
 
@@ -124,8 +126,8 @@ def _join(sources: Sequence[Source], weights: tuple[float, ...], limit: int) -> 
     arrays = [source for source in sources if isinstance(source, ArraySource)]
     if files and arrays:
         raise ConfigError(
-            f"data.mixture: source {sources.index(files[0])} is image files, source {sources.index(arrays[0])} an "
-            "array of pixels; make the array into files of their own with `vit-dist prepare`, and name those"
+            f"data.mixture: source {sources.index(files[0])} has image files, source {sources.index(arrays[0])} "
+            "pixels; convert the pixels with `vit-dist prepare` and use its DEST"
         )
     if arrays:
         return ArraySource(_pixels(arrays, limit), labels, sources[0].class_names, mixture, "train")

@@ -1,7 +1,8 @@
 """Opens a data set: the table of containers, and `open_source`.
 
-A container's module lists its examples. What follows is the same for every container and happens here: choosing
-classes or a fraction, joining a mixture, decoding into memory.
+A container (a key of `SOURCES`, for `data.source`) is how a set is stored; its module lists the examples. A `Source` is
+one split of a set, opened. What follows is the same for every container and happens here: choosing classes or a
+fraction, joining a mixture of several sources, decoding into memory.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Takes a subset of a data set: some of its classes, or a fraction of each class's examples.
 
-Which examples a fraction keeps depends only on the class's name and size, not on the run. Runs with different seeds
-therefore learn from the same tenth, and that tenth lies within the fifth.
+Which examples a fraction keeps depends only on the class's name and size, not on the run. So runs with different seeds
+train on the same examples, and those of fraction 0.1 are among those of fraction 0.2.
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ Piece = tuple[HostBatch, list[BadExample], Timings]
 MakePiece = Callable[[np.ndarray], Piece]
 PADDING_ID = -1  # id of the rows that fill up the last batch of an evaluation
 _PIECE_ROWS = 32  # images that a thread makes at a time
-_MOST_PIECES = 256  # made ahead; the bytes allow more pieces of small images, but the step would not be quicker
+_MOST_PIECES = 256  # made ahead: more, which `read_ahead_mb` would allow for small images, gain no speed
 _MOST_GATHERS = 8  # likewise, for batches gathered from memory
 
 
@@ -41,8 +41,8 @@ class Pieces(Protocol):
 class Batches(Iterator[HostBatch]):
     """The iterator that `train_batches` and `evaluation_batches` return; the caller closes it.
 
-    `timings` sums the seconds that its `parallel` threads or processes have spent. It ends them when it is exhausted,
-    raises an error or is closed.
+    `timings` sums the seconds that the `parallel` threads or processes have spent. The iterator ends these when it is
+    exhausted, raises an error or is closed.
     """
 
     def __init__(self, pieces: Pieces, starts: range, rows: int, parallel: int) -> None:

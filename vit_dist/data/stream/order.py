@@ -27,8 +27,8 @@ class Order:
     `sizes` are the numbers of examples of each source; the ids of a source follow those of the source before it.
 
     Without `weights`, every id occurs exactly once an epoch, and epoch `k` is positions `[k * size, (k + 1) * size)`.
-    With weights, one for each source, every `BLOCK` positions contain each source by its share, rounded to a whole slot
-    and at least one; and each source yields all its examples before it repeats any (but for the shuffle in a block).
+    With weights, one for each source, every `BLOCK` positions contain each source in proportion to its weight, and at
+    least once. A source yields all its examples before it repeats any, but for the shuffle of positions in a block.
 
     `repeats` is how many times in a row an example occurs, to be augmented differently each time; an epoch is longer by
     that factor (Hoffer et al. 2019, arXiv:1901.09335; Berman et al. 2019, arXiv:1902.05509).

@@ -30,7 +30,7 @@ def step_collectives(work: Workload) -> list[Collective]:
 def _parameter_collectives(work: Workload) -> Iterator[Collective]:
     """Yields the gathering of parameters and the scattering of their gradients, over `fsdp`.
 
-    The parameters of the blocks are gathered block by block in the dtype of the arithmetic, those outside once a
+    The parameters of the blocks are gathered block by block in the compute dtype, those outside once a
     micro-batch in float32. With `remat` the backward pass gathers a block again; without, it keeps the gathered block.
     If parameters are gathered once for all micro-batches, their gradients are summed in float32 before they are
     scattered.

@@ -23,7 +23,7 @@ from vit_dist.plan.links import Link, group, slowest_link
 from vit_dist.plan.roofline import Cost, transfer
 from vit_dist.plan.targets import Chip
 
-# The arrays that the backward pass of one block holds at once besides the saved ones, in the dtype of the arithmetic.
+# The arrays that the backward pass of one block holds at once besides the saved ones, in the compute dtype.
 # heads: queries, keys, values, output and the gradient of each. hidden: before and after the activation, and a
 # gradient. width: the gradients of input and output, of which there is also a float32 copy.
 WORKSPACE = {"heads": 8, "hidden": 3, "width": 2}
@@ -104,11 +104,11 @@ def _memory(work: Workload) -> dict[str, float]:
     - parameters, optimizer, ema, batch: exact.
     - activations: what all blocks save. If parameters are gathered for each micro-batch, the GPU compiler starts a
       micro-batch before the previous one has ended, and holds two sets.
-    - gathered: the blocks' parameters in the dtype of the arithmetic; gathered if the backward pass keeps them so, else
-      a cast of the device's own shard.
+    - gathered: copies of the blocks' parameters in the compute dtype: with `remat="none"` of all blocks in full, since
+      the backward pass keeps them, otherwise of the device's own shard.
     - gradients: float32, sharded like the parameters; twice if micro-batches are summed.
     - head: its gathered kernel and gradient in float32; logits.
-    - workspace: see `WORKSPACE`; the images in the dtype of the arithmetic.
+    - workspace: see `WORKSPACE`; the images in the compute dtype.
     """
     model, state, pixels = work.settings.model, work.state, _pixels(work)
     parameters = work.device_bytes(state.blocks) + work.device_bytes(state.others)

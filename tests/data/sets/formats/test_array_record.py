@@ -109,7 +109,7 @@ def test_a_damaged_record_is_an_unreadable_image_and_its_neighbours_are_not(reco
 
 def test_more_shards_than_open_files_is_an_error_of_the_start(records: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (131, 131))
-    _fails(r"records: with it \d+ files are kept open at once, but a process may open 131 here", records)
+    _fails(r"records: \d+ files must be open at once, but this process may open 131", records)
 
 
 def test_a_process_with_too_many_files_open_does_not_call_an_image_bad(records: Path) -> None:

@@ -126,7 +126,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for labels, message in (
         ([0, 1, 1], "3 'labels' for 2 'images'"),
         ([0, -1], "holds the label -1, expected 0 or more"),
-        ([0, 2**32], "holds the label 4294967296, which is no number of a class"),
+        ([0, 2**32], "holds the label 4294967296, which is not a class number"),
         ([0.0, 1.0], r"float64 \[2\], expected one whole number an image"),
         (np.eye(2, dtype=np.int64), r"int64 \[2, 2\], expected one whole number an image"),
     ):

@@ -57,11 +57,11 @@ class MemoryLimit:
             if self._used > self.limit:
                 share, fewer = "", ""
                 if self.processes > 1:
-                    share = f" / {self.processes} (this process and each worker unpack it for themselves)"
+                    share = f" / {self.processes} (this process and each worker unpack the tars for themselves)"
                     fewer = "take fewer data.workers, "
                 raise ConfigError(
-                    f"{path}: more than data.memory_limit_gb={self.limit * self.processes / 2**30:g}{share} once "
-                    f"unpacked; raise it, {fewer}or {self.advice}"
+                    f"{path}: the tars unpacked so far take more than data.memory_limit_gb="
+                    f"{self.limit * self.processes / 2**30:g}{share}; raise it, {fewer}or {self.advice}"
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -188,7 +188,7 @@ def _labels(split: _Split, limit: int) -> np.ndarray:
     if labels.min() < 0:
         raise ConfigError(f"{where} holds the label {labels.min()}, expected 0 or more")
     if labels.max() >= MOST_CLASSES:
-        raise ConfigError(f"{where} holds the label {labels.max()}, which is no number of a class")
+        raise ConfigError(f"{where} holds the label {labels.max()}, which is not a class number")
     return labels.astype(np.int32)
 
 

@@ -77,7 +77,7 @@ def is_image(name: str) -> bool:
     return not is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def left_out(where: object, names: Iterable[str], what: str = "entries that are no <class>/<image>") -> list[str]:
+def left_out(where: object, names: Iterable[str], what: str = "entries that are not <class>/<image>") -> list[str]:
     """Returns an index's note about entries that were left out: how many and the first three; [] if there are none."""
     ordered = sorted(names)
     if not ordered:

@@ -1,9 +1,10 @@
 """Reads WebDataset: shards are tars, and the files of a sample share a key.
 
 `0001.jpg` beside `0001.cls` or `0001.json` is an image and its label; the key is the path up to the first dot of the
-file's name. A split is a folder of shards, or the shards that have its name in theirs. One scan reads all headers and
-labels, and its index is cached. After it, samples are read in place in any order, although the format was made for
-reading in sequence.
+file's name. A split is a folder of shards, or the shards whose names contain the split's name as a word.
+
+One scan reads all headers and labels, and its index is cached. After it, samples are read in place in any order,
+although the format was made for reading in sequence.
 """
 
 import dataclasses
@@ -227,7 +228,7 @@ def _classes(
         )
     if listed is None:
         if numbers and max(numbers) >= MOST_CLASSES:
-            raise ConfigError(f"{where}: label {max(numbers)} is no number of a class")
+            raise ConfigError(f"{where}: label {max(numbers)} is not a class number")
         by_number = dict(sample_names)
         listed = sorted(names) or distinct_names([by_number.get(n, str(n)) for n in range(max(numbers) + 1)])
     if numbers and max(numbers) >= len(listed):
