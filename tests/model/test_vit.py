@@ -372,7 +372,7 @@ def test_a_model_runs_without_any_setup() -> None:
         ({"image_size": (8, 10)}, "model.image_size: width 10 is not a multiple of the patch's 4; take 8 or 12"),
         ({"heads": 5}, "model.width: 32 does not divide by 5 heads; take 30 or 35"),
         ({"width": 6, "heads": 2, "position": "sincos2d"}, "model.width: 6 must divide by 4"),
-        ({"width": None}, "model.width: not set, and model.variant names no size"),
+        ({"width": None}, "model.width: not set; set it, or model.variant to a name such as B/16"),
         ({"patch_size": None}, "model.patch_size: not set"),
         ({"num_classes": None}, "model.num_classes: not set"),
         ({"patchsize": 4}, r"unknown key model.patchsize \(did you mean model.patch_size\?\)"),

@@ -48,10 +48,10 @@ def shape_of(model: config.Model) -> Shape:
         configured = getattr(model, name)
         numbers[name] = configured if configured is not None else getattr(variant or variants.PLAIN, name)
         if numbers[name] is None:
-            raise ConfigError(f"model.{name}: not set, and model.variant names no size; set one of them")
+            raise ConfigError(f"model.{name}: not set; set it, or model.variant to a name such as B/16")
     size = model.patch_size if model.patch_size is not None else patch
     if size is None:
-        raise ConfigError("model.patch_size: not set, and model.variant names none; set one of them")
+        raise ConfigError("model.patch_size: not set; set it, or model.variant to a name such as B/16")
     if model.num_classes is None:
         raise ConfigError("model.num_classes: not set")
     image, patches = pair(model.image_size), pair(size)

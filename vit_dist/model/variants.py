@@ -3,7 +3,7 @@
 import dataclasses
 
 from vit_dist.config import ConfigError
-from vit_dist.schema import one_of
+from vit_dist.schema import near_miss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,9 @@ def parse(name: str) -> tuple[Variant, int]:
     Raises `ConfigError` for an unknown size or a missing patch size.
     """
     size, slash, patch = name.partition("/")
-    one_of("model.variant", size, VARIANTS)
+    if size not in VARIANTS:
+        known = f"{', '.join(VARIANTS)}{near_miss(size, VARIANTS)}"
+        raise ConfigError(f"model.variant: {size!r} is none of {known}; write size and patch like B/16")
     if not slash or not patch.isdigit() or int(patch) == 0:
         raise ConfigError(f"model.variant: {name!r} names no patch size; write it like {size}/16")
     return VARIANTS[size], int(patch)
