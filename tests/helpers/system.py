@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -121,6 +122,17 @@ def as_two(folder, *overrides):
     ):
         first.wait(), second.wait()
     return first, second
+
+
+def last_lines(script, *arguments):
+    """The last line on stdout of two processes that run a script with these arguments, an address and their rank."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments, f"localhost:{free_port()}"]
+    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        return [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def until(condition, running, seconds=300):

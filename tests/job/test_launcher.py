@@ -334,6 +334,19 @@ def test_sigterm_reaches_all_which_save_and_the_job_ends_with_75_and_is_not_star
     assert not any(map(alive, numbers))
 
 
+def test_a_signal_that_arrives_while_another_is_forwarded_is_not_lost(monkeypatch):
+    received, sent = [signal.SIGTERM], []
+
+    def send(children, number):
+        sent.append(number)
+        received.extend([signal.SIGINT] if len(sent) == 1 else [])
+
+    attempt = launcher_module._Attempt(Job(("x",), 1), received)
+    monkeypatch.setattr(attempt, "_signal", send)
+    attempt._forward_signals([])
+    assert sent == [signal.SIGTERM, signal.SIGINT]
+
+
 def test_sigterm_while_waiting_to_start_again_ends_the_wait(tmp_path):
     with started(launcher("sys.exit(75)", 1, restarts=9), tmp_path / "launcher") as running:
         until(lambda: "starting again in 4 s" in running.said(), running)

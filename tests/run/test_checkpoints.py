@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from system import last_lines
 
 from vit_dist.config import ConfigError
 from vit_dist.run.checkpoints import Checkpoints
@@ -298,15 +298,6 @@ def test_two_processes_save_and_restore_one_state(tmp_path):
             checkpoints.close()
         jax.distributed.shutdown()
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), address]
-    processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        shown = [process.communicate(timeout=60)[0].splitlines()[-1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    shown = last_lines(script, str(tmp_path))
     assert shown == ["[1, 3] 1 3 [[0.0, 1.0], [2.0, 3.0]]", "[1, 3] 1 3 [[4.0, 5.0], [6.0, 7.0]]"]
     assert open_(tmp_path, read_only=True).metadata(3) == {"step": 3}

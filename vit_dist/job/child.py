@@ -23,6 +23,7 @@ from vit_dist.job.exit_codes import MISTAKE
 TAIL = 20  # lines kept of each process, to be printed again if it fails
 HOLD_SECONDS = 6.0  # an `error:` line is held back so long while its process runs; a process that failed ends sooner
 _CHUNK = 1 << 16
+_ERROR = b"error: "
 _LONGEST_LINE = 1 << 20  # bytes; longer lines are cut, so that no process can fill the launcher's memory
 
 
@@ -34,6 +35,7 @@ class Child:
       killed: whether the launcher sent SIGKILL.
       blame: which process this one reported as the one at fault; None before its end.
       tail: the last lines that it printed.
+      stderr: its stderr, which holds back its last `error:` line after exit code 2.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Child:
             raise
         finally:
             os.close(write_end)
-        self._stdout = _Output(self.process.stdout, index, self.tail, ready, is_result=index == 0)
-        self._stderr = _Output(self.process.stderr, index, self.tail, ready, holds_errors=True)
+        self._stdout = _Output(self.process.stdout, self, ready, is_result=index == 0)
+        self.stderr = _Output(self.process.stderr, self, ready)
 
     def signal(self, number: int) -> None:
         """Sends a signal to the process; SIGKILL also goes to the processes that it started."""
@@ -75,12 +77,13 @@ class Child:
     def poll(self) -> bool:
         """Returns whether the process has ended; then prints the rest of its output, and ends those that it started.
 
-        Closes its pipes. After exit code 2 its last `error:` line is not printed yet: see `usage_error`.
+        Closes its pipes. After exit code 2 its last `error:` line is not printed yet: see `_Output.error`.
         """
         if self.code is not None:
             return True
         if self.process.poll() is None:
-            self._stderr.print_held(HOLD_SECONDS)
+            self._stdout.print_old_error()
+            self.stderr.print_old_error()
             return False
         with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left; macOS raises the second
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -89,19 +92,8 @@ class Child:
         self.code = self.process.returncode
         self._blame_pipe.close()
         self._stdout.finish()
-        self._stderr.finish()
-        if self.code != MISTAKE:
-            self._stderr.print_held()
+        self.stderr.finish(hold_error=self.code == MISTAKE)
         return True
-
-    @property
-    def usage_error(self) -> str | None:
-        """The last line on stderr if it is an `error:` line that was held back."""
-        return self._stderr.held
-
-    def print_usage_error(self) -> None:
-        """Prints the `error:` line that was held back, if there is one."""
-        self._stderr.print_held()
 
     def blame_order(self) -> int:
         """Sort key: of several processes that were found ended together, the lowest is blamed.
@@ -126,27 +118,16 @@ class Child:
 class _Output:
     """The stdout or stderr of a process. Lines go to stderr with the process's number, those of a result to stdout.
 
-    A carriage return ends a line too. Bytes that are not UTF-8 are escaped on stderr and unchanged on stdout. With
-    `holds_errors`, an `error:` line is held back until another line follows it: processes that end with the same usage
-    error each print one, and the launcher prints it once.
+    A carriage return ends a line too. Bytes that are not UTF-8 are escaped on stderr and unchanged on stdout. An
+    `error:` line is held back until another line follows it: processes that end with the same usage error each print
+    one, and the launcher prints it once.
     """
 
-    def __init__(
-        self,
-        pipe: IO[bytes] | None,
-        index: int,
-        tail: collections.deque[str],
-        ready: selectors.BaseSelector,
-        *,
-        is_result: bool = False,
-        holds_errors: bool = False,
-    ):
+    def __init__(self, pipe: IO[bytes] | None, child: Child, ready: selectors.BaseSelector, *, is_result: bool = False):
         assert pipe is not None
-        self.held: str | None = None
-        self._held_since = 0.0
-        self._pipe, self._index, self._tail, self._ready = pipe, index, tail, ready
-        self._is_result, self._holds_errors = is_result, holds_errors
-        self._unread = b""
+        self._pipe, self._child, self._ready, self._is_result = pipe, child, ready, is_result
+        self._unread = b""  # the start of a line, or an `error:` line that is held back
+        self._read_at = 0.0
         os.set_blocking(pipe.fileno(), False)
         ready.register(pipe, selectors.EVENT_READ, self)
 
@@ -159,46 +140,54 @@ class _Output:
         except BlockingIOError:
             return False
         if not data:
-            self._close()
+            self._close(hold_error=True)
             return False
-        lines = (self._unread + data).splitlines(keepends=True)
+        self._read_at = time.monotonic()
+        *lines, last = (self._unread + data).splitlines(keepends=True)
         # The last line may continue, even after a carriage return, which may be the first half of \r\n.
-        complete = lines[-1].endswith(b"\n") or len(lines[-1]) > _LONGEST_LINE
-        self._unread = b"" if complete else lines.pop()
-        self._print(lines)
+        complete = last.endswith(b"\n") and not last.startswith(_ERROR)
+        self._unread = b"" if complete or len(last) > _LONGEST_LINE else last
+        self._print(lines if self._unread else [*lines, last])
         return True
 
-    def finish(self) -> None:
-        """Prints what is left once the process has ended, and closes the pipe."""
+    @property
+    def error(self) -> str:
+        """The `error:` line that is held back; empty: none."""
+        return _text(self._unread) if self._unread.startswith(_ERROR) else ""
+
+    def print_old_error(self) -> None:
+        """Prints the `error:` line that is held back, if it has been for `HOLD_SECONDS`."""
+        if self.error and self._unread.endswith(b"\n") and time.monotonic() - self._read_at >= HOLD_SECONDS:
+            self._print_unread()
+
+    def finish(self, *, hold_error: bool = False) -> None:
+        """Closes the pipe once the process has ended, and prints what is left, an `error:` line unless it is held."""
         while self.read():
             pass
-        self._close()
+        self._close(hold_error)
 
-    def print_held(self, after_seconds: float = 0.0) -> None:
-        """Prints the line that is held back, if it has been for so long."""
-        if self.held is not None and time.monotonic() - self._held_since >= after_seconds:
-            _write(sys.stderr, f"[{self._index}] {self.held}\n".encode())
-            self.held = None
-
-    def _close(self) -> None:
+    def _close(self, hold_error: bool) -> None:
         if not self._pipe.closed:
             self._ready.unregister(self._pipe)
             self._pipe.close()
-            self._print([self._unread] if self._unread else [])
+        if not (hold_error and self.error):
+            self._print_unread()
+
+    def _print_unread(self) -> None:
+        self._print([self._unread] if self._unread else [])
+        self._unread = b""
 
     def _print(self, lines: Sequence[bytes]) -> None:
-        if not lines:
-            return
-        lines = [line.rstrip(b"\r\n") for line in lines]
-        texts = [line.decode("utf-8", "backslashreplace") for line in lines]
-        self._tail.extend(texts)
+        texts = [_text(line) for line in lines]
+        self._child.tail.extend(texts)
         if self._is_result:
-            _write(sys.stdout, b"".join(line + b"\n" for line in lines))
-            return
-        self.print_held()
-        if self._holds_errors and texts[-1].startswith("error: "):
-            self.held, self._held_since = texts.pop(), time.monotonic()
-        _write(sys.stderr, "".join(f"[{self._index}] {text}\n" for text in texts).encode())
+            _write(sys.stdout, b"".join(line.rstrip(b"\r\n") + b"\n" for line in lines))
+        else:
+            _write(sys.stderr, "".join(f"[{self._child.index}] {text}\n" for text in texts).encode())
+
+
+def _text(line: bytes) -> str:
+    return line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
 
 
 def print_line(text: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from vit_dist.config import ConfigError
 from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
-from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES
+from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
 from vit_dist.schema import one_of
 
 VERBS = ("train", "eval", "predict", "bench")  # the verbs that run as several processes
@@ -69,8 +69,7 @@ class Job:
             raise ConfigError(
                 "launch --nodes: also give --coordinator=HOST:PORT, an address of node 0, the same on all"
             )
-        host, _, port = (self.coordinator or "localhost:1").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if self.coordinator is not None and not is_address(self.coordinator):
             raise ConfigError(
                 f"launch --coordinator: expected HOST:PORT, such as node0:29500, found {self.coordinator}"
             )
@@ -168,21 +167,19 @@ class _Attempt:
                         key.data.read()
                     self._forward_signals(running)
                     self._look_for_failures(running)
-            except BaseException:
-                for child in self.children:
-                    child.print_usage_error()
-                raise
             finally:
                 self._signal(self.children, signal.SIGKILL)
                 for child in self.children:
                     child.process.wait()
                     child.poll()  # closes its pipes
-        return self._conclude()
+                is_shared = self._print_usage_errors()
+        return MISTAKE if is_shared else self._conclude()
 
     def _forward_signals(self, running: Sequence[Child]) -> None:
-        for number in self.received[self._forwarded :]:
+        while self._forwarded < len(self.received):  # one by one: another may arrive meanwhile
+            number = self.received[self._forwarded]
+            self._forwarded += 1
             self._signal(running, signal.SIGKILL if self._second_ctrl_c() else number)
-        self._forwarded = len(self.received)
 
     def _look_for_failures(self, running: Sequence[Child]) -> None:
         failed = [child for child in running if child.poll() and not self._ended_well(child)]
@@ -227,14 +224,25 @@ class _Attempt:
         stopping = (INTERRUPTED, *(-number for number in self.received))
         return bool(self.received) and (self._second_ctrl_c() or child.code in stopping)
 
+    def _print_usage_errors(self) -> bool:
+        """Prints the `error:` lines of processes that ended with code 2; returns whether all ended with the same one.
+
+        It is then printed once, without a number. Processes that the launcher ended, perhaps before they reached the
+        error, do not count.
+        """
+        errors = {child.stderr.error for child in self.children if child.code == MISTAKE}
+        others = {child.code for child in self.children} - {MISTAKE, -signal.SIGTERM, -signal.SIGKILL}
+        first = self.first_failed
+        if first and first.code == MISTAKE and not others and len(errors) == 1 and "" not in errors:
+            print_line(errors.pop())
+            return True
+        for child in self.children:
+            child.stderr.finish()
+        return False
+
     def _conclude(self) -> int:
         """Prints why the job failed, if it did; returns its exit code."""
         codes = [child.code for child in self.children]
-        if (usage_error := self._shared_usage_error()) is not None:
-            print_line(usage_error)
-            return MISTAKE
-        for child in self.children:
-            child.print_usage_error()
         if self.first_failed is None:
             return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
         if self._was_stopped(self.first_failed):
@@ -244,18 +252,6 @@ class _Attempt:
         if MISTAKE in codes:
             return MISTAKE
         return INTERRUPTED if signal.SIGINT in self.received or self.first_failed.code == INTERRUPTED else FAILED
-
-    def _shared_usage_error(self) -> str | None:
-        """Returns the `error:` line if all processes ended with the same usage error, else None.
-
-        Processes that the launcher ended, perhaps before they reached the error, do not count.
-        """
-        if self.first_failed is None or self.first_failed.code != MISTAKE:
-            return None
-        if any(child.code not in (MISTAKE, -signal.SIGTERM, -signal.SIGKILL) for child in self.children):
-            return None
-        errors = {child.usage_error for child in self.children if child.code == MISTAKE}
-        return errors.pop() if len(errors) == 1 else None
 
     def _report_failure(self, first: Child) -> None:
         """Blames the first process that failed, or the process that this one has blamed."""

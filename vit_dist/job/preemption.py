@@ -8,7 +8,7 @@ process and not the others, or each at another step; JAX's preemption service th
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -40,9 +40,7 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._handle) for number in caught}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, previous in self._previous.items():
             # None: the previous handler was not set from Python and cannot be restored from here
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
@@ -65,11 +63,8 @@ class StopRequest:
             if number in self._received:
                 signal.signal(number, signal.SIG_DFL)  # a third Ctrl-C ends the process
                 raise KeyboardInterrupt
-            end_of_bar = b"\n" * os.isatty(2)  # a progress bar does not end its line
-            os.write(
-                2,
-                end_of_bar + b"interrupted: finishing and saving this step; Ctrl-C again ends at once, unsaved\n",
-            )
+            message = b"interrupted: finishing and saving this step; Ctrl-C again ends at once, unsaved\n"
+            os.write(2, b"\n" * os.isatty(2) + message)  # a progress bar does not end its line
             if self._own_process:
                 signal.signal(number, signal.SIG_DFL)
         self._received.add(number)

@@ -47,6 +47,12 @@ def find_rank(start_seconds: int) -> Rank | None:
     return rank if rank is not None and (rank.count > 1 or rank.devices) else None
 
 
+def is_address(text: str) -> bool:
+    """Returns whether the text is host:port."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+
+
 def fake_devices(configured: int) -> int:
     """Returns how many fake CPU devices to make: the launcher's number if it set one, else the configured one."""
     text = os.environ.get(FAKE_DEVICES, "")
@@ -60,8 +66,7 @@ def _from_variables(values: Mapping[str, str]) -> Rank:
     coordinator, count, index = values.values()
     if not coordinator or not count.isdecimal() or not index.isdecimal():
         raise ConfigError(f"{shown}: all three must be set, the last two to whole numbers")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not is_address(coordinator):
         raise ConfigError(f"{shown}: {VARIABLES[0]} must be host:port, such as localhost:12345")
     if int(index) >= int(count):
         raise ConfigError(f"{shown}: {VARIABLES[2]} must be less than {VARIABLES[1]}, as processes are numbered from 0")

@@ -66,14 +66,12 @@ class Peer:
 
     def send_all(self, data: bytes) -> None:
         """Sends an encoded message of any length; blocks until the connection has taken it or is broken."""
-        sent = False
         with self._sending, contextlib.suppress(OSError):
             try:
                 self.connection.sendall(data)
-                sent = True
-            finally:
-                if not sent:  # interrupted in the middle, such as by Ctrl-C
-                    self.connection.shutdown(socket.SHUT_RDWR)
+            except BaseException:  # interrupted in the middle, such as by Ctrl-C
+                self.connection.shutdown(socket.SHUT_RDWR)
+                raise
 
     def has_closed(self) -> bool:
         """Returns whether the peer has closed the connection and everything that it sent has been read."""
@@ -88,17 +86,14 @@ class Peer:
         """Returns the messages that have arrived, without blocking; None if the connection is closed or misused."""
         try:
             data = self.connection.recv(65536, socket.MSG_DONTWAIT)
+            if not data:
+                return None
+            self.last_heard = time.monotonic()
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            return [json.loads(line) for line in lines]
         except BlockingIOError:
             return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        self.last_heard = time.monotonic()
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError:
+        except (OSError, ValueError):
             return None
 
 
@@ -209,12 +204,10 @@ def _connect(rank: Rank, deadline: float, seconds: int) -> dict[int, Peer]:
 
 
 def _listen(rank: Rank) -> socket.socket:
-    host, port = rank.address
+    port, dual = rank.address[1], socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        return socket.create_server(
-            ("", port), family=family, backlog=rank.count, dualstack_ipv6=family == socket.AF_INET6
-        )
+        return socket.create_server(("", port), family=family, backlog=rank.count, dualstack_ipv6=dual)
     except OSError as error:
         raise ConfigError(
             f"{rank.coordinator}: process 0 cannot listen at port {port} ({error.strerror}); choose another"
@@ -224,18 +217,15 @@ def _listen(rank: Rank) -> socket.socket:
 def _read_message(connection: socket.socket, deadline: float) -> dict[str, Any] | None:
     """Returns the next message, None if there is none in time; reads byte by byte, to leave what follows unread."""
     data = b""
-    while not data.endswith(b"\n") and len(data) < 65536:
-        connection.settimeout(max(0.01, deadline - time.monotonic()))
-        try:
-            byte = connection.recv(1)
-        except OSError:
-            return None
-        if not byte:
-            return None
-        data += byte
     try:
+        while not data.endswith(b"\n") and len(data) < 65536:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            byte = connection.recv(1)
+            if not byte:
+                return None
+            data += byte
         message = json.loads(data)
-    except ValueError:
+    except (OSError, ValueError):
         return None
     return message if isinstance(message, dict) else None
 

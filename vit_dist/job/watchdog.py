@@ -46,8 +46,7 @@ class Watchdog:
         self._heartbeat_seconds = max(0.1, min(5.0, deadlines.peer_seconds / _HEARTBEATS))
         self._step = 0
         self._step_began: float | None = None  # None: the clock is stopped
-        self._gathered: dict[int, dict[int, Any]] = {}  # call number of `gather` -> index -> value
-        self._answered: dict[int, list[Any]] = {}  # call number of `gather` -> the value of each process
+        self._gathered: dict[int, dict[int, Any]] = {}  # call number of `gather` -> index of a peer -> what it sent
         self._gather_calls = 0
         self._arrived = threading.Condition()  # notified when a message of `gather` has arrived
         self._verdict = threading.Event()
@@ -77,15 +76,14 @@ class Watchdog:
         call = self._gather_calls
         if self.index:
             self.peers[0].send_all(encode(gather=call, value=value))
-            with self._arrived:
-                self._arrived.wait_for(lambda: call in self._answered)
-                return self._answered.pop(call)
         with self._arrived:
             received = self._gathered.setdefault(call, {})
             self._arrived.wait_for(lambda: len(received) == len(self.peers))
             del self._gathered[call]
+        if self.index:
+            return received[0]
         values = [value, *(received[index] for index in sorted(received))]
-        answer = encode(gathered=call, values=values)
+        answer = encode(gather=call, value=values)
         for peer in self.peers.values():
             peer.send_all(answer)
         return values
@@ -112,19 +110,16 @@ class Watchdog:
 
     def _run(self) -> None:
         """Runs the thread. An error in it ends the process, which might wait forever without a watchdog."""
-        ended_well = False
         try:
             self._watch()
-            ended_well = True
-        finally:
-            if not ended_well:
-                _print(traceback.format_exc())
-                end_now(FAILED)
+        except BaseException:
+            _print(traceback.format_exc())
+            end_now(FAILED)
 
     def _watch(self) -> None:
         last_look = next_heartbeat = time.monotonic()
         while not self._stopping.is_set():
-            for key, _ in self._ready.select(0) or self._wait():
+            for key, _ in self._ready.select(min(0.25, self._heartbeat_seconds)):
                 self._receive(key.data)
             now = time.monotonic()
             if now - last_look > self.deadlines.peer_seconds / 2:
@@ -136,12 +131,6 @@ class Watchdog:
                 for peer in self.peers.values():
                     peer.send(step=self._step, ago=ago)
                 self._check_peers(now)
-
-    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
-        if self._ready.get_map():
-            return self._ready.select(min(0.25, self._heartbeat_seconds))
-        self._stopping.wait(min(0.25, self._heartbeat_seconds))
-        return []
 
     def _restart_clocks(self, now: float) -> None:
         """Ignores silences so far, after this process itself was suspended, with its job or its machine."""
@@ -169,10 +158,6 @@ class Watchdog:
             elif "gather" in message:
                 with self._arrived:
                     self._gathered.setdefault(message["gather"], {})[peer.index] = message["value"]
-                    self._arrived.notify_all()
-            elif "gathered" in message:
-                with self._arrived:
-                    self._answered[message["gathered"]] = message["values"]
                     self._arrived.notify_all()
             elif "step" in message:
                 ago = message["ago"]

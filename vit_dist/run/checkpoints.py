@@ -43,15 +43,11 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
+        best = policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
             directory.resolve(),
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep_last),
-                    policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False),
-                ]
-            ),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
             cleanup_tmp_directories=not read_only,
         )
 
@@ -175,32 +171,23 @@ def _with_sharding(tensor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding)
 
 
-def _tensors(name: str, tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns path, such as `parameters/head/kernel` -> (shape, type)."""
-    leaves = jax.tree.flatten_with_path(tree)[0]
+def _tensors(name: str, tree: Any) -> dict[str, str]:
+    """Returns path, such as `parameters/head/kernel` -> type and shape, such as `float32[8, 10]`."""
     return {
-        "/".join((name, jax.tree_util.keystr(path, simple=True, separator="/"))): (
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype).name,
+        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": (
+            f"{np.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
         )
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
-def _differences(
-    saved: dict[str, tuple[tuple[int, ...], str]], wanted: dict[str, tuple[tuple[int, ...], str]]
-) -> list[str]:
+def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
     """Returns a phrase for each tensor that keeps `saved` from being read as `wanted`."""
     missing = [f"has no tensor {path}" for path in wanted if path not in saved]
     extra = [f"has a tensor {path} that this run does not have" for path in saved if path not in wanted]
     other = [
-        f"tensor {path} is {_format(saved[path])}, expected {_format(wanted[path])}"
-        for path in wanted
-        if path in saved and saved[path] != wanted[path]
+        f"tensor {path} is {saved[path]}, expected {tensor}"
+        for path, tensor in wanted.items()
+        if saved.get(path, tensor) != tensor
     ]
     return missing + other + extra
-
-
-def _format(tensor: tuple[tuple[int, ...], str]) -> str:
-    shape, dtype = tensor
-    return f"{dtype}[{', '.join(map(str, shape))}]"

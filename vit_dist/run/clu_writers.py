@@ -31,14 +31,11 @@ class SummaryWriter:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, float(value), step)
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for tag, text in texts.items():
-            self._writer.add_text(tag, text, step)
-
     def _refuse(self, *arguments: Any, **options: Any) -> None:
-        raise NotImplementedError("only numbers and texts are written to event files")
+        raise NotImplementedError("only numbers are written to event files")
 
-    write_images = write_videos = write_audios = write_histograms = write_summaries = write_hparams = _refuse
+    write_texts = write_images = write_videos = write_audios = _refuse
+    write_histograms = write_summaries = write_hparams = _refuse
 
     def flush(self) -> None:
         self._writer.flush()

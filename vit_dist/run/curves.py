@@ -15,27 +15,21 @@ PANELS = {"loss": "loss", "top1": "accuracy (top-1)"}
 
 
 def draw(workdir: Path) -> Path:
-    """Writes `workdir/curves.svg`, completely or not at all, and returns its path."""
-    import matplotlib  # takes a second to import, and only this function needs it
+    """Writes `workdir/curves.svg`, completely or not at all, and returns its path.
 
-    text = io.StringIO()
+    There is a panel for loss and one for accuracy, if any row holds them.
+    """
+    import matplotlib.figure  # takes a second to import, and only this function needs it
+
+    rows, text = read_rows(workdir), io.StringIO()
+    panels = [name for name in PANELS if any(name in row for row in rows)] or ["loss"]
     with matplotlib.rc_context({"svg.hashsalt": "vit_dist", "svg.fonttype": "none", "font.size": 10}):
-        _figure(read_rows(workdir)).savefig(text, format="svg", metadata={"Date": None})
+        figure = matplotlib.figure.Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+        for number, name in enumerate(panels, 1):
+            _draw_panel(figure.add_subplot(1, len(panels), number), name, rows)
+        figure.savefig(text, format="svg", metadata={"Date": None})
     write_atomically(workdir / "curves.svg", text.getvalue())
     return workdir / "curves.svg"
-
-
-def _figure(rows: list[dict[str, Any]]) -> Any:
-    """Returns a matplotlib Figure with a panel for loss and one for accuracy, if any row holds them."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    panels = [name for name in PANELS if any(name in row for row in rows)] or ["loss"]
-    figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    for number, name in enumerate(panels, 1):
-        _draw_panel(figure.add_subplot(1, len(panels), number), name, rows)
-    return figure
 
 
 def _draw_panel(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:

@@ -29,8 +29,10 @@ class MetricLog:
 
     def __init__(self, workdir: Path, *, resume_step: int | None):
         """Keeps the rows of earlier sessions up to `resume_step`; None: no row."""
-        _remove_rows_after(workdir / ROWS, resume_step)
-        self._rows = JsonLinesWriter(workdir / ROWS)
+        file = workdir / ROWS
+        kept = [line for line, row in _lines(file) if resume_step is not None and row["step"] <= resume_step]
+        write_atomically(file, "".join(kept))
+        self._rows = JsonLinesWriter(file)
         events = SummaryWriter(
             workdir / "tensorboard",
             purge_step=0 if resume_step is None else resume_step + 1,
@@ -76,13 +78,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
         self._row: dict[str, Any] = {}
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        for tag, value in scalars.items():
-            row, name = self._row_of(step, tag)
-            number = np.asarray(value).item()
-            if isinstance(number, float) and not math.isfinite(number):
-                row.setdefault("non_finite", {})[name] = str(number)
-                number = None
-            row[name] = number
+        self.write_summaries(step, {tag: np.asarray(value).item() for tag, value in scalars.items()})
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for tag, text in texts.items():
@@ -90,7 +86,7 @@ class JsonLinesWriter(metric_writers.MetricWriter):
             row[name] = text
 
     def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes lists and arrays, such as a number for each class; a None in a list (unknown) becomes null."""
+        """Writes numbers, lists and arrays, such as a number for each class; a None (unknown) becomes null."""
         for tag, value in values.items():
             row, name = self._row_of(step, tag)
             numbers = np.array(value, object)
@@ -165,15 +161,8 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
     return [row for _, row in _lines(workdir / ROWS)]
 
 
-def _remove_rows_after(path: Path, last_step: int | None) -> None:
-    """Keeps the complete rows up to `last_step`; None: no row."""
-    if path.exists():
-        kept = [line for line, row in _lines(path) if last_step is not None and row["step"] <= last_step]
-        write_atomically(path, "".join(kept))
-
-
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns each complete line and its row. Raises `ConfigError` for a line that is not JSON."""
+    """Returns each complete line and its row, none if there is no file; raises `ConfigError` if one is not JSON."""
     if not path.exists():
         return []
     rows = []
