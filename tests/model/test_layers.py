@@ -43,7 +43,7 @@ def test_layer_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
 
 
 def test_xavier_draws_each_matrix_of_a_fused_kernel_uniformly_with_its_own_fans() -> None:
-    dense = Dense((96,), (3, 4, 24), (None,) * 4, rngs=nnx.Rngs(0), initializer=xavier_uniform)
+    dense = Dense((96,), (4, 24), (None,) * 3, count=3, rngs=nnx.Rngs(0), initializer=xavier_uniform)
     limit = math.sqrt(6 / (96 + 96))  # of [D, D], not of [D, 3 D]
     for matrix in range(3):
         kernel = np.asarray(dense.kernel[:, matrix])

@@ -57,6 +57,11 @@ def spec_of(x: jax.Array, dimensions: int | None = None, *names: str | None) -> 
     return PartitionSpec(*jax.typeof(x).sharding.spec.partitions[:dimensions], *(_axes(name) for name in names))
 
 
+def stored_spec(parameter: jax.Array) -> PartitionSpec | None:
+    """Returns the `PartitionSpec` of a parameter, with the axes over which its gradient is still to be summed."""
+    return jax.typeof(parameter).sharding.spec if _mesh_axes() else None
+
+
 def shard_count(name: str) -> int:
     """Returns the number of shards into which the current mesh splits a dimension of this name; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -97,6 +102,30 @@ def broadcast(parameter: jax.Array, shape: tuple[int, ...], activations: Partiti
     """
     dimensions = tuple(range(len(shape) - parameter.ndim, len(shape)))
     return jax.lax.broadcast_in_dim(parameter, shape, dimensions, out_sharding=activations)
+
+
+def joined(array: jax.Array, start: int, stop: int | None = None) -> jax.Array:
+    """Returns the array with its dimensions from `start` to before `stop` joined to one; None: to the last.
+
+    Only the first of them may be split; so is then the joined one.
+    """
+    stop = array.ndim if stop is None else stop
+    if stop - start == 1:
+        return array
+    shape = (*array.shape[:start], math.prod(array.shape[start:stop]), *array.shape[stop:])
+    split = stored_spec(array)
+    if split is not None:
+        partitions = (*split.partitions[: start + 1], *split.partitions[stop:])
+        split = PartitionSpec(*partitions, reduced=split.reduced)
+    return jax.lax.reshape(array, shape, out_sharding=split)
+
+
+def product_spec(x: jax.Array, kernel: jax.Array) -> PartitionSpec | None:
+    """Returns the `PartitionSpec` of the product of x [..., I] and a gathered kernel [I, O]: [..., O]."""
+    if not _mesh_axes():
+        return None
+    rows, columns = jax.typeof(x).sharding.spec.partitions[:-1], jax.typeof(kernel).sharding.spec.partitions[1:]
+    return PartitionSpec(*rows, *columns)
 
 
 def replicated(array: jax.Array) -> jax.Array:

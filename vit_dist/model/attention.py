@@ -19,7 +19,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import context
-from vit_dist.model.layers import INITIALIZERS, Dense, Norm, dropout, split_key
+from vit_dist.model.layers import INITIALIZERS, Dense, Norm, Scale, dropout, split_key
 from vit_dist.model.shape import Shape
 
 # The largest head of cuDNN's kernel on every GPU. Hopper and later support 256, but a program that is compiled for an
@@ -37,24 +37,26 @@ class Attention(nnx.Module):
         self.implementation = model.attention
         self.tokens, self.algorithm = shape.tokens, model.context_attention
         dense: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
-        qkv_names, projection_names = ("width", None, "heads", None), ("heads", None, "width")
+        qkv_names, projection_names = ("width", "heads", None), ("heads", None, "width")
         qkv_bias, projection_bias = (0.0 if bias else None for bias in (model.qkv_bias, model.projection_bias))
-        self.qkv = Dense((width,), (3, heads, size), qkv_names, bias=qkv_bias, **dense)
+        self.qkv = Dense((width,), (heads, size), qkv_names, bias=qkv_bias, count=3, **dense)
         self.projection = Dense((heads, size), (width,), projection_names, bias=projection_bias, **dense)
         self.query_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
         self.key_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, norm: Norm | None = None, scale: Scale | None = None
+    ) -> jax.Array:
+        """Attends over the tokens of x; `norm` and `scale` are as for a dense layer."""
         keys = split_key(key, 2)
-        qkv = checkpoint_name(self.qkv(x), "qkv")
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = (checkpoint_name(y, "qkv") for y in self.qkv.each(x, norm=norm))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if layout.shard_count("tokens") == 1:
             mixed = checkpoint_name(attend(q, k, v, self.implementation, self.attention_dropout, keys[0]), "attention")
         else:
             mixed = attend_split(q, k, v, self.tokens, self.algorithm, self.implementation, self.attention_dropout)
-        return dropout(self.projection(mixed), self.projection_dropout, keys[1])
+        return dropout(self.projection(mixed, scale=scale), self.projection_dropout, keys[1])
 
 
 def attend(

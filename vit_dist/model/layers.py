@@ -17,6 +17,9 @@ from jax.nn import initializers
 from jax.sharding import PartitionSpec
 
 from vit_dist.mesh import layout
+from vit_dist.model.activations import ACTIVATIONS
+from vit_dist.model.product import product
+from vit_dist.model.recompute import recompute
 
 Names = tuple[str | None, ...]
 
@@ -44,6 +47,8 @@ class Dense(nnx.Module):
       rngs: the source of randomness for the kernel.
       initializer: maps (fan in, fan out) to an initialiser, such as `xavier_uniform`.
       bias: the initial value of the bias; None makes no bias.
+      count: how many such maps of the same input are stored together (see `each`), in a kernel
+        [*inputs, count, *outputs].
     """
 
     def __init__(
@@ -55,64 +60,86 @@ class Dense(nnx.Module):
         rngs: nnx.Rngs,
         initializer: Callable,
         bias: float | None = 0.0,
+        count: int | None = None,
     ):
-        self.input_count = len(inputs)
-        bias_names = names[len(inputs) :]
+        self.input_count, self.outputs = len(inputs), outputs
+        input_names, output_names = names[: len(inputs)], names[len(inputs) :]
+        stack, stack_names = ((), ()) if count is None else ((count,), (None,))
+        make_kernel = initializer(math.prod(inputs), math.prod(outputs))
+        kernel_names = (*input_names, *stack_names, *output_names)
+        self.kernel = make_parameter(rngs, make_kernel, (*inputs, *stack, *outputs), kernel_names)
+        make_bias, bias_names = initializers.constant(bias), (*stack_names, *output_names)
+        self.bias = None if bias is None else make_parameter(rngs, make_bias, (*stack, *outputs), bias_names)
         # The names of the result's dimensions: only parameters are split by `width`, activations never.
-        self.output_names = tuple(None if name == "width" else name for name in bias_names)
-        self.kernel = make_parameter(rngs, initializer(*_fans(inputs, outputs)), inputs + outputs, names)
-        self.bias = None if bias is None else make_parameter(rngs, initializers.constant(bias), outputs, bias_names)
+        self.output_names = tuple(None if name == "width" else name for name in output_names)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        split = layout.spec_of(x, x.ndim - self.input_count, *self.output_names)
-        y = _product(x, cast_and_gather(self.kernel, x.dtype, split), self.input_count, split)
-        if self.bias is None:
+    def __call__(self, x: jax.Array, *, norm: "Norm | None" = None, scale: "Scale | None" = None) -> jax.Array:
+        """Returns the map of x.
+
+        Args:
+          x: [..., *inputs].
+          norm: a norm whose `normalise` made x; its scale and bias are applied here.
+          scale: a LayerScale to apply to the result.
+        """
+        return self._multiply((x,), *self._gathered(x, norm, scale))
+
+    def of(self, function: Callable[..., jax.Array], *inputs: jax.Array, scale: "Scale | None" = None) -> jax.Array:
+        """Returns the map of `function(*inputs)`, an element-wise function whose inputs the backward pass keeps."""
+        return self._multiply(inputs, *self._gathered(inputs[0], None, scale), function)
+
+    def each(self, x: jax.Array, *, norm: "Norm | None" = None) -> list[jax.Array]:
+        """Returns the `count` maps of x, [..., *outputs] each, by a product each.
+
+        One product for all would leave its result to be cut into copies, and the gradients to be joined.
+        """
+        kernel, bias = self._gathered(x, norm, None)
+
+        def cut(array: jax.Array, dimension: int, number: int) -> jax.Array:
+            return jax.lax.index_in_dim(array, number, dimension, keepdims=False)
+
+        numbers = range(kernel.shape[self.input_count])
+        kernels = (cut(kernel, self.input_count, number) for number in numbers)
+        biases = (None if bias is None else cut(bias, 0, number) for number in numbers)
+        return [self._multiply((x,), *parameters) for parameters in zip(kernels, biases, strict=True)]
+
+    def _gathered(self, x: jax.Array, norm: "Norm | None", scale: "Scale | None") -> tuple[jax.Array, jax.Array | None]:
+        """Returns kernel and bias for a product with x: the kernel in the dtype of x, the bias in float32."""
+        kernel, bias, split = self.kernel[...], None if self.bias is None else self.bias[...], layout.spec_of(x)
+        if norm is not None:
+            kernel, bias = norm.fold(kernel, bias)
+        if scale is not None:
+            kernel, bias = scale.fold(kernel, bias)
+        kernel = layout.gathered(kernel.astype(x.dtype), split)
+        return kernel, None if bias is None else layout.gathered(bias, split)
+
+    def _multiply(
+        self,
+        inputs: tuple[jax.Array, ...],
+        kernel: jax.Array,
+        bias: jax.Array | None,
+        function: Callable[..., jax.Array] | None = None,
+    ) -> jax.Array:
+        """Returns the product as [..., *outputs]; within it, all matrices have two dimensions."""
+        contracted, lead = self.input_count, inputs[0].ndim - self.input_count
+        if contracted > 1:  # joined within the product, which keeps its inputs as they are
+            assert function is None
+            function = functools.partial(layout.joined, start=lead)
+        kernel = layout.joined(layout.joined(kernel, contracted), 0, contracted)
+        bias = None if bias is None else layout.joined(bias, 0)
+        y = product(inputs, kernel, bias, function)
+        if len(self.outputs) == 1:
             return y
-        return y + layout.broadcast(cast_and_gather(self.bias, x.dtype, split), y.shape, split)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: jax.Array, kernel: jax.Array, inputs: int, split: PartitionSpec | None) -> jax.Array:
-    """Multiplies x [..., *inputs] by a gathered kernel [*inputs, *outputs] -> [..., *outputs], laid out as `split`.
-
-    The gradients are JAX's own except in one choice. The kernel's gradient is a product over examples and tokens, and
-    here its narrower operand comes first: XLA transposes the first operand on CPUs, and in JAX that is always `g`.
-    """
-    contract = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    return jax.lax.dot_general(x, kernel, (contract, ((), ())), out_sharding=split)
-
-
-def _product_forward(
-    x: jax.Array, kernel: jax.Array, inputs: int, split: PartitionSpec | None
-) -> tuple[jax.Array, tuple]:
-    return _product(x, kernel, inputs, split), (x, kernel)
-
-
-def _product_backward(
-    inputs: int, split: PartitionSpec | None, saved: tuple, g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    lead = tuple(range(x.ndim - inputs))
-    contract = (tuple(range(len(lead), g.ndim)), tuple(range(inputs, kernel.ndim)))
-    x_gradient = jax.lax.dot_general(g, kernel, (contract, ((), ())), out_sharding=layout.spec_of(x))
-    if math.prod(kernel.shape[:inputs]) <= math.prod(kernel.shape[inputs:]):
-        return x_gradient, jax.lax.dot_general(
-            x, g, ((lead, lead), ((), ())), out_sharding=layout.gradient_spec(kernel, range(kernel.ndim))
+        return jax.lax.reshape(
+            y, (*y.shape[:-1], *self.outputs), out_sharding=layout.spec_of(y, lead, *self.output_names)
         )
-    order = (*range(inputs, kernel.ndim), *range(inputs))  # the kernel's dimensions: outputs, then inputs
-    transposed = jax.lax.dot_general(g, x, ((lead, lead), ((), ())), out_sharding=layout.gradient_spec(kernel, order))
-    # Without the barrier XLA fuses the transpose into the product, which then misses the fast CPU routine.
-    transposed = jax.lax.optimization_barrier(transposed)
-    return x_gradient, transposed.transpose(*(order.index(dimension) for dimension in range(kernel.ndim)))
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 class Norm(nnx.Module):
     """LayerNorm over the last dimension, with statistics in float32: [..., size] -> [..., size].
 
-    Ba et al. 2016, arXiv:1607.06450. `name` is the logical name of the dimension.
+    Ba et al. 2016, arXiv:1607.06450. `name` is the logical name of the dimension. Where a dense layer follows, the norm
+    can leave its scale and bias to it (`normalise`, `fold`): products of (x s + b) and W are those of x and s W, plus
+    b W. The gradients of scale and bias then follow from the kernel's, without a sum over all tokens.
     """
 
     def __init__(self, size: int, name: str | None, *, rngs: nnx.Rngs, bias: bool = True, epsilon: float = 1e-6):
@@ -121,26 +148,68 @@ class Norm(nnx.Module):
         self.bias = make_parameter(rngs, initializers.zeros, (size,), (name,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide, split = x.astype(jnp.float32), layout.spec_of(x)
-        mean = jnp.mean(wide, -1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
-        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * layout.broadcast(cast_and_gather(self.scale, wide.dtype, split), x.shape, split)
+        split = layout.spec_of(x)
+        affine = [self.scale] if self.bias is None else [self.scale, self.bias]
+        return recompute(
+            functools.partial(_layer_norm, self.epsilon), x, *(cast_and_gather(p, jnp.float32, split) for p in affine)
+        )
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """Returns x with mean 0 and variance 1, for a dense layer that is called with this norm."""
+        return recompute(functools.partial(_layer_norm, self.epsilon), x)
+
+    def affine(self, x: jax.Array) -> jax.Array:
+        """Returns x times the scale, plus the bias."""
+        split = layout.spec_of(x)
+        y = x * layout.broadcast(cast_and_gather(self.scale, jnp.float32, split), x.shape, split)
         if self.bias is not None:
-            y = y + layout.broadcast(cast_and_gather(self.bias, wide.dtype, split), x.shape, split)
+            y = y + layout.broadcast(cast_and_gather(self.bias, jnp.float32, split), x.shape, split)
         return y.astype(x.dtype)
+
+    def fold(self, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Returns kernel [size, ...] and bias [...] of the dense layer that maps what `normalise` returns.
+
+        All are as stored. Sums over parameters that are split over `fsdp` are small all-reduces.
+        """
+        if self.bias is not None:
+            added = recompute(lambda kernel, shift: jnp.sum(_scaled(kernel, shift, 0), 0), kernel, self.bias[...])
+            bias = added if bias is None else bias + added
+        return recompute(lambda kernel, scale: _scaled(kernel, scale, 0), kernel, self.scale[...]), bias
+
+
+def _layer_norm(epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
+    """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither."""
+    wide, split = x.astype(jnp.float32), layout.spec_of(x)
+    mean = jnp.mean(wide, -1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
+    y = (wide - mean) * jax.lax.rsqrt(variance + epsilon)
+    if affine:
+        y = y * layout.broadcast(affine[0], x.shape, split)
+    if affine[1:]:
+        y = y + layout.broadcast(affine[1], x.shape, split)
+    return y.astype(x.dtype)
 
 
 class Scale(nnx.Module):
-    """LayerScale: multiplies each channel by a learned factor (Touvron et al. 2021, arXiv:2103.17239)."""
+    """LayerScale: multiplies each channel by a learned factor (Touvron et al. 2021, arXiv:2103.17239).
+
+    The dense layer before it applies it: the columns of the kernel are multiplied instead of the activations.
+    """
 
     def __init__(self, size: int, value: float, *, rngs: nnx.Rngs):
         self.scale = make_parameter(rngs, initializers.constant(value), (size,), ("width",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = checkpoint_name(x, "scaled")  # a dense product that the factor's gradient needs
-        split = layout.spec_of(x)
-        return x * layout.broadcast(cast_and_gather(self.scale, x.dtype, split), x.shape, split)
+    def fold(self, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Returns kernel [..., size] and bias [size] of the dense layer whose result is to be scaled, as stored."""
+        scale = self.scale[...]
+        kernel = recompute(lambda kernel, scale: _scaled(kernel, scale, kernel.ndim - 1), kernel, scale)
+        return kernel, None if bias is None else bias * scale
+
+
+def _scaled(kernel: jax.Array, factors: jax.Array, dimension: int) -> jax.Array:
+    """Multiplies a kernel by factors along one dimension; both are as stored."""
+    split = layout.stored_spec(kernel)
+    return kernel * jax.lax.broadcast_in_dim(factors, kernel.shape, (dimension,), out_sharding=split)
 
 
 class Mlp(nnx.Module):
@@ -159,15 +228,24 @@ class Mlp(nnx.Module):
         self.up = Dense((width,), (hidden,), ("width", "mlp"), **dense)
         self.down = Dense((hidden,), (width,), ("mlp", "width"), **dense)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, key: jax.Array | None, norm: Norm | None = None, scale: Scale | None = None
+    ) -> jax.Array:
+        """Maps x; `norm` and `scale` are as for a dense layer."""
         keys = split_key(key, 2)
-        hidden = checkpoint_name(self.up(x), "mlp")
-        if self.gate is not None:
-            hidden = jax.nn.silu(checkpoint_name(self.gate(x), "mlp")) * hidden
+        layers = (self.up,) if self.gate is None else (self.gate, self.up)
+        hidden = [checkpoint_name(layer(x, norm=norm), "mlp") for layer in layers]
+        activate = ACTIVATIONS[self.activation]
+        keep = dropout_mask(hidden[0], self.dropout, keys[0])
+        if keep is None:
+            y = self.down.of(activate, *hidden, scale=scale)
         else:
-            hidden = jax.nn.gelu(hidden, approximate=self.activation == "gelu_tanh")
-        hidden = dropout(hidden, self.dropout, keys[0])
-        return dropout(self.down(hidden), self.dropout, keys[1])
+            y = self.down.of(_activate_and_drop(activate, self.dropout), keep, *hidden, scale=scale)
+        return dropout(y, self.dropout, keys[1])
+
+
+def _activate_and_drop(activate: Callable[..., jax.Array], rate: float) -> Callable[..., jax.Array]:
+    return lambda keep, *hidden: _drop(activate(*hidden), keep, rate)
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -182,13 +260,22 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     every mesh. The token axis comes first in the draw: an element's random number then depends only on its position in
     row-major order, and padding tokens at the end, which some meshes need, do not change the mask of those before.
     """
+    keep = dropout_mask(x, rate, key)
+    return x if keep is None else _drop(x, keep, rate)
+
+
+def dropout_mask(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array | None:
+    """Returns the mask of `dropout` for x, False for elements to drop; None if it drops none."""
     if not rate or key is None:
-        return x
+        return None
     split = layout.spec_of(x)
     if split is not None:
         split = PartitionSpec(split[1], split[0], *split[2:])
     shape = (x.shape[1], x.shape[0], *x.shape[2:])
-    keep = jax.random.bernoulli(key, 1 - rate, shape, out_sharding=split).swapaxes(0, 1)
+    return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=split).swapaxes(0, 1)
+
+
+def _drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
@@ -202,15 +289,6 @@ def drop_path(x: jax.Array, rate: jax.Array | float | None, key: jax.Array | Non
     shape, rest = (x.shape[0],) + (1,) * (x.ndim - 1), (None,) * (x.ndim - 1)
     draws = jax.random.uniform(key, shape, out_sharding=layout.spec_of(x, 1, *rest))
     return x * ((draws >= rate) / (1 - rate)).astype(x.dtype)
-
-
-def _fans(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[int, int]:
-    """Returns fan in and fan out of a kernel [*inputs, *outputs] as a matrix.
-
-    A fused kernel, such as the [D, 3, H, d] of queries, keys and values, is several matrices side by side: the 3
-    does not count.
-    """
-    return math.prod(inputs), math.prod(outputs[1:] if len(outputs) == 3 else outputs)
 
 
 def zeros(fan_in: int, fan_out: int) -> Callable:

@@ -37,61 +37,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import context
-from vit_dist.model.attention import Attention, attend
+from vit_dist.model.attention import attend
+from vit_dist.model.block import Block, run_blocks
 from vit_dist.model.layers import (
     INITIALIZERS,
     Dense,
     Mlp,
     Norm,
-    Scale,
     cast_and_gather,
-    drop_path,
     dropout,
     lecun_normal,
     make_parameter,
     split_key,
     zeros,
 )
-from vit_dist.model.position import sincos2d
+from vit_dist.model.position import add_to_each, sincos2d
 from vit_dist.model.shape import Shape, shape_of
-
-SAVED = ("qkv", "attention", "mlp", "residual", "scaled")  # kept by remat="names", which runs no dense product twice
-
-
-class Block(nnx.Module):
-    """Adds attention(norm(x)) to x, then mlp(norm(x)); with `parallel`, both at once on the same norm (ViT-22B)."""
-
-    def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
-        self.parallel = shape.parallel
-        self.norm1 = Norm(shape.width, "width", rngs=rngs)
-        self.attention = Attention(model, shape, rngs)
-        self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
-        self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
-        scale = model.layer_scale
-        self.scale1 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
-        self.scale2 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
-
-    def __call__(self, x: jax.Array, path_rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        """Maps x [B, N, D] to [B, N, D]; `path_rate`: the probability with which an example skips a branch."""
-        keys = split_key(key, 4)
-        h = self.norm1(x)
-        attended = self.attention(h, keys[0])
-        attended = drop_path(self.scale1(attended) if self.scale1 is not None else attended, path_rate, keys[1])
-        if self.norm2 is not None:
-            x = checkpoint_name(x + attended, "residual")
-            h = self.norm2(x)
-        else:
-            x = x + attended
-        y = self.mlp(h, keys[2])
-        return x + drop_path(self.scale2(y) if self.scale2 is not None else y, path_rate, keys[3])
 
 
 class AttentionPool(nnx.Module):
@@ -102,7 +69,7 @@ class AttentionPool(nnx.Module):
         names, size = ("width", "heads", None), shape.width // shape.heads
         self.probe = make_parameter(rngs, initializers.normal(0.02), (1, shape.width), (None, "width"))
         self.query = Dense((shape.width,), (shape.heads, size), names, **common)
-        self.key_value = Dense((shape.width,), (2, shape.heads, size), ("width", None, "heads", None), **common)
+        self.key_value = Dense((shape.width,), (shape.heads, size), names, count=2, **common)
         self.projection = Dense((shape.heads, size), (shape.width,), ("heads", None, "width"), **common)
         self.norm = Norm(shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
@@ -111,9 +78,9 @@ class AttentionPool(nnx.Module):
         """Pools the tokens of x [B, N, D] for which `mask`, bool [N], is True; None pools all."""
         split = layout.spec_of(x, 1, None, None)  # by examples only
         probe = layout.broadcast(cast_and_gather(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
-        key_value = self.key_value(x)
+        key, value = self.key_value.each(x)
         # The weights of one query, [B, H, 1, N], are small: a fused kernel would gain nothing.
-        x = self.projection(attend(self.query(probe), key_value[:, :, 0], key_value[:, :, 1], "xla", mask=mask))
+        x = self.projection(attend(self.query(probe), key, value, "xla", mask=mask))
         return (x + self.mlp(self.norm(x), None))[:, 0]
 
 
@@ -191,7 +158,7 @@ class ViT(nnx.Module):
         keys = split_key(key, 2)
         x = self.embed(images.astype(self.model.dtype))
         x = dropout(x, self.model.embedding_dropout, keys[0])
-        x = self.pool_tokens(self.norm(self.encode(x, keys[1])))
+        x = self.pool_tokens(self.encode(x, keys[1]))
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
         return self.head(x.astype(jnp.float32))
@@ -212,7 +179,7 @@ class ViT(nnx.Module):
             x = layout.reshard(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
             x = jnp.where(_token_mask(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
             table = layout.reshard(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
-        return x + layout.broadcast(table, x.shape, layout.spec_of(x))
+        return add_to_each(x, table)
 
     def _added_embeddings(self, x: jax.Array) -> jax.Array:
         """Returns the embeddings [N, D] to add to those of the pixels, in the dtype of x, for the layout of x."""
@@ -231,19 +198,27 @@ class ViT(nnx.Module):
         return jnp.concatenate([*special, position[cls_positions:]])
 
     def pool_tokens(self, x: jax.Array) -> jax.Array:
-        """Pools tokens [B, N, D] to the head's input [B, D]."""
+        """Normalises and pools tokens [B, N, D] to the head's input [B, D]."""
         # Registers and padding are left out (Darcet et al. 2024).
         start, stop = (0, 1) if self.cls is not None else (self.shape.special, self.shape.tokens)
-        mask = None
-        if layout.shard_count("tokens") == 1:
+        split = layout.shard_count("tokens") > 1
+        mask = _token_mask(start, stop, x) if split else None
+        if not split:
             x = x[:, start:stop]
-        else:
-            mask = _token_mask(start, stop, x)
         if self.pool is not None:
-            return self.pool(x, mask)
-        if mask is not None:
-            x = jnp.where(mask[:, None], x, 0)
-        return (jnp.sum(x, axis=1, dtype=jnp.float32) / (stop - start)).astype(x.dtype)
+            return self.pool(self.norm(x), mask)
+        # The mean of normalised tokens is scaled and shifted, instead of every token. The sum is written as a product:
+        # XLA's GPU compiler would otherwise store all tokens in float32 for it.
+        x = self.norm.normalise(x)
+        weights = jnp.ones(x.shape[1], x.dtype) if mask is None else mask.astype(x.dtype)
+        total = jax.lax.dot_general(
+            x,
+            weights,
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+            out_sharding=layout.spec("batch", None),
+        )
+        return self.norm.affine((total / (stop - start)).astype(x.dtype))
 
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Applies all blocks: [B, N, D] -> [B, N, D]."""
@@ -252,21 +227,7 @@ class ViT(nnx.Module):
         rates = jnp.linspace(first, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
 
-        def run(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
-            (graph, parameters), rate, key = inputs
-            return nnx.merge(graph, parameters)(x, rate, key), None
-
-        if self.model.remat != "none":
-            saved = jax.checkpoint_policies.save_only_these_names(*SAVED if self.model.remat == "names" else ())
-            # XLA must not merge the second computation with the first; a loop prevents that, unrolled code does not.
-            run = jax.checkpoint(run, policy=saved, prevent_cse=not self.model.scan)
-        if self.model.scan:
-            return jax.lax.scan(run, x, (nnx.split(self.blocks), rates, keys))[0]
-        assert isinstance(self.blocks, nnx.List)
-        for number, block in enumerate(self.blocks):
-            rate, key = (None if values is None else values[number] for values in (rates, keys))
-            x, _ = run(x, (nnx.split(block), rate, key))
-        return x
+        return run_blocks(self.blocks, x, rates, keys, self.model)
 
     def _is_random(self) -> bool:
         model = self.model

@@ -69,9 +69,8 @@ def saved_bytes(arrays: list[Saved], local: LocalShape) -> int:
 
 def _saved_by_name(model: config.Model, attention: str, size: int) -> list[Saved]:
     shape = shape_of(model)
-    sums = (not shape.parallel) + 2 * (model.layer_scale is not None)
     return [
-        Saved("width", size, 1 + sums),  # the input, and the arrays named "residual" and "scaled"
+        Saved("width", size, 1 if shape.parallel else 2),  # the input, and the array named "residual"
         Saved("heads", size, 4),  # queries, keys, values, output
         Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),
         Saved("head_rows", 4, attention == "chunked"),  # the logarithm of the softmax's denominator
@@ -80,18 +79,16 @@ def _saved_by_name(model: config.Model, attention: str, size: int) -> list[Saved
 
 def _saved_without_remat(model: config.Model, attention: str, size: int) -> list[Saved]:
     shape = shape_of(model)
-    norms, scaled = 1 if shape.parallel else 2, 2 * (model.layer_scale is not None)
+    norms = 1 if shape.parallel else 2
     projection_dropout = model.dropout if model.projection_dropout is None else model.projection_dropout
     arrays = [
-        Saved("width", 4, 4 * norms),  # LayerNorm's intermediate results, in float32
-        Saved("rows", 4, 2 * norms),
-        Saved("width", size, norms + 2 * scaled),
+        Saved("width", size, 2 * norms),  # each norm's input and output
         Saved("width", 1, (projection_dropout > 0) + (model.dropout > 0)),  # dropout masks
-        Saved("hidden", size, 4 if shape.activation == "gelu" else 6),  # the activation's intermediate results
+        Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),  # the activation's inputs
         Saved("hidden", 1, int(model.dropout > 0)),
     ]
     if shape.qk_norm:
-        arrays += [Saved("heads", 4, 8), Saved("head_rows", 4, 4)]
+        arrays.append(Saved("heads", size, 2))  # the inputs of the two norms
     return arrays + _saved_by_attention(shape.tokens, attention, size, dropout=model.attention_dropout > 0)
 
 
