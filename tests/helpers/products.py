@@ -1,5 +1,6 @@
-"""The dense products of a traced function: how many there are, and how many operations they cost.
+"""The products of matrices in a traced function: how many there are, and how many operations they cost.
 
+A product of a matrix and a vector is a weighted sum and does not count.
 What a compiler reports cannot be compared (a loop's body counts once, a fused product not at all); a jaxpr is exact.
 """
 
@@ -30,7 +31,7 @@ def equations(jaxpr: Any) -> Iterator[tuple[Any, int]]:
 
 def _costs(jaxpr: Any) -> Iterator[tuple[int, int]]:
     for equation, times in equations(jaxpr):
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == "dot_general" and min(one.aval.ndim for one in equation.invars) > 1:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             yield times, 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)

@@ -38,8 +38,7 @@ def recomputed_flops(model: config.Model, attention: str = "xla") -> int:
     Args:
       model: the model's config.
       attention: what computes attention: "xla", "cudnn", or "chunked" (`model.context`). The last two compute the
-        weights again within their own backward pass under any `remat`, which is not counted. But cuDNN's other saved
-        value, beside the output, has no checkpoint name, so that "names" runs cuDNN's forward kernel twice.
+        weights again within their own backward pass under any `remat`, which is not counted.
 
     Returns:
       The number of operations.
@@ -49,14 +48,12 @@ def recomputed_flops(model: config.Model, attention: str = "xla") -> int:
         return 0
     product = 2 * shape.tokens * shape.tokens * shape.width  # queries by keys; weights by values cost as much
     if model.remat == "names":
-        return shape.depth * product * {"xla": 1, "cudnn": 2, "chunked": 0}[attention]
+        return shape.depth * product if attention == "xla" else 0
     dense = 2 * shape.tokens * shape.width * shape.width
     up = 2 * shape.tokens * shape.width * shape.mlp
     block = 3 * dense + 2 * product + up * (2 if shape.activation == "swiglu" else 1)
-    if not shape.parallel or model.layer_scale is not None:
-        block += dense  # the projection: the second norm's input and the gradient of LayerScale depend on it
-    if model.layer_scale is not None:
-        block += up  # the MLP's second layer, for the gradient of its LayerScale
+    if not shape.parallel:
+        block += dense  # the projection, for the second norm's input
     return shape.depth * block
 
 
