@@ -93,11 +93,17 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "step/augment.py": [
         (
             "partner from the device's own rows",
-            "images * weights + images[::-1] * (1 - weights)",
-            "images * weights + _on_local_rows(lambda rows: rows[::-1], images) * (1 - weights)",
+            "return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))",
+            "return _on_local_rows(lambda rows: rows[::-1], array)",
             "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
         ),
-        ("targets not mixed", "targets * share + targets[::-1] * (1 - share)", "targets", SOFTMAX),
+        (
+            "an example mixed with its own repetition",
+            "return 1 << (repeats - 1).bit_length()",
+            "return 1",
+            "step/test_augment.py::test_no_example_is_mixed_with_its_own_repetition",
+        ),
+        ("targets not mixed", "targets * share + _of_partners(targets, repeats) * (1 - share)", "targets", SOFTMAX),
         ("cutmix keeps the drawn share", "share = jnp.where(cut, weights.mean(), share)", "share = share", SIGMOID),
         (
             "a box that does not fit is taken",

@@ -37,6 +37,7 @@ SIGMOID = {
         {"path": "^patch", "frozen": True}, {"path": "head|norm1", "learning_rate": 2.0, "weight_decay": 1.0},
     ],
     "data.flip": True, "data.crop_area": (0.1, 0.2),  # which the host has done
+    "data.repeats": 3,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "softmax on one device": SOFTMAX,

@@ -59,15 +59,17 @@ def make_train_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         warp_key, mix_key, dropout_key = jax.random.split(key, 3)
-        images = augment.normalise(batch["image"], data.mean, data.std)
-        images = augment.warp(images, warp_key, data)
+        # Bytes until the last possible operation: without a warp, the patches are made from bytes in one kernel.
+        images = augment.warp(batch["image"], warp_key, data)
         images = augment.resize(images, pair(model.settings.image_size), data.interpolation)
         targets = losses.one_hot(batch["label"], classes)
-        images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
+        images, targets = augment.mix(
+            images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix, repeats=data.repeats
+        )
         if settings.binarize_targets:
             targets = losses.binarize(targets)
         targets = losses.smooth(targets, settings.label_smoothing)
-        images = images.astype(model.settings.dtype)
+        images = augment.normalise(images, data.mean, data.std, model.settings.dtype)
 
         gradients, example_losses = sum_gradients(
             loss_sum,
