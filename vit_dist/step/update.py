@@ -16,7 +16,7 @@ from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.mesh import layout
 from vit_dist.mesh.feed import Batch
-from vit_dist.step import augment, losses
+from vit_dist.step import arrays, augment, losses
 from vit_dist.step.optimizer import trainable
 from vit_dist.step.state import ModelFunction, Parameters, State
 
@@ -90,8 +90,8 @@ def make_train_step(
         metrics = {
             "loss": jnp.mean(example_losses),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(parameters),
+            "grad_norm": arrays.norm(gradients),
+            "param_norm": arrays.norm(parameters),
         }
         if settings.log_examples:
             metrics["ids"] = layout.replicated(batch["id"])
@@ -122,7 +122,7 @@ def sum_gradients(
     if micro_batches == 1:
         deferred = jax.tree.map(lambda p: layout.defer_reduction(p, "microbatch"), parameters)
         gradients, example_losses = differentiate(deferred, *batch, key)
-        return jax.tree.map(layout.as_stored, gradients, parameters), example_losses
+        return arrays.reduce_gradients(gradients, parameters), example_losses
     deferred = jax.tree.map(lambda p: layout.defer_reduction(p, gather), parameters)
     sliced = tuple(_slice(array, micro_batches) for array in batch)
 
@@ -133,7 +133,7 @@ def sum_gradients(
 
     zeros = jax.tree.map(layout.unreduced_zeros, deferred)
     total, example_losses = jax.lax.scan(add, zeros, (sliced, jax.random.split(key, micro_batches)))
-    return jax.tree.map(layout.as_stored, total, parameters), example_losses
+    return arrays.reduce_gradients(total, parameters), example_losses
 
 
 def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Array) -> Parameters:
