@@ -117,6 +117,12 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "return 1",
             "step/test_augment.py::test_no_example_is_mixed_with_its_own_repetition",
         ),
+        (
+            "lambda near a half",
+            "power / (1 - power)",
+            "1 / (1 - power)",
+            "step/test_augment.py::test_lambda_has_the_distribution_beta",
+        ),
         ("targets not mixed", "targets * share + _of_partners(targets, repeats) * (1 - share)", "targets", SOFTMAX),
         ("cutmix keeps the drawn share", "share = jnp.where(cut, weights.mean(), share)", "share = share", SIGMOID),
         (

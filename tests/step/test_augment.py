@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
+from scipy import stats
 
 from vit_dist import config
 from vit_dist.mesh import layout
@@ -196,6 +197,17 @@ def test_mixup_blends_every_pixel_and_the_target_by_one_lambda() -> None:
         np.testing.assert_allclose(weights, share, rtol=1e-6)
     shares = np.array([share for _, share in results])
     assert 0.3 < shares.mean() < 0.7 and shares.std() > 0.2  # Beta(0.5, 0.5): mean 0.5, deviation 0.35
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.2, 0.8, 1.0, 5.0])
+def test_lambda_has_the_distribution_beta(alpha: float) -> None:
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: augment.symmetric_beta(key, alpha)))(keys), np.float64)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    # Kolmogorov and Smirnov's test at 1 %, away from the ends, where float32 rounds many numbers to 0 or 1.
+    grid = np.linspace(1e-3, 1 - 1e-3, 500)
+    shares = (drawn[:, None] <= grid).mean(axis=0)
+    assert np.abs(shares - stats.beta(alpha, alpha).cdf(grid)).max() < 1.63 / np.sqrt(len(drawn))
 
 
 def test_cutmix_takes_a_box_and_the_target_has_exactly_its_area() -> None:
