@@ -79,10 +79,10 @@ def test_collectives_between_slices_are_marked():
     crossing = {(one["kind"], one["crosses"]) for one in plan["collectives"] if "dcn_data" in one["axes"]}
     assert crossing == {("all-reduce", "slices")}  # gradients, and no image: mixup's partners are neighbours
     assert {one["crosses"] for one in plan["collectives"] if "dcn_data" not in one["axes"]} == {None}
-    own = plan["memory"]["parameters"]  # what a device holds of the gradients is summed with the other slice's
-    # That of biases, which fsdp does not split, is summed over both axes at once.
-    between = sum(sums(plan, "all-reduce", axes) for axes in (["dcn_data"], ["dcn_data", "fsdp"]))
-    assert own <= between <= 1.08 * own
+    # What a device holds of the gradients is summed with the other slice's, and of some biases, which fsdp does not
+    # split, an eighth.
+    own = plan["memory"]["parameters"]
+    assert 0.99 * own <= sums(plan, "all-reduce", ["dcn_data"]) <= 1.08 * own
     assert plan["network_ms"].keys() == {"ICI", "network"}
 
 
