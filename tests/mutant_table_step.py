@@ -90,14 +90,40 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "model/test_vit.py::test_a_new_model_starts_as_in_the_papers",
         ),
     ],
+    "step/arrays.py": [
+        (
+            "small arrays not in the norm",
+            "    if small:",
+            "    if not sums:",
+            "step/test_arrays.py::test_the_norm_is_that_of_all_numbers_on_every_mesh",
+        ),
+        (
+            "a gathered gradient not split again",
+            " and not layout.split_axes(stored[i])",
+            "",
+            "step/test_arrays.py::test_gradients_are_reduced_as_one_by_one_and_the_small_ones_as_one_array",
+        ),
+    ],
     "step/augment.py": [
         (
             "partner from the device's own rows",
-            "images * weights + images[::-1] * (1 - weights)",
-            "images * weights + _on_local_rows(lambda rows: rows[::-1], images) * (1 - weights)",
+            "return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))",
+            "return _on_local_rows(lambda rows: rows[::-1], array)",
             "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
         ),
-        ("targets not mixed", "targets * share + targets[::-1] * (1 - share)", "targets", SOFTMAX),
+        (
+            "an example mixed with its own repetition",
+            "return 1 << (repeats - 1).bit_length()",
+            "return 1",
+            "step/test_augment.py::test_no_example_is_mixed_with_its_own_repetition",
+        ),
+        (
+            "lambda near a half",
+            "power / (1 - power)",
+            "1 / (1 - power)",
+            "step/test_augment.py::test_lambda_has_the_distribution_beta",
+        ),
+        ("targets not mixed", "targets * share + _of_partners(targets, repeats) * (1 - share)", "targets", SOFTMAX),
         ("cutmix keeps the drawn share", "share = jnp.where(cut, weights.mean(), share)", "share = share", SIGMOID),
         (
             "a box that does not fit is taken",
@@ -145,14 +171,14 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "step/optimizer.py": [
         (
             "clip after the direction",
-            "    transforms = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]\n"
+            "    transforms = [] if settings.clip is None else [_clip(settings.clip)]\n"
             "    transforms.append(DIRECTIONS[name](settings))",
             "    transforms = [DIRECTIONS[name](settings)]\n"
-            "    transforms += [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]",
+            "    transforms += [] if settings.clip is None else [_clip(settings.clip)]",
             SOFTMAX,
         ),
-        ("no clip", "[optax.clip_by_global_norm(settings.clip)]", "[]", SOFTMAX),
-        ("clip element by element", "optax.clip_by_global_norm(settings.clip)", "optax.clip(settings.clip)", SOFTMAX),
+        ("no clip", "[_clip(settings.clip)]", "[]", SOFTMAX),
+        ("clip element by element", "_clip(settings.clip)", "optax.clip(settings.clip)", SOFTMAX),
         ("decay on biases", "float(is_kernel(path))", "1.0", SOFTMAX),
         (
             "b1 and b2 swapped",
@@ -195,8 +221,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ("EMA's warm-up gone", "d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))", "d = decay", SOFTMAX),
         (
             "grad_norm of the updates",
-            '"grad_norm": optax.tree.norm(gradients)',
-            '"grad_norm": optax.tree.norm(updates)',
+            '"grad_norm": arrays.norm(gradients)',
+            '"grad_norm": arrays.norm(updates)',
             SOFTMAX,
         ),
         (

@@ -234,15 +234,16 @@ def train_step(
       steps: of the whole run.
       pixels: `uint8 [B, h, w, C]`. labels: `[B]`.
       weights: `[H, W]`, as large as the model takes images: what each pixel keeps of its own image; the rest is that
-        of the image at the mirrored row.
+        of the partner's.
     """
     asked, classes = settings.optimizer, settings.model.num_classes
     images = (
         resized(pixels, weights.shape, settings.data.interpolation) / 255 - settings.data.mean
     ) / settings.data.std
     targets = np.eye(classes)[labels]
-    images = images * weights[:, :, None] + images[::-1] * (1 - weights[:, :, None])
-    targets = targets * weights.mean() + targets[::-1] * (1 - weights.mean())
+    partner = [_partner_of(row, len(images), settings.data.repeats) for row in range(len(images))]
+    images = images * weights[:, :, None] + images[partner] * (1 - weights[:, :, None])
+    targets = targets * weights.mean() + targets[partner] * (1 - weights.mean())
     if settings.binarize_targets:  # Wightman et al. 2021, arXiv:2110.00476
         targets = (targets > 0).astype(np.float64)
     targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / classes
@@ -276,6 +277,15 @@ def train_step(
     return new, {
         "loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": _norm_of(new.parameters)
     }  # fmt: skip
+
+
+def _partner_of(row: int, count: int, repeats: int) -> int:
+    """Of the row of a batch: a power of two away, within the pair of runs of that length; a last group is mirrored."""
+    distance = next(2**power for power in range(count + repeats) if 2**power >= repeats)
+    start = row // (2 * distance) * (2 * distance)
+    if start + 2 * distance > count:
+        return start + count - 1 - row
+    return row + distance if row < start + distance else row - distance
 
 
 def _rule_of(path: str, rules: Any) -> dict[str, Any]:

@@ -77,10 +77,12 @@ def test_collectives_between_slices_are_marked():
     plan = planned(L16, "v5e:4x4", *options)
     assert_sound(plan)
     crossing = {(one["kind"], one["crosses"]) for one in plan["collectives"] if "dcn_data" in one["axes"]}
-    assert crossing == {("all-reduce", "slices"), ("collective-permute", "slices")}  # gradients, mixup's partners
+    assert crossing == {("all-reduce", "slices")}  # gradients, and no image: mixup's partners are neighbours
     assert {one["crosses"] for one in plan["collectives"] if "dcn_data" not in one["axes"]} == {None}
-    own = plan["memory"]["parameters"]  # what a device holds of the gradients is summed with the other slice's
-    assert own <= sums(plan, "all-reduce", ["dcn_data"]) <= 1.08 * own
+    # What a device holds of the gradients is summed with the other slice's, and of some biases, which fsdp does not
+    # split, an eighth.
+    own = plan["memory"]["parameters"]
+    assert 0.99 * own <= sums(plan, "all-reduce", ["dcn_data"]) <= 1.08 * own
     assert plan["network_ms"].keys() == {"ICI", "network"}
 
 

@@ -1,5 +1,6 @@
 """Warps and mixes: known maps, exact shares, and the same numbers on every mesh."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from PIL import Image
+from scipy import stats
 
 from vit_dist import config
 from vit_dist.mesh import layout
@@ -50,11 +52,12 @@ def sampled(image: Any, matrix: Any, offset: Any = (0.0, 0.0)) -> np.ndarray:
     )[0, :, :, 0]
 
 
-def test_warps_and_mixes_are_the_same_on_every_mesh() -> None:
+@pytest.mark.parametrize("repeats", [1, 3])  # on 8 devices of two rows, partners of 3 repeats are on two devices
+def test_warps_and_mixes_are_the_same_on_every_mesh(repeats: int) -> None:
     def pipeline(images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         images = augment.resize(augment.normalise(images, (0.1, 0.2, 0.3), 0.5), (14, 9), "bilinear")
         images = augment.warp(images, key, EVERYTHING)
-        return augment.mix(images, targets, key, mixup=0.4, cutmix=1.0)
+        return augment.mix(images, targets, key, mixup=0.4, cutmix=1.0, repeats=repeats)
 
     first, *others = on_every_mesh(pipeline, IMAGES, TARGETS)
     for other in others:
@@ -196,6 +199,17 @@ def test_mixup_blends_every_pixel_and_the_target_by_one_lambda() -> None:
     assert 0.3 < shares.mean() < 0.7 and shares.std() > 0.2  # Beta(0.5, 0.5): mean 0.5, deviation 0.35
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.2, 0.8, 1.0, 5.0])
+def test_lambda_has_the_distribution_beta(alpha: float) -> None:
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: augment.symmetric_beta(key, alpha)))(keys), np.float64)
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    # Kolmogorov and Smirnov's test at 1 %, away from the ends, where float32 rounds many numbers to 0 or 1.
+    grid = np.linspace(1e-3, 1 - 1e-3, 500)
+    shares = (drawn[:, None] <= grid).mean(axis=0)
+    assert np.abs(shares - stats.beta(alpha, alpha).cdf(grid)).max() < 1.63 / np.sqrt(len(drawn))
+
+
 def test_cutmix_takes_a_box_and_the_target_has_exactly_its_area() -> None:
     for weights, share in blends(0.0, 1.0):
         assert set(np.unique(weights)) <= {0.0, 1.0}
@@ -210,9 +224,42 @@ def test_with_both_each_is_applied_in_about_half_of_the_steps() -> None:
     assert 18 < sum(cut) < 42
 
 
-def test_partners_are_the_rows_of_the_reversed_global_batch() -> None:
-    images: Any = np.arange(6, dtype=np.float32)[:, None, None, None] * np.ones((1, 4, 4, 1), np.float32)
-    mixed, targets = augment.mix(images, jnp.eye(6), jax.random.key(0), mixup=1.0)
+@pytest.mark.parametrize(
+    ("repeats", "partners"),
+    [
+        (1, [1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 10]),
+        (2, [2, 3, 0, 1, 6, 7, 4, 5, 10, 9, 8]),
+        (3, [4, 5, 6, 7, 0, 1, 2, 3, 10, 9, 8]),
+        (9, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+    ],
+)
+def test_partners_are_a_power_of_two_of_rows_apart_and_the_rest_is_reversed(repeats: int, partners: list[int]) -> None:
+    assert augment.partners(11, repeats).tolist() == partners
+    images: Any = np.arange(11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    mixed, targets = augment.mix(images, jnp.eye(11), jax.random.key(0), mixup=1.0, repeats=repeats)
     share = float(targets[0, 0])
-    np.testing.assert_allclose(mixed[:, 0, 0, 0], share * np.arange(6) + (1 - share) * np.arange(6)[::-1], rtol=1e-6)
-    assert float(targets[0, 5]) == pytest.approx(1 - share)
+    np.testing.assert_allclose(mixed[:, 0, 0, 0], share * np.arange(11) + (1 - share) * np.array(partners), rtol=1e-6)
+    assert float(targets[0, partners[0]]) == pytest.approx(1 - share)
+
+
+@pytest.mark.parametrize("repeats", range(1, 10))
+def test_no_example_is_mixed_with_its_own_repetition(repeats: int) -> None:
+    distance = augment.partners(64, repeats) - np.arange(64)
+    assert (np.abs(distance) >= repeats).all()  # wherever in its repetitions an example begins
+    examples = np.arange(64) // repeats
+    assert (examples[augment.partners(64, repeats)] != examples).all()
+
+
+@pytest.mark.parametrize(("repeats", "crosses"), [(1, False), (2, True)])
+def test_images_cross_devices_as_bytes_and_only_where_a_device_holds_no_whole_group(
+    repeats: int, crosses: bool
+) -> None:
+    mesh = meshes()[1]
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, layout.spec("batch") or PartitionSpec())
+        images, targets = jax.device_put(IMAGES, rows), jax.device_put(TARGETS, rows)
+        mix = jax.jit(lambda images, targets, key: augment.mix(images, targets, key, mixup=0.4, repeats=repeats))
+        text = mix.lower(images, targets, jax.random.key(0)).compile().as_text()
+    collectives = re.findall(r"= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)\(", text)
+    assert bool(collectives) is crosses
+    assert not [one for one in collectives if "12,10,3" in one and not one.startswith("u8")]

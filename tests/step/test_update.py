@@ -18,6 +18,7 @@ from reference import train_step as reference_step
 from states import batch_of, random_parameters, state_of
 
 from vit_dist import config
+from vit_dist.plan.compile import held_bytes
 from vit_dist.program import Program
 from vit_dist.step import augment
 from vit_dist.step.state import make_state
@@ -37,6 +38,7 @@ SIGMOID = {
         {"path": "^patch", "frozen": True}, {"path": "head|norm1", "learning_rate": 2.0, "weight_decay": 1.0},
     ],
     "data.flip": True, "data.crop_area": (0.1, 0.2),  # which the host has done
+    "data.repeats": 3,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "softmax on one device": SOFTMAX,
@@ -212,7 +214,7 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
         settings(keys_of_batch | keys_of_mix | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True
     )
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
-        for name in ("split", "bernoulli", "uniform", "beta"):
+        for name in ("split", "bernoulli", "uniform"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), program.abstract_state().parameters)
         state = state_of(program, zeros)
@@ -232,6 +234,20 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
         assert count in draw.shape
         examples_first = np.moveaxis(draw, draw.shape.index(count), 0)
         assert len({numbers.tobytes() for numbers in examples_first}) == count
+
+
+@pytest.mark.parametrize("name", ["softmax on data=2 x fsdp=2", "sigmoid in 2 micro-batches on one device"])
+@pytest.mark.filterwarnings("error:Some donated buffers")
+def test_the_buffers_of_the_state_are_updated_in_place(name: str) -> None:
+    configured = settings(RUNS[name])
+    program = Program(configured, classes=CLASSES, steps=TOTAL, augment_on_device=True)
+    with program.in_use():
+        state = program.abstract_state()
+        compiled = program.train_step.lower(state, program.abstract_batch()).compile()
+    held = held_bytes(state, {})
+    assert held["parameters"] == held["ema"] > 0
+    memory = compiled.memory_analysis()
+    assert memory is not None and memory.alias_size_in_bytes == sum(held.values())
 
 
 def test_a_new_state_depends_on_the_seed_and_its_average_equals_the_parameters() -> None:

@@ -88,7 +88,7 @@ def gathered(parameter: jax.Array, activations: PartitionSpec | None) -> jax.Arr
     """
     if activations is None:
         return parameter
-    used = {axis for axes in activations.partitions for axis in (axes if isinstance(axes, tuple) else (axes,))}
+    used = _axes_in(activations)
     stored = jax.typeof(parameter).sharding.spec
     partitions = (None if axes in TABLE["width"] else axes for axes in stored.partitions)
     reduced = stored.reduced | used.intersection(TABLE["batch"] + TABLE["tokens"])
@@ -138,8 +138,9 @@ def defer_reduction(parameter: jax.Array, gather: str) -> jax.Array:
 
     Args:
       parameter: an array as it is stored.
-      gather: "microbatch" leaves the parameter split over `fsdp` and defers the reduction over `data` only; "step"
-        gathers it here, once, and defers both.
+      gather: "microbatch" leaves the parameter as it is stored and defers the reduction over the axes that do not split
+        it: `data`, and `fsdp` too for a parameter that is complete on every device; "step" gathers it here, once, and
+        defers both.
 
     Returns:
       The same values; see `as_stored` for the way back of the gradient.
@@ -148,9 +149,9 @@ def defer_reduction(parameter: jax.Array, gather: str) -> jax.Array:
         return parameter
     if gather == "step":
         return gathered(parameter, spec("batch"))
-    reduced = frozenset(batch_axes()) - frozenset(TABLE["width"])
-    split = jax.typeof(parameter).sharding.spec
-    return jax.sharding.reshard(parameter, PartitionSpec(*split.partitions, reduced=reduced))
+    reduced = frozenset(batch_axes()).difference(split_axes(parameter))
+    stored = jax.typeof(parameter).sharding.spec
+    return jax.sharding.reshard(parameter, PartitionSpec(*stored.partitions, reduced=reduced))
 
 
 def as_stored(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -158,6 +159,25 @@ def as_stored(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
     if not _mesh_axes():
         return gradient
     return jax.sharding.reshard(gradient, jax.typeof(parameter).sharding.spec)
+
+
+def split_axes(array: jax.Array) -> tuple[str, ...]:
+    """Returns the mesh axes that split an array, in the order of the mesh."""
+    if not _mesh_axes():
+        return ()
+    used = _axes_in(jax.typeof(array).sharding.spec)
+    return tuple(axis for axis in _mesh_axes() if axis in used)
+
+
+def unreduced_axes(array: jax.Array) -> frozenset[str]:
+    """Returns the mesh axes over which an array still has to be summed."""
+    return jax.typeof(array).sharding.spec.unreduced if _mesh_axes() else frozenset()
+
+
+def flat(array: jax.Array) -> jax.Array:
+    """Returns an array that no axis splits, as one dimension; what is unreduced stays so."""
+    out_sharding = PartitionSpec(None, unreduced=unreduced_axes(array)) if _mesh_axes() else None
+    return jax.lax.reshape(array, (array.size,), out_sharding=out_sharding)
 
 
 def gradient_spec(parameter: jax.Array, order: Sequence[int]) -> PartitionSpec | None:
@@ -198,6 +218,12 @@ def check_divides(key: str, size: int, name: str, sizes: dict[str, int], micro_b
         raise ConfigError(
             f"{key}: {size} does not divide over {' x '.join(factors)}; take {nearest_multiples(size, divisor)}"
         )
+
+
+def _axes_in(partition_spec: PartitionSpec) -> set[str]:
+    """Returns the mesh axes in the partitions of a `PartitionSpec`."""
+    partitions = (axes if isinstance(axes, tuple) else (axes,) for axes in partition_spec.partitions)
+    return {axis for axes in partitions for axis in axes if axis is not None}
 
 
 def _mesh_axes() -> tuple[str, ...]:

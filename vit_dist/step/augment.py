@@ -1,4 +1,4 @@
-"""Augmentation on the device, inside the jitted step: normalise, resize, warp, mix.
+"""Augmentation on the device, inside the jitted step: warp, resize, mix, normalise.
 
 Random numbers are drawn as global arrays under the mesh, so the augmentation of row i of the global batch depends on
 the key and on i, never on the devices. Each device processes single images on the rows that it holds.
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_dist import config
 from vit_dist.data.pictures import crop
@@ -38,12 +39,12 @@ def normalise(
 
 
 def resize(images: jax.Array, size: tuple[int, int], interpolation: str) -> jax.Array:
-    """Resizes images [B, H, W, C] to `size` (height, width), without a crop; float32.
+    """Resizes images [B, H, W, C] to `size` (height, width), without a crop; float32, or unchanged if they have it.
 
     `interpolation` is "bilinear" or "bicubic", antialiased when shrinking.
     """
     if images.shape[1:3] == size:
-        return images.astype(jnp.float32)
+        return images
 
     def resize_rows(rows: jax.Array) -> jax.Array:
         return jax.image.resize(rows.astype(jnp.float32), (rows.shape[0], *size, rows.shape[3]), interpolation)
@@ -55,11 +56,11 @@ def warp(images: jax.Array, key: jax.Array, settings: config.Data) -> jax.Array:
     """Crops, flips, shifts, rotates, scales and shears each image of [B, H, W, C] at random; float32.
 
     Each image is sampled once, bilinearly, under one affine map. Outside the image the nearest edge pixel is taken.
-    With every augmentation off the images are returned unchanged, at no cost.
+    With every augmentation off the images are returned unchanged, in their own dtype, at no cost.
     """
     batch, height, width, _ = images.shape
     maps = draw(key, (batch, height, width), settings)
-    return images.astype(jnp.float32) if maps is None else sample(images, *maps)
+    return images if maps is None else sample(images, *maps)
 
 
 def draw(key: jax.Array, shape: tuple[int, int, int], settings: config.Data) -> Affine | None:
@@ -153,9 +154,15 @@ def sample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array
 
 
 def mix(
-    images: jax.Array, targets: jax.Array, key: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
+    images: jax.Array,
+    targets: jax.Array,
+    key: jax.Array,
+    *,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    repeats: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Blends each example i of the global batch with example B - 1 - i, its partner, and their targets likewise.
+    """Blends each example of the global batch with its partner (`partners`), and their targets likewise.
 
     Each step draws one lambda ~ Beta(alpha, alpha). Mixup (Zhang et al. 2018, arXiv:1710.09412) makes
     lambda * x + (1 - lambda) * partner. Cutmix (Yun et al. 2019, arXiv:1905.04899) takes from the partner a box with
@@ -163,14 +170,15 @@ def mix(
     kept. If both are above 0, each step applies one of them, either with probability 1/2.
 
     Args:
-      images: [B, H, W, C].
+      images: [B, H, W, C]. Bytes are read as bytes, also where devices exchange them.
       targets: [B, C'].
       key: the randomness.
       mixup: mixup's alpha; 0 turns it off.
       cutmix: cutmix's alpha; 0 turns it off.
+      repeats: how often in a row each example comes in the batch.
 
     Returns:
-      Images and targets; unchanged if both are off.
+      Images, float32, and targets; unchanged if both are off.
     """
     if not mixup and not cutmix:
         return images, targets
@@ -178,13 +186,54 @@ def mix(
     kind_key, share_key, box_key = jax.random.split(key, 3)
     cut = jax.random.bernoulli(kind_key) if mixup and cutmix else bool(cutmix)
     alpha = jnp.where(cut, cutmix, mixup)
-    share = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32)
+    share = symmetric_beta(share_key, alpha)
     # Both weight each pixel: cutmix by 1 outside the box and 0 inside, mixup by the same number everywhere.
     weights = jnp.where(cut, _outside_box(box_key, share, height, width), share)
     share = jnp.where(cut, weights.mean(), share)
     weights = weights[None, :, :, None]
-    mixed = images * weights + images[::-1] * (1 - weights)
-    return mixed.astype(images.dtype), targets * share + targets[::-1] * (1 - share)
+    images = images * weights + _of_partners(images, repeats) * (1 - weights)
+    return images, targets * share + _of_partners(targets, repeats) * (1 - share)
+
+
+def symmetric_beta(key: jax.Array, alpha: jax.Array | float) -> jax.Array:
+    """Draws a number of Beta(alpha, alpha), float32, from two uniform numbers.
+
+    (1 + t / sqrt(2 alpha + t^2)) / 2 has this distribution if t has Student's with 2 alpha degrees of freedom, which
+    Bailey 1994 ("Polar generation of random variates with the t-distribution") makes without rejecting a draw.
+    `jax.random.beta` rejects some in a loop, and a GPU's host must wait for every turn of it before it goes on.
+    """
+    radius, turn = jax.random.uniform(key, (2,), jnp.float32)
+    power, cosine = radius ** (1 / alpha), jnp.cos(2 * jnp.pi * turn)
+    return jnp.clip((1 + cosine / jnp.sqrt(jnp.square(cosine) + power / (1 - power))) / 2, 0, 1)  # against rounding
+
+
+def partners(batch: int, repeats: int) -> np.ndarray:
+    """Returns the row of each row's partner in `mix`, int64 [B]: a swap of rows, by their position only.
+
+    Partners are s rows apart, inside groups of 2s rows: row i < s of a group has row i + s. s is the smallest power of
+    two that is at least `repeats`, so that no example meets its own repetition; and a device that holds a multiple of
+    2s rows, as powers of two usually are, holds all partners of its rows. A last group of fewer rows is reversed.
+    """
+    distance = _partner_distance(repeats)
+    rows = np.arange(batch)
+    grouped = batch - batch % (2 * distance)
+    return np.concatenate([rows[:grouped] ^ distance, rows[grouped:][::-1]])
+
+
+def _partner_distance(repeats: int) -> int:
+    return 1 << (repeats - 1).bit_length()
+
+
+def _of_partners(array: jax.Array, repeats: int) -> jax.Array:
+    """Returns [B, ...] with each row replaced by its partner's. Without communication if devices hold whole groups."""
+    batch, distance = array.shape[0], _partner_distance(repeats)
+
+    def swap(rows: jax.Array) -> jax.Array:
+        return rows.reshape(-1, 2, distance, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
+
+    if batch % (2 * distance * layout.shard_count("batch")) == 0:
+        return _on_local_rows(swap, array)
+    return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))
 
 
 def _outside_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
@@ -229,6 +278,6 @@ def _sample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Arra
 
 
 def _on_local_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Calls a function of arrays whose first axis is the batch, on each device with the rows that it holds."""
-    rows = layout.spec("batch")
+    """Calls a function of arrays split alike along their first axis, on each device with the rows that it holds."""
+    rows = layout.spec_of(arrays[0], 1)
     return function(*arrays) if rows is None else jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)

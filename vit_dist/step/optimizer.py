@@ -17,7 +17,7 @@ import optax
 from vit_dist import config
 from vit_dist.config import ConfigError, Rule
 from vit_dist.schema import one_of
-from vit_dist.step import muon
+from vit_dist.step import arrays, muon
 from vit_dist.step.schedule import make_schedule
 
 Params = Any  # a nested dict of arrays, or a tree that optax makes of one
@@ -52,7 +52,7 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
             re.compile(rule.path)
         except re.error as error:
             raise ConfigError(f"optimizer.rules[{i}].path: {rule.path!r} is no regular expression: {error}") from error
-    transforms = [] if settings.clip is None else [optax.clip_by_global_norm(settings.clip)]
+    transforms = [] if settings.clip is None else [_clip(settings.clip)]
     transforms.append(DIRECTIONS[name](settings))
     for factor in sorted({0.0, 1.0} | {rule.weight_decay for rule in rules if rule.weight_decay is not None}):
         if factor * settings.weight_decay:
@@ -132,6 +132,13 @@ def _per_block(inner: optax.GradientTransformation) -> optax.GradientTransformat
     stacked = optax.GradientTransformation(mapped(inner.init), mapped(inner.update))
     labels = _by_path((), lambda path, _: "stacked" if muon.is_stacked(path) else "single")
     return optax.partition({"stacked": stacked, "single": inner}, labels)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Scales gradients whose norm is above `limit` down to it, as `optax.clip_by_global_norm` does."""
+    return optax.stateless(
+        lambda gradients, _: optax.tree.scale(jnp.minimum(1.0, limit / arrays.norm(gradients)), gradients)
+    )
 
 
 def _sgd(settings: config.Optimizer) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.mesh import layout
 from vit_dist.mesh.feed import Batch
-from vit_dist.step import augment, losses
+from vit_dist.step import arrays, augment, losses
 from vit_dist.step.optimizer import trainable
 from vit_dist.step.state import ModelFunction, Parameters, State
 
@@ -59,15 +59,17 @@ def make_train_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         warp_key, mix_key, dropout_key = jax.random.split(key, 3)
-        images = augment.normalise(batch["image"], data.mean, data.std)
-        images = augment.warp(images, warp_key, data)
+        # Bytes until the last possible operation: without a warp, the patches are made from bytes in one kernel.
+        images = augment.warp(batch["image"], warp_key, data)
         images = augment.resize(images, pair(model.settings.image_size), data.interpolation)
         targets = losses.one_hot(batch["label"], classes)
-        images, targets = augment.mix(images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix)
+        images, targets = augment.mix(
+            images, targets, mix_key, mixup=settings.mixup, cutmix=settings.cutmix, repeats=data.repeats
+        )
         if settings.binarize_targets:
             targets = losses.binarize(targets)
         targets = losses.smooth(targets, settings.label_smoothing)
-        images = images.astype(model.settings.dtype)
+        images = augment.normalise(images, data.mean, data.std, model.settings.dtype)
 
         gradients, example_losses = sum_gradients(
             loss_sum,
@@ -88,8 +90,8 @@ def make_train_step(
         metrics = {
             "loss": jnp.mean(example_losses),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(parameters),
+            "grad_norm": arrays.norm(gradients),
+            "param_norm": arrays.norm(parameters),
         }
         if settings.log_examples:
             metrics["ids"] = layout.replicated(batch["id"])
@@ -120,7 +122,7 @@ def sum_gradients(
     if micro_batches == 1:
         deferred = jax.tree.map(lambda p: layout.defer_reduction(p, "microbatch"), parameters)
         gradients, example_losses = differentiate(deferred, *batch, key)
-        return jax.tree.map(layout.as_stored, gradients, parameters), example_losses
+        return arrays.reduce_gradients(gradients, parameters), example_losses
     deferred = jax.tree.map(lambda p: layout.defer_reduction(p, gather), parameters)
     sliced = tuple(_slice(array, micro_batches) for array in batch)
 
@@ -131,7 +133,7 @@ def sum_gradients(
 
     zeros = jax.tree.map(layout.unreduced_zeros, deferred)
     total, example_losses = jax.lax.scan(add, zeros, (sliced, jax.random.split(key, micro_batches)))
-    return jax.tree.map(layout.as_stored, total, parameters), example_losses
+    return arrays.reduce_gradients(total, parameters), example_losses
 
 
 def average(ema: Parameters, parameters: Parameters, decay: float, step: jax.Array) -> Parameters:
