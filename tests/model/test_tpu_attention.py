@@ -103,3 +103,11 @@ def test_a_block_holds_complete_heads_and_fits_on_the_chip() -> None:
             assert rows == length or rows % 16 == 0
             assert (rows - 1) * length < 2 * tpu_attention.SCORES
             assert examples == 2 and groups * lanes == width and 0 <= blocks * rows - length < rows
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "head", "expected"),
+    [(196, 6, 64, True), (4096, 12, 64, True), (729, 16, 72, True), (1025, 16, 80, True), (4096, 16, 88, False)],
+)
+def test_heads_that_fill_few_lanes_together_fit_more_tokens(length: int, heads: int, head: int, expected: bool) -> None:
+    assert tpu_attention.fits(length, heads, head) is expected

@@ -18,11 +18,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 MASKED = -1e30  # a finite score: a row of -inf would have no softmax
 LANES = 128  # of a TPU's vector registers: a block's last dimension is a multiple, or the whole of the array's
-# Limits of a block's size, so that the backward pass fits into the on-chip memory that the compiler gives a kernel by
-# default, 16 MiB. More tokens than `LONG` need more, which the compiler then cannot use for arrays around the kernel.
+# Limits of a block's size, so that the backward pass fits into the on-chip memory of a kernel. That is 16 MiB by
+# default. A block with more than `LARGE` elements of keys needs more, which the compiler then cannot use for arrays
+# around the kernel; no block may have more than `LARGEST`.
 SCORES = 256 * 1024  # scores of a head that are held at a time, at most twice as many in a single block
 KEYS = 128 * 1024  # elements of the keys of several heads that are held at a time
-LONG, LONG_MEMORY = 2048, 32 * 2**20
+LARGE, LARGE_MEMORY = 384 * 1024, 48 * 2**20
+LARGEST = 1024 * 1024
+
+
+def fits(length: int, heads: int, head: int) -> bool:
+    """Returns whether the kernel holds all keys of its smallest group of heads, for N tokens, H heads of size d."""
+    return length * _block((1, length, heads * head), head)[1] <= LARGEST
 
 
 def attend_locally(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, *, interpret: bool = False) -> jax.Array:
@@ -53,7 +60,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, head: int, tokens: int, in
         in_specs=[queries, keys, keys],
         out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, v.dtype),
-        compiler_params=_compiler_params("parallel", q.shape[1]),
+        compiler_params=_compiler_params("parallel", q.shape, head),
         interpret=interpret,
         name="attention_forward",
     )(q, k, v)
@@ -76,7 +83,7 @@ def _attend_backward(head: int, tokens: int, interpret: bool, saved: tuple, g: j
         out_specs=[queries, keys, keys],
         out_shape=[jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (q, k, v)],
         scratch_shapes=[accumulator, accumulator],
-        compiler_params=_compiler_params("arbitrary", q.shape[1]),
+        compiler_params=_compiler_params("arbitrary", q.shape, head),
         interpret=interpret,
         name="attention_backward",
     )(q, k, v, g)
@@ -104,9 +111,11 @@ def _block(shape: tuple[int, ...], head: int) -> tuple[int, int]:
     return rows, max(fitting, default=group)
 
 
-def _compiler_params(queries: Literal["parallel", "arbitrary"], length: int) -> pltpu.CompilerParams:
-    """Returns the compiler's options; `queries`: whether blocks of queries are "parallel" or "arbitrary" (in order)."""
-    memory = LONG_MEMORY if length > LONG else None
+def _compiler_params(
+    queries: Literal["parallel", "arbitrary"], shape: tuple[int, ...], head: int
+) -> pltpu.CompilerParams:
+    """Returns the compiler's options; `queries`: whether blocks of queries run in any order or one after another."""
+    memory = LARGE_MEMORY if shape[1] * _block(shape, head)[1] > LARGE else None
     return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", queries), vmem_limit_bytes=memory)
 
 
