@@ -79,22 +79,23 @@ def main() -> int:
     print(f"| case | {' | '.join(FIGURES)} |\n|{'---|' * (1 + len(FIGURES))}", flush=True)
     found: dict[str, Figures] = {}
     problems = []
-    for name in CASES:
-        if arguments.only in name:
-            before = committed.get(name, {})
-            try:
-                found[name] = in_a_process(name, arguments.overrides)
-            except RuntimeError as error:
-                print(f"| {name} | FAILED: {error} |", flush=True)
-                problems.append(f"{name} failed")
-                continue
-            print(row(name, found[name], before), flush=True)
-            problems += [f"{name}: {problem}" for problem in worse(found[name], before)]
+    for name in (name for name in CASES if arguments.only in name):
+        before = committed.get(name, {})
+        try:
+            found[name] = in_a_process(name, arguments.overrides)
+        except RuntimeError as error:
+            print(f"| {name} | FAILED: {error} |", flush=True)
+            problems.append(f"{name} failed")
+            continue
+        print(row(name, found[name], before), flush=True)
+        if not arguments.update:
+            problems += [f"worse: {name}: {problem}" for problem in worse(found[name], before)]
     if arguments.update:
-        write(arguments.figures, {name: {**committed, **found}[name] for name in CASES if name in committed | found})
+        known = committed | found
+        write(arguments.figures, {name: known[name] for name in CASES if name in known})
     for problem in problems:
-        print(f"worse: {problem}", file=sys.stderr)
-    return 1 if problems and not arguments.update else 0
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 def measured(case: Case, overrides: Sequence[str]) -> Figures:
