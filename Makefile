@@ -16,7 +16,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan visit-kit gpu-visit visit-proof
+.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
+	@echo 'make bench-compiled memory, traffic, kernels, collectives of compiled steps beside the committed figures; no hardware'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
 	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
 	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
@@ -120,6 +121,9 @@ bench-data: setup
 
 bench-plan: compilers
 	@PYTHONPATH=$(COMPILERS) $(RUN)/python benchmarks/plan.py
+
+bench-compiled: compilers
+	@PYTHONPATH=$(COMPILERS) $(RUN)/python benchmarks/compiled.py $(ARGS)
 
 visit-kit: compilers
 	@$(RUN)/python benchmarks/visit_kit.py

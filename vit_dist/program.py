@@ -215,7 +215,7 @@ def check_model(model: config.Model, sizes: dict[str, int]) -> None:
 
 
 def _compiler_options(settings: config.Config, platform: str) -> dict[str, int | bool]:
-    options = xla_options.options_for(platform) if settings.xla_options else {}
+    options = xla_options.options_for(platform, unrolled=not settings.model.scan) if settings.xla_options else {}
     if settings.deterministic and platform in ("gpu", "cuda"):
         options["xla_gpu_deterministic_ops"] = True
     return options

@@ -12,8 +12,8 @@ from system import ROOT
 COMPILERS = os.environ.get("COMPILERS", "")  # the folder that `make compilers` fills
 
 
-def run_python(*words):
-    """The ended process of `python WORDS`; it must end well."""
+def run_python(*words, code=0):
+    """The ended process of `python WORDS`; it must end with this exit code."""
     if not (COMPILERS and Path(COMPILERS, "libtpu").is_dir() and Path(COMPILERS, "jax_plugins").is_dir()):
         pytest.skip("NOT RUN: COMPILERS names no folder that holds libtpu and jax_plugins; run make compilers")
     environment = {
@@ -24,7 +24,7 @@ def run_python(*words):
     }
     command = [sys.executable, *words]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.returncode == code, ended.stderr[-3000:]
     return ended
 
 

@@ -7,18 +7,25 @@ from compilers import run_python
 from system import settings
 
 from vit_dist.mesh.feed import batch_sharding
-from vit_dist.mesh.xla_options import OPTIONS, options_for
+from vit_dist.mesh.xla_options import OPTIONS, UNROLLED, options_for
 from vit_dist.program import Program, _compiler_options
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_an_accelerator_gets_its_row_of_the_table(platform):
     assert OPTIONS[platform]
-    assert _compiler_options(settings(), platform) == OPTIONS[platform]
+    assert _compiler_options(settings("model.scan=true"), platform) == OPTIONS[platform]
+
+
+def test_blocks_that_are_not_a_loop_get_more_on_a_gpu():
+    assert UNROLLED["gpu"]
+    assert _compiler_options(settings("model.scan=false"), "gpu") == OPTIONS["gpu"] | UNROLLED["gpu"]
+    assert _compiler_options(settings("model.scan=false"), "tpu") == OPTIONS["tpu"]
+    assert _compiler_options(settings("model.scan=false"), "cpu") == {}
 
 
 def test_cuda_is_another_name_for_gpu():
-    assert options_for("cuda") == OPTIONS["gpu"]
+    assert options_for("cuda", unrolled=True) == options_for("gpu", unrolled=True) != {}
 
 
 def test_a_cpu_gets_none():
@@ -34,11 +41,12 @@ def test_the_config_turns_them_off(platform):
 def test_determinism_on_a_gpu_is_kept_with_and_without_the_table():
     deterministic = {"xla_gpu_deterministic_ops": True}
     assert _compiler_options(settings("deterministic=true", "xla_options=false"), "gpu") == deterministic
-    assert _compiler_options(settings("deterministic=true"), "gpu") == OPTIONS["gpu"] | deterministic
+    with_table = _compiler_options(settings("deterministic=true", "model.scan=true"), "gpu")
+    assert with_table == OPTIONS["gpu"] | deterministic
 
 
 def test_changing_the_returned_options_does_not_change_the_table():
-    options_for("gpu")["mine"] = True
+    options_for("gpu", unrolled=False)["mine"] = True
     assert "mine" not in OPTIONS["gpu"]
 
 

@@ -56,6 +56,7 @@ def test_time_follows_from_flops_memory_traffic_and_collectives(step, linked):
     assert found["network_ms"] == pytest.approx({"NVLink": sent / 1e11 * 1000})
     assert sum(row["ms"] for row in found["collectives"]) == pytest.approx(found["network_ms"]["NVLink"])
     assert found["binds"] == max(found["bounds_ms"], key=found["bounds_ms"].get)
+    assert found["traffic"] == dataclasses.asdict(moved)
     assert found["step_ms"] > max(found["bounds_ms"].values())
     assert found["images_per_second"] == pytest.approx(64 / found["step_ms"] * 1000)
     assert found["mfu"] == pytest.approx(found["flops"]["model"] / (found["step_ms"] / 1000 * 494e12 * 8))
@@ -71,6 +72,8 @@ def test_equal_collectives_share_a_row_with_their_sum(step, linked):
     assert sizes == sorted(sizes, reverse=True)
     found = collectives(step.executable.as_text(), {"data": 2, "fsdp": 2, "tensor": 2})
     assert sum(sizes) == sum(collective.bytes * collective.count for collective in found)
+    # XLA:CPU communicates in synchronous instructions.
+    assert all(row["exposed"] == row["count"] for row in rows)
 
 
 def test_a_tpu_never_holds_more_than_its_compiler_lets_through(step):

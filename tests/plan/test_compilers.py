@@ -8,7 +8,7 @@ from compilers import planned, run_python
 
 pytestmark = pytest.mark.slow
 
-L16, G14, V22 = "vit_l16_i21k_v5e256", "vit_g14_64gpu", "vit_22b_v5p1024"
+B16, L16, G14, V22 = "vit_b16_i1k_8gpu", "vit_l16_i21k_v5e256", "vit_g14_64gpu", "vit_22b_v5p1024"
 GIB = 2**30
 PARAMETERS = 325_690_707  # of L/16 with ImageNet-21k's head
 
@@ -58,6 +58,30 @@ def test_l16_is_planned(target, options, devices):
         # A node has the parameters once, and each of its GPUs sums its eighth of the gradients with three others.
         assert {one["crosses"] for one in across} == {"nodes"}
         assert sums(plan, "all-reduce", ["dcn_data"]) == pytest.approx(4 * PARAMETERS / 8, rel=0.01)
+
+
+def exposed_share(plan, kind, axes):
+    """Of the bytes of these collectives, the share that has no product between start and done."""
+    alike = [one for one in plan["collectives"] if one["kind"] == kind and one["axes"] == axes]
+    return sum(one["bytes"] * one["exposed"] for one in alike) / sums(plan, kind, axes)
+
+
+@pytest.mark.parametrize("scan", ["true", "false"])
+def test_on_gpus_parameters_are_gathered_and_gradients_reduced_during_products(scan):
+    sizes = mesh(dcn_data=2, data=1, fsdp=8)
+    plan = planned(
+        B16, "h100:8x2", *sizes, "--config.model.depth=6", f"--config.model.scan={scan}", "--config.batch_size=1024"
+    )
+    assert exposed_share(plan, "all-gather", ["fsdp"]) < 0.6
+    assert exposed_share(plan, "reduce-scatter", ["fsdp"]) < 0.5
+
+
+def test_on_tpus_parameters_are_gathered_during_products():
+    sizes = mesh(data=1, fsdp=16)
+    plan = planned(
+        B16, "v5e:4x4", *sizes, "--config.model.depth=2", "--config.model.scan=false", "--config.batch_size=256"
+    )
+    assert exposed_share(plan, "all-gather", ["fsdp"]) < 0.2
 
 
 def test_22b_is_planned():

@@ -9,6 +9,7 @@ import pytest
 from vit_dist.plan.html import page
 
 GIB = 2**30
+UNKNOWN_LINK = {"link": None, "crosses": None, "ms": None}
 PLAN = {
     "target": "v5e:4x4",
     "device_kind": "TPU v5 lite",
@@ -40,13 +41,23 @@ PLAN = {
     "device_hours": 64.0,
     "compile_seconds": 21.4,
     "collectives": [
-        {"kind": "permute", "axes": [], "bytes": 10, "count": 1, "link": None, "crosses": None, "ms": None},
-        {"kind": "all-gather", "axes": ["fsdp"], "bytes": GIB, "count": 24, "link": "ICI", "crosses": None, "ms": 3.0},
+        {"kind": "permute", "axes": [], "bytes": 10, "count": 1, "exposed": 1, **UNKNOWN_LINK},
+        {
+            "kind": "all-gather",
+            "axes": ["fsdp"],
+            "bytes": GIB,
+            "count": 24,
+            "exposed": 2,
+            "link": "ICI",
+            "crosses": None,
+            "ms": 3.0,
+        },
         {
             "kind": "all-reduce",
             "axes": ["data"],
             "bytes": 5,
             "count": 1,
+            "exposed": 0,
             "link": "network",
             "crosses": "slices",
             "ms": 7.0,
@@ -187,11 +198,11 @@ def test_a_step_that_is_quicker_than_a_bound_would_still_be_to_scale():
 
 def test_collectives_are_a_table_with_the_longest_first():
     header, *rows = read(PLAN).rows("collectives")
-    assert header == ["collective", "over", "bytes", "count per step", "by", "crosses", "time per step"]
+    assert header == ["collective", "over", "bytes", "count per step", "exposed", "by", "crosses", "time per step"]
     assert rows == [
-        ["all-reduce", "data", "5 bytes", "1", "network", "slices", "7 ms"],
-        ["all-gather", "fsdp", "1.00 GiB", "24", "ICI", "–", "3 ms"],
-        ["permute", "–", "10 bytes", "1", "–", "–", "unknown"],
+        ["all-reduce", "data", "5 bytes", "1", "0", "network", "slices", "7 ms"],
+        ["all-gather", "fsdp", "1.00 GiB", "24", "2", "ICI", "–", "3 ms"],
+        ["permute", "–", "10 bytes", "1", "1", "–", "–", "unknown"],
     ]
 
 

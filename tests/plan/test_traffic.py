@@ -14,11 +14,12 @@ def of(function, *shapes):
 
 
 def test_a_sum_reads_both_operands_and_writes_its_result():
-    assert of(jnp.add, (1000,), (1000,)) == Traffic(product_bytes=0, other_bytes=3 * 4000)
+    assert of(jnp.add, (1000,), (1000,)) == Traffic(product_bytes=0, other_bytes=3 * 4000, kernels=1)
 
 
 def test_intermediate_arrays_of_a_fusion_move_nothing():
-    assert of(lambda x, y: jnp.exp(x * y) + x, (1000,), (1000,)).other_bytes == 3 * 4000
+    found = of(lambda x, y: jnp.exp(x * y) + x, (1000,), (1000,))
+    assert found == Traffic(product_bytes=0, other_bytes=3 * 4000, kernels=1)
 
 
 def test_a_product_counts_apart_from_what_follows_it():
@@ -49,6 +50,26 @@ def test_products_in_a_loop_count_as_often_as_it_runs():
     assert found.product_bytes == 10 * 4 * (8 * 64 + 64 * 64 + 8 * 64)
 
 
+def test_kernels_in_a_loop_count_at_every_trip_and_collectives_and_calls_are_none():
+    text = """HloModule jit_step, num_partitions=8
+%below (c: f32[4]) -> pred[] {
+  %c = f32[4]{0} parameter(0)
+  ROOT %lt = pred[] custom-call(%c), custom_call_target="lt"
+}
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %all-reduce = f32[4]{0} all-reduce(%p), replica_groups={}, to_apply=%add
+  ROOT %negate = f32[4]{0} negate(%all-reduce)
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %first = f32[4]{0} sine(%p)
+  ROOT %while = f32[4]{0} while(%first), condition=%below, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+}
+"""
+    assert traffic(text).kernels == 1 + 12 * (1 + 1)  # the loop's own comparison is one
+
+
 def test_what_lies_on_a_tpus_chip_does_not_count_and_tiles_are_whole():
     text = """HloModule jit_step, num_partitions=1
 ENTRY %main (p: f32[197,256], q: bf16[16,128]) -> f32[197,256] {
@@ -65,7 +86,7 @@ ENTRY %main (p: f32[197,256], q: bf16[16,128]) -> f32[197,256] {
 """
     prefetched = 2 * 16 * 128
     padded = 4 * 200 * 256  # 197 rows take 25 tiles of 8
-    assert traffic(text) == Traffic(product_bytes=0, other_bytes=prefetched + 2 * padded)
+    assert traffic(text) == Traffic(product_bytes=0, other_bytes=prefetched + 2 * padded, kernels=4)
 
 
 def test_a_fusion_reads_the_slice_it_takes_and_writes_the_slice_it_puts():
@@ -93,7 +114,9 @@ ENTRY %main (p: f32[24,8,128], q: f32[24,8,128], r: f32[7]) -> (f32[24,8,128], f
   ROOT %two = (f32[24,8,128]{2,1,0}, f32[8,128]{1,0}, f32[7]{0}) fusion(%p, %q, %r), kind=kLoop, calls=%fused
 }
 """
-    assert traffic(text) == Traffic(product_bytes=0, other_bytes=3 * 4 * 8 * 128)  # one slice read, written twice
+    assert traffic(text) == Traffic(
+        product_bytes=0, other_bytes=3 * 4 * 8 * 128, kernels=1
+    )  # one slice read, written twice
 
 
 def test_a_product_fused_with_a_piece_of_a_collective_counts_its_own_arrays_alone():
@@ -115,4 +138,4 @@ ENTRY %main (a: bf16[1,4096], b: bf16[1,65536], x: bf16[64,32], w: bf16[32,16]) 
   ROOT %fusion = (bf16[64,16]{1,0}, bf16[1,65536]{1,0}) fusion(%a, %b, %x, %w), kind=kOutput, calls=%fused
 }
 """
-    assert traffic(text) == Traffic(product_bytes=2 * (64 * 32 + 32 * 16 + 64 * 16), other_bytes=0)
+    assert traffic(text) == Traffic(product_bytes=2 * (64 * 32 + 32 * 16 + 64 * 16), other_bytes=0, kernels=1)

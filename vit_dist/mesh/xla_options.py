@@ -3,12 +3,22 @@
 The options are passed with each program, as `compiler_options` of `jax.jit`, and not in `XLA_FLAGS`: a name that the
 compiler does not know then raises an error, whereas an unknown flag ends the process. The compilers of jax 0.10.2 and
 0.12.0.1 accept every row. Options that are on by default are not repeated here: on GPUs asynchronous collectives, the
-latency-hiding scheduler and command buffers; on TPUs the same scheduler and asynchronous all-gathers. Options that did
-not improve the schedule of a ViT's step are left out too, such as larger thresholds for combining collectives: they
-leave a single sum of all gradients, after the last product, with no computation left to hide it behind.
+latency-hiding scheduler and command buffers; on TPUs the same scheduler and asynchronous all-gathers.
+
+`plan` counts the collectives that no product hides, "exposed" (`plan/overlap.py`). Left out is what did not improve a
+ViT's step by that count:
+- larger thresholds for combining collectives: they leave a single sum of all gradients, after the last product
+- TPU, blocks not in a loop: XLA combines the gradients into a few sums, and only a sum of one array is asynchronous. With
+  `xla_jf_crs_combiner_threshold_in_bytes` of 4 MiB, B/16 on v5e:4x4 with mesh.fsdp=16 exposes 0.6 ms of sums a step
+  instead of 3.3, but takes 3 % more memory and moves 1.6 GB more, which is 2.4 ms. 16 MiB hides nothing.
+- TPU: asynchronous reduce-scatter fusions, and layouts for reduce-scatters. There are none: gradients are summed whole.
+- GPU: `xla_gpu_experimental_parallel_collective_overlap_limit` of 2, so that sums between nodes run beside collectives
+  within a node. B/16 on h100:8x2 exposes 0.5 ms less, L/16 as much as before; nobody has run it on several GPUs.
 """
 
-OPTIONS: dict[str, dict[str, int | bool]] = {
+Options = dict[str, int | bool]
+
+OPTIONS: dict[str, Options] = {
     "gpu": {
         # Level O1 of XLA's optimisation levels; 19 is its number in both versions of jax. It unrolls the loop over
         # blocks twice and pipelines its collectives, so that the next block's parameters are gathered during this
@@ -24,7 +34,25 @@ OPTIONS: dict[str, dict[str, int | bool]] = {
     },
 }
 
+# Options beside those, for models whose blocks are not a loop (`model.scan=False`).
+UNROLLED: dict[str, Options] = {
+    "gpu": {
+        # With `mesh.fsdp`, XLA would gather the parameters of one or two blocks at once, sum the gradients of many at
+        # once, and hide little of it. These sizes, of what a GPU receives, are less than a block's. On h100:8x2 with
+        # mesh.fsdp=8, B/16 exposes 75 MB a step instead of 393, L/16 207 instead of 1,004, and both take 2 % less
+        # memory. In a loop of one block as its body they expose more: B/16 323 MB instead of 163.
+        "xla_gpu_all_gather_combine_threshold_bytes": 8 * 2**20,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20,
+    },
+}
 
-def options_for(platform: str) -> dict[str, int | bool]:
-    """Returns the options for a platform ("gpu", "tpu" or "cpu", as in `jax.Device.platform`); a dict, maybe empty."""
-    return dict(OPTIONS.get({"cuda": "gpu"}.get(platform, platform), {}))
+
+def options_for(platform: str, *, unrolled: bool) -> Options:
+    """Returns the options of a program; a dict, maybe empty.
+
+    Args:
+      platform: "gpu", "tpu" or "cpu", as in `jax.Device.platform`.
+      unrolled: whether the model's blocks are not a loop.
+    """
+    name = {"cuda": "gpu"}.get(platform, platform)
+    return {**OPTIONS.get(name, {}), **(UNROLLED.get(name, {}) if unrolled else {})}

@@ -3,6 +3,8 @@
 An analysis is a dict of plain values: part of what `plan` returns, and of its JSON.
 """
 
+import dataclasses
+from collections import Counter
 from typing import Any
 
 from vit_dist import config
@@ -12,6 +14,7 @@ from vit_dist.plan import links, roofline
 from vit_dist.plan.arithmetic import attention_implementation, device_flops
 from vit_dist.plan.collectives import Collective, collectives
 from vit_dist.plan.compile import CompiledStep, TooLarge
+from vit_dist.plan.overlap import exposed
 from vit_dist.plan.roofline import EFFICIENCY, Cost, Transfer
 from vit_dist.plan.targets import Chip
 from vit_dist.plan.traffic import traffic
@@ -31,7 +34,9 @@ def step_analysis(step: CompiledStep, chip: Chip) -> Analysis:
       - fits, peak_bytes, device_bytes, headroom_bytes: whether a device's memory suffices.
       - memory: bytes by use, whose sum is peak_bytes.
       - flops: {model, hardware}, of a step over all devices.
-      - collectives: {kind, axes, bytes, count, link, crosses, ms} of each.
+      - collectives: {kind, axes, bytes, count, exposed, link, crosses, ms} of each; `exposed` of the `count` have no
+        matrix product to hide behind.
+      - traffic: {product_bytes, other_bytes, kernels} of one device in a step (`plan.traffic`), None if unknown.
       - bounds_ms: lower bounds on a step {arithmetic, memory, network}; binds: the name of the largest.
       - network_ms: milliseconds that each link is busy; efficiencies: assumed shares of the full rates.
       - step_ms, images_per_second, mfu: of the likely step. Times are None where the chip's rates are unknown.
@@ -54,7 +59,8 @@ def step_analysis(step: CompiledStep, chip: Chip) -> Analysis:
     return {
         **_memory_fields(memory_by_use(step, chip), chip),
         **_time_fields(program, cost, chip),
-        "collectives": _collective_rows(step_collectives, program, chip),
+        "traffic": dataclasses.asdict(moved),
+        "collectives": _collective_rows(step_collectives, exposed(text, sizes), program, chip),
     }
 
 
@@ -157,6 +163,7 @@ def _arithmetic_fields(program: Program, chip: Chip) -> Analysis:
         **_time_fields(program, cost, chip),
         "bounds_ms": {"arithmetic": arithmetic, "memory": None, "network": None},
         **dict.fromkeys(("binds", "step_ms", "images_per_second", "mfu")),
+        "traffic": None,
         "collectives": [],
     }
 
@@ -167,16 +174,25 @@ def _transfer(collective: Collective, program: Program, chip: Chip) -> Transfer 
     return roofline.transfer(collective, len(members), link, settings.model, settings.accumulate_steps)
 
 
-def _collective_rows(step_collectives: list[Collective], program: Program, chip: Chip) -> list[dict[str, Any]]:
+def _collective_rows(
+    step_collectives: list[Collective], not_hidden: list[Collective], program: Program, chip: Chip
+) -> list[dict[str, Any]]:
     """Returns a row for all collectives of the same kind, axes and bytes, those that move most first."""
     alike: dict[tuple[Any, ...], list[Collective]] = {}
     for collective in step_collectives:
-        alike.setdefault((collective.kind, collective.axes, collective.bytes), []).append(collective)
-    rows = [_collective_row(group, program, chip) for group in alike.values()]
+        alike.setdefault(_row_key(collective), []).append(collective)
+    exposed_counts: Counter[tuple[Any, ...]] = Counter()
+    for collective in not_hidden:
+        exposed_counts[_row_key(collective)] += collective.count
+    rows = [_collective_row(group, exposed_counts[key], program, chip) for key, group in alike.items()]
     return sorted(rows, key=lambda row: -row["bytes"] * row["count"])
 
 
-def _collective_row(alike: list[Collective], program: Program, chip: Chip) -> dict[str, Any]:
+def _row_key(collective: Collective) -> tuple[Any, ...]:
+    return collective.kind, collective.axes, collective.bytes
+
+
+def _collective_row(alike: list[Collective], exposed_count: int, program: Program, chip: Chip) -> dict[str, Any]:
     first, members = alike[0], links.group(program.mesh, alike[0].axes)
     link = links.slowest_link(chip, members)
     transfers = (_transfer(collective, program, chip) for collective in alike)
@@ -186,6 +202,7 @@ def _collective_row(alike: list[Collective], program: Program, chip: Chip) -> di
         "axes": list(first.axes),
         "bytes": first.bytes,
         "count": sum(collective.count for collective in alike),
+        "exposed": exposed_count,
         "link": link.name or None,
         "crosses": links.crosses(members),
         "ms": None if link.bandwidth is None else milliseconds,

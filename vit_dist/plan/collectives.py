@@ -14,7 +14,8 @@ within a slice.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,14 @@ class Collective:
     loops: int  # number of loops around it
 
 
+class Located(NamedTuple):
+    """A collective and where it is in the program's text."""
+
+    computation: str
+    instruction: hlo.Instruction  # its second half if it has two; its first piece if it has several
+    collective: Collective
+
+
 def collectives(text: str, axes: Mapping[str, int]) -> list[Collective]:
     """Returns every collective of a compiled program.
 
@@ -57,19 +66,28 @@ def collectives(text: str, axes: Mapping[str, int]) -> list[Collective]:
     Raises:
       ValueError: a collective cannot be read, for example because its groups are not a product of axes.
     """
-    program = hlo.parse(text)
+    return [located.collective for located in locate(hlo.parse(text), axes)]
+
+
+def locate(program: hlo.HloModule, axes: Mapping[str, int]) -> Iterator[Located]:
+    """Yields every collective of a parsed program with its place. For the arguments and errors see `collectives`."""
     partition_axes = _partition_axes(program, axes)
-    results, pieces = [], set()
+    pieces = set()
     for name, executions in program.executions().items():
         computation = program.computations[name]
         for instruction in computation.values():
-            if piece := _PIECE.search(instruction.line):
-                if piece.groups() in pieces:
+            if piece := piece_of(instruction):
+                if piece in pieces:
                     continue
-                pieces.add(piece.groups())
+                pieces.add(piece)
             if collective := _read(instruction, computation, partition_axes):
-                results.append(Collective(*collective, executions.count, executions.loops))
-    return results
+                yield Located(name, instruction, Collective(*collective, executions.count, executions.loops))
+
+
+def piece_of(instruction: hlo.Instruction) -> tuple[str, str] | None:
+    """Returns what all pieces of the same collective have in common; None for what is not a piece."""
+    piece = _PIECE.search(instruction.line)
+    return (piece["channel"], piece["chain"]) if piece else None
 
 
 def _read(

@@ -28,6 +28,8 @@ _CALLS = re.compile(
 _CALLERS = {"while", "fusion", "call", "conditional", "async-start"}  # not reductions: `to_apply` adds two numbers
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_FUSED = re.compile(r"\bcalls=%?([\w.\-]+)")
 _INTEGER = re.compile(r"\bconstant\((-?\d+)\)")
 
 
@@ -85,6 +87,19 @@ class Instruction:
     def bytes(self) -> int:
         """The bytes of the result."""
         return sum(array.bytes for array in self.arrays)
+
+    @property
+    def target(self) -> str:
+        """The target of a custom call; "" for any other instruction."""
+        target = _TARGET.search(self.line) if self.opcode == "custom-call" else None
+        return target[1] if target else ""
+
+    @property
+    def fused(self) -> str:
+        """The name of the computation that a fusion runs."""
+        computation = _FUSED.search(self.line)
+        assert computation is not None
+        return computation[1]
 
     def calls(self) -> Iterator[tuple[str, bool]]:
         """Yields (name of a called computation, whether it is the body or condition of a loop)."""

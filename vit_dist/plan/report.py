@@ -115,13 +115,14 @@ def _collectives(plan: dict[str, Any]) -> Table:
             " x ".join(row["axes"]) or "-",
             f"{row['bytes']:,}",
             str(row["count"]),
+            str(row["exposed"]),
             row["link"] or "-",
             row["crosses"] or "-",
             ms_text(row["ms"]),
         )
         for row in plan["collectives"]
     ]
-    return ("collective", "over", "bytes", "count per step", "link", "crosses", "time per step"), rows
+    return ("collective", "over", "bytes", "count per step", "exposed", "link", "crosses", "time per step"), rows
 
 
 def _ranking(plan: dict[str, Any]) -> Table:

@@ -1,8 +1,9 @@
-"""Counts the bytes that a device reads from and writes to its memory in a step, from the compiled program.
+"""Counts the kernels of a step, and the bytes that they read and write in a device's memory, from the compiled program.
 
 An instruction reads its operands and writes its result once. A fusion is one instruction whose intermediate arrays stay
 on the chip; so do arrays that a TPU's compiler placed in on-chip memory. The effects of caches and of access patterns
-are ignored. Collectives count as 0 bytes: links bound their time.
+are ignored. Collectives count as 0 bytes: links bound their time. A kernel is an instruction that computes or copies:
+neither a fused one, nor a collective, nor one that only names, orders or calls others.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import re
 
 from vit_dist.plan import hlo
 from vit_dist.plan.collectives import KINDS
+from vit_dist.plan.products import PRODUCT_TARGETS, Products
 
 _MOVES_NOTHING = {  # opcodes that only name, order or call
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "opt-barrier"),
@@ -21,34 +23,33 @@ _MOVES_NOTHING_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AsyncCollectiveSta
 _SLICES = {"slice", "dynamic-slice", "gather"}  # they read only as much of their first operand as they return
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # they write in place; index of the operand that is written
 _VIEWS = {"bitcast", "reshape"}
-_PRODUCTS = {"dot", "convolution"}
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
-_PRODUCT_TARGETS = ("__cublas", "__cudnn", "__onednn$matmul")
-_FUSED = re.compile(r"\bcalls=%?([\w.\-]+)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _PARAMETER = re.compile(r"\bparameter\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written in a device's memory."""
+    """Bytes read and written in a device's memory, and the kernels that do so."""
 
     product_bytes: int  # by matrix products and everything fused with them
     other_bytes: int  # by all other instructions
+    kernels: int  # instructions that run, of both kinds; one in a loop counts at every trip
 
 
 def traffic(text: str) -> Traffic:
     """Returns the traffic of one device in one execution of a compiled program (`compiled.as_text()`)."""
     program = hlo.parse(text)
-    fusions = _Fusions(program)
-    moved = {True: 0, False: 0}
+    fusions, products = _Fusions(program), Products(program)
+    moved, kernels = {True: 0, False: 0}, 0
     for name, executions in program.executions().items():
         if not executions.fused:
             computation = program.computations[name]
             for instruction in computation.values():
-                size = _moved_bytes(instruction, computation, fusions)
-                moved[fusions.is_product(instruction)] += executions.count * size
-    return Traffic(product_bytes=moved[True], other_bytes=moved[False])
+                if not _moves_nothing(instruction):
+                    size = _moved_bytes(instruction, computation, fusions)
+                    moved[products.run(instruction)] += executions.count * size
+                    kernels += executions.count
+    return Traffic(product_bytes=moved[True], other_bytes=moved[False], kernels=kernels)
 
 
 class _Fusions:
@@ -58,15 +59,6 @@ class _Fusions:
         self._computations = program.computations
         self.reads = functools.cache(self._reads)
         self.writes = functools.cache(self._writes)
-        self.has_product = functools.cache(self._has_product)
-
-    def is_product(self, instruction: hlo.Instruction) -> bool:
-        if instruction.opcode == "fusion":
-            return self.has_product(_body(instruction))
-        return instruction.opcode in _PRODUCTS or _target(instruction).startswith(_PRODUCT_TARGETS)
-
-    def _has_product(self, name: str) -> bool:
-        return any(self.is_product(instruction) for instruction in self._computations[name].values())
 
     def _reads(self, name: str) -> list[int]:
         """Returns the bytes that a computation reads of each parameter."""
@@ -86,7 +78,7 @@ class _Fusions:
             if user.opcode in _SLICES and position == 0:
                 return _size(user)
             if user.opcode == "fusion":
-                return self.reads(_body(user))[position]
+                return self.reads(user.fused)[position]
             in_place = user.opcode in _UPDATES and position == 0
             return 0 if in_place or _moves_nothing(user) else _size(value)
 
@@ -108,25 +100,23 @@ class _Fusions:
         value = _without_views(value, computation)
         source = _without_views(computation[value.operands[0]], computation) if value.operands else value
         if value.opcode == "fusion":
-            return self.writes(_body(value))
+            return self.writes(value.fused)
         if value.opcode == "get-tuple-element" and source.opcode == "fusion":
             index = _INDEX.search(value.line)
             assert index is not None
-            return [self.writes(_body(source))[int(index[1])]]
+            return [self.writes(source.fused)[int(index[1])]]
         if value.opcode in _UPDATES and source.opcode == "parameter":
             return [_size(computation[value.operands[_UPDATES[value.opcode]]])]
         communicated = value.opcode in KINDS or (value.opcode in _SLICES and source.opcode in KINDS)
-        passed_on = value.opcode == "parameter" or _target(value) in _MOVES_NOTHING_TARGETS
+        passed_on = value.opcode == "parameter" or value.target in _MOVES_NOTHING_TARGETS
         return [0 for _ in sizes] if communicated or passed_on else sizes
 
 
 def _moved_bytes(instruction: hlo.Instruction, computation: hlo.Computation, fusions: _Fusions) -> int:
     """Returns the bytes that an instruction outside fusions reads and writes in the device's memory."""
-    if _moves_nothing(instruction):
-        return 0
     operands = [computation[name] for name in instruction.operands]
     if instruction.opcode == "fusion":
-        body = _body(instruction)
+        body = instruction.fused
         read = sum(min(_in_memory(operand), size) for operand, size in zip(operands, fusions.reads(body), strict=True))
         written = zip(instruction.arrays, fusions.writes(body), strict=True)
         return read + sum(size for array, size in written if array.in_main_memory)
@@ -144,27 +134,14 @@ def _moved_bytes(instruction: hlo.Instruction, computation: hlo.Computation, fus
 
 def _workspace_bytes(instruction: hlo.Instruction) -> int:
     """Returns the size of a library call's workspace, which is a part of its result and may stay unused."""
-    if not _target(instruction).startswith(_PRODUCT_TARGETS):
+    if not instruction.target.startswith(PRODUCT_TARGETS):
         return 0
     return sum(array.bytes for array in instruction.arrays if array.dtype in ("s8", "u8"))
 
 
 def _moves_nothing(instruction: hlo.Instruction) -> bool:
     opcode = instruction.opcode
-    return opcode in _MOVES_NOTHING or opcode.endswith("-start") or _target(instruction) in _MOVES_NOTHING_TARGETS
-
-
-def _target(instruction: hlo.Instruction) -> str:
-    """Returns the target of a custom call, "" for any other instruction."""
-    target = _TARGET.search(instruction.line) if instruction.opcode == "custom-call" else None
-    return target[1] if target else ""
-
-
-def _body(fusion: hlo.Instruction) -> str:
-    """Returns the name of the computation that a fusion runs."""
-    body = _FUSED.search(fusion.line)
-    assert body is not None
-    return body[1]
+    return opcode in _MOVES_NOTHING or opcode.endswith("-start") or instruction.target in _MOVES_NOTHING_TARGETS
 
 
 def _without_views(value: hlo.Instruction, computation: hlo.Computation) -> hlo.Instruction:
