@@ -9,6 +9,7 @@ import importlib.util
 import math
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 from visit.job import Job, Skipped
@@ -56,29 +57,77 @@ def make(told: dict[str, Any], device: str) -> tuple[Any, int]:
     import torch
 
     torch.manual_seed(0)
+    model = timm.create_model(told["model"], num_classes=1000, img_size=told["image"], **told.get("shape", {}))
+    model = prepare(model, device)
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
+    images = torch.randint(0, 256, (told["batch"], 3, told["image"], told["image"]), dtype=torch.uint8)
+    labels = torch.randint(0, 1000, (told["batch"],), device=device)
+    step = make_step(torch.compile(model), optimizer, images, labels, device, dtype="bfloat16")
+    return step, sum(one.numel() for one in model.parameters())
+
+
+def prepare(model: Any, device: str) -> Any:
+    """Returns the model on the device, channels-last, to be trained; PyTorch takes TF32 where float32 is left."""
+    import torch
+
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    model = timm.create_model(told["model"], num_classes=1000, img_size=told["image"], **told.get("shape", {}))
-    model = model.to(device=device, memory_format=torch.channels_last).train()
+    return model.to(device=device, memory_format=torch.channels_last).train()
+
+
+def adamw(model: Any, **settings: Any) -> Any:
+    """Returns fused AdamW, whose weight decay is for matrices alone."""
+    import torch
+
     matrices = [one for one in model.parameters() if one.ndim > 1]
     others = [one for one in model.parameters() if one.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    compiled = torch.compile(model)
-    images = torch.randint(0, 256, (told["batch"], 3, told["image"], told["image"]), dtype=torch.uint8, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (told["batch"],), device=device)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def make_step(
+    model: Any,
+    optimizer: Any,
+    images: Any,
+    labels: Any,
+    device: str,
+    *,
+    dtype: str,
+    mean: tuple[float, ...] = (0.5,),
+    std: tuple[float, ...] = (0.5,),
+    clip: float | None = None,
+) -> Callable[[], Any]:
+    """Makes a function that trains one step and returns its loss, a tensor on the device.
+
+    Args:
+      model: maps normalised images to logits; `prepare` has put it on the device.
+      optimizer: over the model's parameters.
+      images: uint8 [B, C, H, W].
+      labels: int64 [B].
+      device: "cpu" or "cuda".
+      dtype: "bfloat16" for autocast, or "float32".
+      mean: of the channels, subtracted from pixels in [0, 1].
+      std: what the pixels are then divided by.
+      clip: the largest norm of the gradient; None: any.
+    """
+    import torch
+
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    labels = labels.to(device)
+    shift, scale = (255 * torch.tensor(numbers, device=device).view(1, -1, 1, 1) for numbers in (mean, std))
 
     def step() -> Any:
-        floats = images.float().div_(127.5).sub_(1)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(compiled(floats), labels)
+        floats = images.float().sub_(shift).div_(scale)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(model(floats), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         return loss.detach()
 
-    return step, sum(one.numel() for one in model.parameters())
+    return step
 
 
 def _nothing() -> None:
