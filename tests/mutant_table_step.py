@@ -9,6 +9,10 @@ DRAWS = f"{_UPDATE}::test_no_two_steps_micro_batches_blocks_or_examples_share_a_
 SEED = f"{_UPDATE}::test_the_seed_and_the_step_alone_decide_how_a_batch_is_mixed"
 EVALUATION = f"{_EVALUATION}::test_an_evaluation_sums_loss_and_correct_answers_of_the_rows_that_count"
 UNCROPPED = f"{_EVALUATION}::test_uncropped_images_are_cropped_to_the_centre_and_resized_on_the_device"
+ACTIVATION = "model/test_activations.py::test_an_activations_derivative_is_that_of_float64"
+BARRIER = "model/test_recompute.py::test_the_backward_pass_runs_the_function_again_behind_a_barrier"
+BIAS = "model/test_product.py::test_a_bias_gradient_in_bfloat16_is_summed_in_float32"
+KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
@@ -16,8 +20,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ("scores by the whole width", "q * q.shape[-1] ** -0.5", "q * (q.shape[-2] * q.shape[-1]) ** -0.5", SOFTMAX),
         (
             "keys and values swapped",
-            "q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]",
-            "q, v, k = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]",
+            'q, k, v = (checkpoint_name(y, "qkv")',
+            'q, v, k = (checkpoint_name(y, "qkv")',
             SOFTMAX,
         ),
         ("attention weights never dropped", ".astype(v.dtype), rate, key)", ".astype(v.dtype), 0.0, key)", DRAWS),
@@ -41,7 +45,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "(draws >= rate)",
             "model/test_layers.py::test_drop_path_drops_whole_examples_at_its_rate_and_scales_the_rest_up",
         ),
-        ("gelu's forms swapped", 'self.activation == "gelu_tanh"', 'self.activation != "gelu_tanh"', SOFTMAX),
+        ("a norm's bias not folded", "bias = added if bias is None else bias + added", "pass", VIT),
         (
             "examples share a mask",
             "shape = (x.shape[1], x.shape[0], *x.shape[2:])\n",
@@ -49,20 +53,49 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             DRAWS,
         ),
     ],
-    "model/vit.py": [
+    "model/activations.py": [
+        (
+            "gelu's forms swapped",
+            '{"gelu": gelu, "gelu_tanh": gelu_tanh,',
+            '{"gelu": gelu_tanh, "gelu_tanh": gelu,',
+            SOFTMAX,
+        ),
+        ("the logistic form's argument halved", "math.sqrt(8 / math.pi)", "math.sqrt(2 / math.pi)", ACTIVATION),
+    ],
+    "model/block.py": [
         (
             "attention without its norm",
-            "attended = self.attention(h, keys[0])",
-            "attended = self.attention(x, keys[0])",
+            "attended = self.attention(h, keys[0]",
+            "attended = self.attention(x, keys[0]",
             SOFTMAX,
         ),
         (
             "no residual around attention",
-            'checkpoint_name(x + attended, "residual")',
-            'checkpoint_name(attended, "residual")',
+            "x = add(x, drop_path(attended, path_rate, keys[1]))",
+            "x = drop_path(attended, path_rate, keys[1])",
             SOFTMAX,
         ),
-        ("MLP and attention share a key", "self.mlp(h, keys[2])", "self.mlp(h, keys[0])", DRAWS),
+        ("MLP and attention share a key", "self.mlp(h, keys[2]", "self.mlp(h, keys[0]", DRAWS),
+        ("LayerScale forgotten", "norm, self.scale2)", "norm, None)", SIGMOID),
+    ],
+    "model/product.py": [
+        (
+            "bias's gradient summed in the activations' dtype",
+            "jax.lax.reduce_sum(g.astype(jnp.float32), rows, out_sharding=layout.gradient_spec(bias, (0,)))",
+            "jax.lax.reduce_sum(g, rows, out_sharding=layout.gradient_spec(bias, (0,))).astype(jnp.float32)",
+            BIAS,
+        ),
+    ],
+    "model/recompute.py": [
+        ("no barrier", "jax.lax.optimization_barrier(inputs)", "inputs", BARRIER),
+        (
+            "intermediate results kept",
+            "return function(*inputs), inputs",
+            "return jax.vjp(function, *inputs)",
+            KEPT_INPUTS,
+        ),
+    ],
+    "model/vit.py": [
         (
             "blocks share a key",
             "jax.random.split(key, depth)",
@@ -71,12 +104,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         ("registers are pooled", "else (self.shape.special, self.shape.tokens)", "else (0, self.shape.tokens)", VIT),
         ("class token without a position", "cls + position[:1] if cls_positions else cls", "cls", SOFTMAX),
-        (
-            "LayerScale forgotten",
-            "drop_path(self.scale2(y) if self.scale2 is not None else y, path_rate",
-            "drop_path(y, path_rate",
-            SIGMOID,
-        ),
         (
             "drop-path not linear",
             'first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path',

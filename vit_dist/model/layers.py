@@ -68,7 +68,7 @@ class Dense(nnx.Module):
         make_kernel = initializer(math.prod(inputs), math.prod(outputs))
         kernel_names = (*input_names, *stack_names, *output_names)
         self.kernel = make_parameter(rngs, make_kernel, (*inputs, *stack, *outputs), kernel_names)
-        make_bias, bias_names = initializers.constant(bias), (*stack_names, *output_names)
+        make_bias, bias_names = initializers.constant(bias or 0.0), (*stack_names, *output_names)
         self.bias = None if bias is None else make_parameter(rngs, make_bias, (*stack, *outputs), bias_names)
         # The names of the result's dimensions: only parameters are split by `width`, activations never.
         self.output_names = tuple(None if name == "width" else name for name in output_names)
@@ -240,12 +240,12 @@ class Mlp(nnx.Module):
         if keep is None:
             y = self.down.of(activate, *hidden, scale=scale)
         else:
-            y = self.down.of(_activate_and_drop(activate, self.dropout), keep, *hidden, scale=scale)
+            y = self.down.of(_activate_and_drop(activate, self.dropout), *hidden, keep, scale=scale)
         return dropout(y, self.dropout, keys[1])
 
 
 def _activate_and_drop(activate: Callable[..., jax.Array], rate: float) -> Callable[..., jax.Array]:
-    return lambda keep, *hidden: _drop(activate(*hidden), keep, rate)
+    return lambda *inputs: _drop(activate(*inputs[:-1]), inputs[-1], rate)
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
