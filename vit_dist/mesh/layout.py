@@ -128,6 +128,23 @@ def product_spec(x: jax.Array, kernel: jax.Array) -> PartitionSpec | None:
     return PartitionSpec(*rows, *columns)
 
 
+def partial_sum_spec(x: jax.Array, kernel: jax.Array) -> PartitionSpec | None:
+    """Returns the `PartitionSpec` of an array like x [..., I], of which every device holds a summand.
+
+    It is the product of an array [..., O] and the transpose of a gathered kernel [I, O] whose columns may be split.
+    """
+    if not _mesh_axes():
+        return None
+    columns = jax.typeof(kernel).sharding.spec.partitions[1]
+    axes = () if columns is None else columns if isinstance(columns, tuple) else (columns,)
+    return PartitionSpec(*jax.typeof(x).sharding.spec.partitions, unreduced=frozenset(axes))
+
+
+def summed(parts: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the sum over devices of an array with the layout of `partial_sum_spec`, laid out like x."""
+    return jax.sharding.reshard(parts, spec_of(x)) if _mesh_axes() else parts
+
+
 def replicated(array: jax.Array) -> jax.Array:
     """Returns the array with a full copy on every device."""
     return jax.sharding.reshard(array, PartitionSpec()) if _mesh_axes() else array

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from vit_dist.mesh import layout
 from vit_dist.model.activations import ACTIVATIONS
-from vit_dist.model.product import product
+from vit_dist.model.product import product, products
 from vit_dist.model.recompute import recompute
 
 Names = tuple[str | None, ...]
@@ -93,24 +93,26 @@ class Dense(nnx.Module):
         One product for all would leave its result to be cut into copies, and the gradients to be joined.
         """
         kernel, bias = self._gathered(x, norm, None)
+        assert self.input_count == 1
 
         def cut(array: jax.Array, dimension: int, number: int) -> jax.Array:
-            return jax.lax.index_in_dim(array, number, dimension, keepdims=False)
+            return layout.joined(jax.lax.index_in_dim(array, number, dimension, keepdims=False), dimension)
 
-        numbers = range(kernel.shape[self.input_count])
-        kernels = (cut(kernel, self.input_count, number) for number in numbers)
-        biases = (None if bias is None else cut(bias, 0, number) for number in numbers)
-        return [self._multiply((x,), *parameters) for parameters in zip(kernels, biases, strict=True)]
+        numbers = range(kernel.shape[1])
+        biases = tuple(None if bias is None else cut(bias, 0, number) for number in numbers)
+        return [self._shaped(y) for y in products((x,), tuple(cut(kernel, 1, number) for number in numbers), biases)]
 
     def _gathered(self, x: jax.Array, norm: "Norm | None", scale: "Scale | None") -> tuple[jax.Array, jax.Array | None]:
         """Returns kernel and bias for a product with x: the kernel in the dtype of x, the bias in float32."""
         kernel, bias, split = self.kernel[...], None if self.bias is None else self.bias[...], layout.spec_of(x)
+        shift = None
         if norm is not None:
-            kernel, bias = norm.fold(kernel, bias)
+            kernel, shift = norm.fold(kernel)
         if scale is not None:
             kernel, bias = scale.fold(kernel, bias)
         kernel = layout.gathered(kernel.astype(x.dtype), split)
-        return kernel, None if bias is None else layout.gathered(bias, split)
+        biases = [layout.gathered(array, split) for array in (bias, shift) if array is not None]
+        return kernel, sum(biases[1:], biases[0]) if biases else None
 
     def _multiply(
         self,
@@ -126,12 +128,14 @@ class Dense(nnx.Module):
             function = functools.partial(layout.joined, start=lead)
         kernel = layout.joined(layout.joined(kernel, contracted), 0, contracted)
         bias = None if bias is None else layout.joined(bias, 0)
-        y = product(inputs, kernel, bias, function)
+        return self._shaped(product(inputs, kernel, bias, function))
+
+    def _shaped(self, y: jax.Array) -> jax.Array:
+        """Returns the result of a product, [..., outputs], as [..., *outputs]."""
         if len(self.outputs) == 1:
             return y
-        return jax.lax.reshape(
-            y, (*y.shape[:-1], *self.outputs), out_sharding=layout.spec_of(y, lead, *self.output_names)
-        )
+        split = layout.spec_of(y, y.ndim - 1, *self.output_names)
+        return jax.lax.reshape(y, (*y.shape[:-1], *self.outputs), out_sharding=split)
 
 
 class Norm(nnx.Module):
@@ -166,15 +170,16 @@ class Norm(nnx.Module):
             y = y + layout.broadcast(cast_and_gather(self.bias, jnp.float32, split), x.shape, split)
         return y.astype(x.dtype)
 
-    def fold(self, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Returns kernel [size, ...] and bias [...] of the dense layer that maps what `normalise` returns.
+    def fold(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the kernel [size, ...] of a dense layer that maps what `normalise` returns, and a bias [...] to add.
 
-        All are as stored. Sums over parameters that are split over `fsdp` are small all-reduces.
+        Both are as stored. The bias is a sum over `fsdp`, a small all-reduce; None if the norm has no bias.
         """
-        if self.bias is not None:
-            added = recompute(lambda kernel, shift: jnp.sum(_scaled(kernel, shift, 0), 0), kernel, self.bias[...])
-            bias = added if bias is None else bias + added
-        return recompute(lambda kernel, scale: _scaled(kernel, scale, 0), kernel, self.scale[...]), bias
+        scaled = recompute(lambda kernel, scale: _scaled(kernel, scale, 0), kernel, self.scale[...])
+        if self.bias is None:
+            return scaled, None
+        shift = recompute(lambda kernel, bias: jnp.sum(_scaled(kernel, bias, 0), 0), kernel, self.bias[...])
+        return scaled, shift
 
 
 def _layer_norm(epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
