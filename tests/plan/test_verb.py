@@ -116,7 +116,7 @@ def test_a_search_returns_overrides_and_all_of_it_can_be_shown(monkeypatch, capf
     words = ["plan", f"--config={RECIPE}", "--target=cpu:8", *(f"--config.{one}" for one in CPU)]
     assert cli.main([*words, "--json"]) == 0
     own = json.loads(capfd.readouterr().out)
-    made = {name: own[name] for name in (*KEYS, "mesh", "flops", "binds", "network_ms", "efficiencies")}
+    made = {name: own[name] for name in (*KEYS, "mesh", "flops", "binds", "network_ms", "traffic", "efficiencies")}
     made |= {"headroom_bytes": own["headroom_bytes"], "compile_seconds": 1.0}
     monkeypatch.setattr(verb, "_compiled_analysis", lambda settings, target, devices: dict(made))
     page = tmp_path / "plan.html"

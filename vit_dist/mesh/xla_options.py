@@ -9,8 +9,9 @@ latency-hiding scheduler and command buffers; on TPUs the same scheduler and asy
 ViT's step by that count:
 - larger thresholds for combining collectives: they leave a single sum of all gradients, after the last product
 - TPU, no loop over blocks: XLA combines gradients into a few sums, and only a sum of one array is asynchronous. With
-  `xla_jf_crs_combiner_threshold_in_bytes` of 4 MiB, B/16 on v5e:4x4 with mesh.fsdp=16 exposes 0.6 ms of sums a step
-  instead of 3.3, but takes 3 % more memory and moves 1.6 GB more, which is 2.4 ms. 16 MiB hides nothing.
+  `xla_jf_crs_combiner_threshold_in_bytes` of 4 MiB, v5e:4x4 with mesh.fsdp=16 exposes less: B/16 0.6 ms a step instead
+  of 3.3, L/16 3.9 instead of 13.1. But both take 3 % more memory and move more: B/16 1.6 GB, which is 2.4 ms, L/16 3.0
+  GB, mostly by products, which arithmetic bounds. For L/16 it may be worth it. 16 MiB hides nothing.
 - TPU: asynchronous reduce-scatter fusions, and layouts for reduce-scatters. There are none: gradients are summed whole.
 - GPU: `xla_gpu_experimental_parallel_collective_overlap_limit` of 2, so that sums between nodes run beside collectives
   within a node. B/16 on h100:8x2 exposes 0.5 ms less, L/16 as much as before; nobody has run it on several GPUs.
