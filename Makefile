@@ -27,7 +27,7 @@ help:
 	@echo 'make mutants    small wrong edits of the source, each of which a test must notice (WORDS=... chooses some)'
 	@echo 'make smoke      builds the wheel, installs it into $(SMOKE) and runs every verb in an empty folder'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench      the time of a step beside a plain Flax Linen trainer'
+	@echo 'make bench      the time of a step beside a plain Flax Linen trainer; benchmarks/step.py --help: beside others'
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
 	@echo 'make bench-compiled memory, traffic, kernels, collectives of compiled steps beside the committed figures; no hardware'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'

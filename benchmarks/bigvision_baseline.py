@@ -165,5 +165,5 @@ def _norm(tree: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def _logical_rules(mesh: Mesh) -> Iterator[None]:
-    with mesh, nn.logical_axis_rules([("act_batch", "data")]):
+    with jax.set_mesh(mesh), nn.logical_axis_rules([("act_batch", "data")]):
         yield

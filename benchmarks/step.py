@@ -14,6 +14,7 @@ processor time of a step instead of the wall clock's, which other programs distu
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -220,7 +221,7 @@ def _check(values: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
     """Raises `ConfigError` for the first key whose value is none of those that the peers have."""
     for key, (value, known) in values.items():
         if value not in known:
-            raise ConfigError(f"{key}: the peers have {' and '.join(map(str, known))} alone, found {value}")
+            raise ConfigError(f"{key}: the peers have only {', '.join(map(str, known))}; found {value}")
 
 
 class Side:
@@ -315,6 +316,8 @@ def run(options: argparse.Namespace) -> None:
     """Compares and prints; see `main`. Raises `ConfigError` for what the peer does not have."""
     if options.peer.startswith("timm"):
         timm_baseline.check_installed()
+        # jax would take most of a GPU's memory at its start, and leave PyTorch too little
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = settings_for(options.model, options.batch_size, options.dtype, options.overrides)
     processes.start(options.fake_devices)
     shape = vit.shape_of(settings.model)

@@ -139,6 +139,12 @@ def test_a_plan_that_cannot_be_made_does_not_end_a_run(tmp_path, monkeypatch, ca
     assert "no plan of this run can be made (KeyError: 'network_ms'); it goes on" in caplog.text
 
 
+@pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 1), ("float32", 0)])
+def test_a_run_in_bfloat16_on_a_cpu_warns_once_that_float32_is_quicker(dtype, times, tmp_path, caplog):
+    train(settings(f"model.dtype={dtype}", *PLAIN), tmp_path)
+    assert caplog.text.count("bfloat16 takes longer than float32 on a CPU; set model.dtype=float32") == times
+
+
 def test_a_run_prints_where_it_saves_and_where_its_profile_is(tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     train(settings(*PLAIN, "checkpoint.every_steps=1", "profile.steps=1", "profile.start_step=1"), tmp_path)

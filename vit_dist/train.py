@@ -323,6 +323,8 @@ class Session:
         axes = " x ".join(f"{name}={size}" for name, size in self.program.mesh.shape.items())
         device = self.program.mesh.devices.flat[0]
         self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
+        if device.platform == "cpu" and self.settings.model.dtype == "bfloat16":
+            _log.warning("model.dtype: bfloat16 takes longer than float32 on a CPU; set model.dtype=float32")
         self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
         if self.settings.data.crop_area is not None or self.settings.data.flip:
             where = "device" if augments_on_device(self.source, self.settings.data) else "host"
