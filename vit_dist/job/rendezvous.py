@@ -66,12 +66,14 @@ class Peer:
 
     def send_all(self, data: bytes) -> None:
         """Sends an encoded message of any length; blocks until the connection has taken it or is broken."""
+        sent = False
         with self._sending, contextlib.suppress(OSError):
             try:
                 self.connection.sendall(data)
-            except BaseException:  # interrupted in the middle, such as by Ctrl-C
-                self.connection.shutdown(socket.SHUT_RDWR)
-                raise
+                sent = True
+            finally:
+                if not sent:  # interrupted in the middle, such as by Ctrl-C
+                    self.connection.shutdown(socket.SHUT_RDWR)
 
     def has_closed(self) -> bool:
         """Returns whether the peer has closed the connection and everything that it sent has been read."""

@@ -110,11 +110,14 @@ class Watchdog:
 
     def _run(self) -> None:
         """Runs the thread. An error in it ends the process, which might wait forever without a watchdog."""
+        ended_well = False
         try:
             self._watch()
-        except BaseException:
-            _print(traceback.format_exc())
-            end_now(FAILED)
+            ended_well = True
+        finally:
+            if not ended_well:
+                _print(traceback.format_exc())
+                end_now(FAILED)
 
     def _watch(self) -> None:
         last_look = next_heartbeat = time.monotonic()
