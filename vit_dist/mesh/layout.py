@@ -68,6 +68,14 @@ def shard_count(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in TABLE[name] if axis in mesh.axis_names)
 
 
+def shard_count_of(array: jax.Array, dimension: int) -> int:
+    """Returns the number of shards into which the current mesh splits a dimension of this array."""
+    if not _mesh_axes():
+        return 1
+    mesh, axes = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.spec.partitions[dimension]
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
+
+
 def reshard(array: jax.Array, *names: str | None) -> jax.Array:
     """Returns the array split by these names. Splitting a replicated array needs no communication."""
     partition_spec = spec(*names)
@@ -136,8 +144,7 @@ def partial_sum_spec(x: jax.Array, kernel: jax.Array) -> PartitionSpec | None:
     if not _mesh_axes():
         return None
     columns = jax.typeof(kernel).sharding.spec.partitions[1]
-    axes = () if columns is None else columns if isinstance(columns, tuple) else (columns,)
-    return PartitionSpec(*jax.typeof(x).sharding.spec.partitions, unreduced=frozenset(axes))
+    return PartitionSpec(*jax.typeof(x).sharding.spec.partitions, unreduced=frozenset(_as_tuple(columns)))
 
 
 def summed(parts: jax.Array, x: jax.Array) -> jax.Array:
@@ -239,8 +246,11 @@ def check_divides(key: str, size: int, name: str, sizes: dict[str, int], micro_b
 
 def _axes_in(partition_spec: PartitionSpec) -> set[str]:
     """Returns the mesh axes in the partitions of a `PartitionSpec`."""
-    partitions = (axes if isinstance(axes, tuple) else (axes,) for axes in partition_spec.partitions)
-    return {axis for axes in partitions for axis in axes if axis is not None}
+    return {axis for axes in partition_spec.partitions for axis in _as_tuple(axes)}
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
 def _mesh_axes() -> tuple[str, ...]:

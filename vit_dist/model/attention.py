@@ -1,10 +1,7 @@
 """Multi-head self-attention, its heads split over `tensor`, with the fastest implementation for the hardware.
 
-`attend` chooses between plain einsums that XLA fuses (CPU, TPU, and wherever attention weights are dropped), and
-cuDNN's fused kernel on NVIDIA GPUs, which never writes the [N, N] weights to memory. The cuDNN kernel does not support
-Explicit meshes, and its backward pass refuses odd sequence lengths. It therefore runs inside `jax.shard_map` over batch
-and heads, on tokens padded to an even number, with the padding masked out. If the mesh splits tokens, `attend_split`
-takes the place of `attend`, with the algorithms of `model.context`.
+`attend` takes the device's fused kernel (`model.kernels`) where one fits, and plain einsums elsewhere. If the mesh
+splits tokens, `attend_split` takes its place, with the algorithms of `model.context`.
 """
 
 import functools
@@ -16,15 +13,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vit_dist import config
-from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
-from vit_dist.model import context
+from vit_dist.model import context, kernels
 from vit_dist.model.layers import INITIALIZERS, Dense, Norm, Scale, dropout, split_key
 from vit_dist.model.shape import Shape
-
-# The largest head of cuDNN's kernel on every GPU. Hopper and later support 256, but a program that is compiled for an
-# absent GPU cannot query it.
-LARGEST_CUDNN_HEAD = 128
 
 
 class Attention(nnx.Module):
@@ -49,14 +41,21 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends over the tokens of x; `norm` and `scale` are as for a dense layer."""
         keys = split_key(key, 2)
-        q, k, v = (checkpoint_name(y, "qkv") for y in self.qkv.each(x, norm=norm))
+        q, k, v = (_named(y, "qkv") for y in self.qkv.each(x, norm=norm))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if layout.shard_count("tokens") == 1:
-            mixed = checkpoint_name(attend(q, k, v, self.implementation, self.attention_dropout, keys[0]), "attention")
+            mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0])
         else:
             mixed = attend_split(q, k, v, self.tokens, self.algorithm, self.implementation, self.attention_dropout)
-        return dropout(self.projection(mixed, scale=scale), self.projection_dropout, keys[1])
+        return dropout(self._project(mixed, scale), self.projection_dropout, keys[1])
+
+    def _project(self, mixed: jax.Array, scale: Scale | None) -> jax.Array:
+        """Returns the projection of what attention made, [B, N, H, d]."""
+        join = functools.partial(layout.joined, start=2)
+        if kernels.device()[0] == "tpu":
+            return self.projection(join(mixed), scale=scale)  # keeps [B, N, H d], see `_named`
+        return self.projection.of(join, mixed, scale=scale)  # keeps [B, N, H, d], as cuDNN does
 
 
 def attend(
@@ -74,7 +73,8 @@ def attend(
       q: queries [B, Nq, H, d].
       k: keys [B, Nk, H, d].
       v: values [B, Nk, H, d].
-      implementation: "xla", "cudnn" (self-attention only, Nq = Nk) or "auto", which is cuDNN if `fits_cudnn`, else XLA.
+      implementation: "xla", "cudnn" or "auto", the device's kernel if one fits, else XLA. A kernel is possible for
+        self-attention only, Nq = Nk.
       rate: the probability with which attention weights are dropped.
       key: the randomness for it; None drops nothing.
       mask: bool [Nk], False for keys to leave out; None keeps all. Only XLA applies it.
@@ -85,13 +85,16 @@ def attend(
     Raises:
       ConfigError: `implementation` is "cudnn" and cuDNN does not fit.
     """
-    if _uses_cudnn(q, implementation, drops=bool(rate) and key is not None):
-        return _cudnn(q, k, v, q.shape[1])
+    kernel = kernels.chosen(q, implementation, drops=bool(rate) and key is not None)
+    if kernel == "cudnn":  # keeps its result itself
+        return kernels.run(kernel, q, k, v, q.shape[1])
+    if kernel is not None:
+        return _named(kernels.run(kernel, q, k, v, q.shape[1]), "attention")
     scores = _scores(q * q.shape[-1] ** -0.5, k)
     if mask is not None:
         scores = jnp.where(mask, scores, context.MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.spec_of(q))
+    return _named(jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.spec_of(q)), "attention")
 
 
 def attend_split(
@@ -105,7 +108,7 @@ def attend_split(
       v: values, likewise.
       tokens: how many of the N tokens are real; the rest is padding at the end.
       algorithm: "ring" or "all_to_all".
-      implementation: as in `attend`; cuDNN is possible inside all-to-all attention only.
+      implementation: as in `attend`; a kernel is possible inside all-to-all attention only.
       rate: the probability of dropped attention weights, which must be 0.
 
     Returns:
@@ -117,15 +120,12 @@ def attend_split(
     context.check(algorithm, implementation, q.shape[2], rate, dict(jax.sharding.get_abstract_mesh().shape))
     if algorithm == "ring":
         return context.ring_attention(q, k, v, tokens)
-    local = _cudnn if _uses_cudnn(q, implementation, drops=False) else context.chunked_attention
-    mixed = context.all_to_all_attention(q, k, v, lambda q, k, v: local(q, k, v, tokens))
-    return checkpoint_name(mixed, "attention")
 
+    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        kernel = kernels.chosen(q, implementation, drops=False)
+        return context.chunked_attention(q, k, v, tokens) if kernel is None else kernels.run(kernel, q, k, v, tokens)
 
-def fits_cudnn(*, on_gpu: bool, dtype: str, head_size: int, drops: bool) -> bool:
-    """Returns whether cuDNN has a kernel for this dtype and head size; `drops`: attention weights are dropped."""
-    fitting_heads = head_size % 8 == 0 and head_size <= LARGEST_CUDNN_HEAD
-    return on_gpu and dtype == "bfloat16" and fitting_heads and not drops
+    return _named(context.all_to_all_attention(q, k, v, local), "attention")
 
 
 @jax.custom_vjp
@@ -152,40 +152,6 @@ def _scores_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _uses_cudnn(q: jax.Array, implementation: str, *, drops: bool) -> bool:
-    fits = fits_cudnn(on_gpu=_on_gpu(), dtype=q.dtype.name, head_size=q.shape[-1], drops=drops)
-    if implementation == "cudnn" and not fits:
-        raise ConfigError(
-            f"model.attention: cudnn needs an NVIDIA GPU, heads of a multiple of 8 up to {LARGEST_CUDNN_HEAD}, "
-            "model.dtype=bfloat16 and model.attention_dropout=0; take auto"
-        )
-    return implementation != "xla" and fits
-
-
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
-    """Runs `_cudnn_local` on every device's examples and heads."""
-    split, local = layout.spec_of(q), functools.partial(_cudnn_local, tokens)
-    if split is None:
-        return local(q, k, v)
-    return jax.shard_map(local, in_specs=(split, split, split), out_specs=split, check_vma=False)(q, k, v)
-
-
-def _cudnn_local(tokens: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes one device's attention, [b, N, h, d], of q, k, v [b, N, h, d] whose first `tokens` are real."""
-    examples, length = q.shape[:2]
-    if length == tokens and tokens % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(t, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for t in (q, k, v))
-    lengths = jnp.full((examples,), tokens, jnp.int32)
-    padded = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    # The kernel's output in rows of padding is undefined; a NaN there would spread.
-    return jnp.where(jnp.arange(length)[:, None, None] < tokens, padded[:, :length], 0)
-
-
-def _on_gpu() -> bool:
-    """Returns whether the program is for NVIDIA GPUs: those of the mesh in use, which may be absent from this host."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else jax.default_backend()
-    return platform in ("gpu", "cuda")
+def _named(x: jax.Array, name: str) -> jax.Array:
+    """Returns x [B, N, H, d], named for `remat` as [B, N, H d]: in memory a TPU pads heads of 64 channels to 128."""
+    return jax.lax.reshape(checkpoint_name(layout.joined(x, 2), name), x.shape, out_sharding=layout.spec_of(x))

@@ -37,8 +37,8 @@ def recomputed_flops(model: config.Model, attention: str = "xla") -> int:
 
     Args:
       model: the model's config.
-      attention: what computes attention: "xla", "cudnn", or "chunked" (`model.context`). The last two compute the
-        weights again within their own backward pass under any `remat`, which is not counted.
+      attention: what computes attention: "xla", a kernel of `model.kernels`, or "chunked" (`model.context`). All but
+        XLA compute the weights again within their own backward pass under any `remat`, which is not counted.
 
     Returns:
       The number of operations.

@@ -38,10 +38,10 @@ def cast_and_gather(parameter: nnx.Param, dtype: jnp.dtype, activations: Partiti
 
 
 class Dense(nnx.Module):
-    """Maps the last `len(inputs)` dimensions linearly: [..., *inputs] -> [..., *outputs].
+    """Maps the last dimension linearly: [..., I] -> [..., *outputs], where I is the product of `inputs`.
 
     Args:
-      inputs: sizes of the dimensions to contract.
+      inputs: sizes of the dimensions to contract, which the argument of a call has joined to one.
       outputs: sizes of the dimensions to make; the kernel is [*inputs, *outputs].
       names: the logical names of all these dimensions, inputs first.
       rngs: the source of randomness for the kernel.
@@ -77,14 +77,17 @@ class Dense(nnx.Module):
         """Returns the map of x.
 
         Args:
-          x: [..., *inputs].
+          x: [..., I], the inputs joined to one dimension.
           norm: a norm whose `normalise` made x; its scale and bias are applied here.
           scale: a LayerScale to apply to the result.
         """
         return self._multiply((x,), *self._gathered(x, norm, scale))
 
     def of(self, function: Callable[..., jax.Array], *inputs: jax.Array, scale: "Scale | None" = None) -> jax.Array:
-        """Returns the map of `function(*inputs)`, an element-wise function whose inputs the backward pass keeps."""
+        """Returns the map of `function(*inputs)`, [..., I], of which the backward pass keeps the inputs.
+
+        `function` is cheap to run again: element-wise, or a change of shape.
+        """
         return self._multiply(inputs, *self._gathered(inputs[0], None, scale), function)
 
     def each(self, x: jax.Array, *, norm: "Norm | None" = None) -> list[jax.Array]:
@@ -121,12 +124,8 @@ class Dense(nnx.Module):
         bias: jax.Array | None,
         function: Callable[..., jax.Array] | None = None,
     ) -> jax.Array:
-        """Returns the product as [..., *outputs]; within it, all matrices have two dimensions."""
-        contracted, lead = self.input_count, inputs[0].ndim - self.input_count
-        if contracted > 1:  # joined within the product, which keeps its inputs as they are
-            assert function is None
-            function = functools.partial(layout.joined, start=lead)
-        kernel = layout.joined(layout.joined(kernel, contracted), 0, contracted)
+        """Returns the product as [..., *outputs]; the kernel is multiplied as a matrix."""
+        kernel = layout.joined(layout.joined(kernel, self.input_count), 0, self.input_count)
         bias = None if bias is None else layout.joined(bias, 0)
         return self._shaped(product(inputs, kernel, bias, function))
 

@@ -27,9 +27,12 @@ LARGE, LARGE_MEMORY = 384 * 1024, 48 * 2**20
 LARGEST = 1024 * 1024
 
 
-def fits(length: int, heads: int, head: int) -> bool:
-    """Returns whether the kernel holds all keys of its smallest group of heads, for N tokens, H heads of size d."""
-    return length * _block((1, length, heads * head), head)[1] <= LARGEST
+def fits(length: int, heads: int, head: int, kind: str) -> bool:
+    """Returns whether the kernel holds all keys of its smallest group of heads, for N tokens, H heads of size d.
+
+    `kind` is the `device_kind`: no kernel on a TPU v4 gets more on-chip memory than the default.
+    """
+    return length * _block((1, length, heads * head), head)[1] <= (LARGE if kind == "TPU v4" else LARGEST)
 
 
 def attend_locally(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, *, interpret: bool = False) -> jax.Array:

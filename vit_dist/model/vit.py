@@ -80,7 +80,7 @@ class AttentionPool(nnx.Module):
         probe = layout.broadcast(cast_and_gather(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
         key, value = self.key_value.each(x)
         # The weights of one query, [B, H, 1, N], are small: a fused kernel would gain nothing.
-        x = self.projection(attend(self.query(probe), key, value, "xla", mask=mask))
+        x = self.projection(layout.joined(attend(self.query(probe), key, value, "xla", mask=mask), 2))
         return (x + self.mlp(self.norm(x), None))[:, 0]
 
 

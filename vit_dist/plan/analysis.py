@@ -48,7 +48,7 @@ def step_analysis(step: CompiledStep, chip: Chip) -> Analysis:
     assert text is not None
     sizes = dict(program.mesh.shape)
     step_collectives, moved = collectives(text, sizes), traffic(text)
-    attention = attention_implementation(program.settings, chip.platform, sizes)
+    attention = attention_implementation(program.settings, chip, sizes)
     transfers = (_transfer(collective, program, chip) for collective in step_collectives)
     cost = Cost(
         flops=device_flops(program.settings, attention, sizes),
@@ -134,7 +134,7 @@ def _memory_fields(uses: dict[str, int], chip: Chip) -> Analysis:
 
 def _time_fields(program: Program, cost: Cost, chip: Chip) -> Analysis:
     settings, dtype = program.settings, program.settings.model.dtype
-    attention = attention_implementation(settings, chip.platform, dict(program.mesh.shape))
+    attention = attention_implementation(settings, chip, dict(program.mesh.shape))
     bounds, seconds = roofline.bounds_ms(cost, chip, dtype), roofline.step_seconds(cost, chip, dtype)
     peak = chip.peak_flops(dtype)
     known = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -156,7 +156,7 @@ def _time_fields(program: Program, cost: Cost, chip: Chip) -> Analysis:
 def _arithmetic_fields(program: Program, chip: Chip) -> Analysis:
     """Returns the fields beside memory for a step of which only the arithmetic is known."""
     sizes = dict(program.mesh.shape)
-    attention = attention_implementation(program.settings, chip.platform, sizes)
+    attention = attention_implementation(program.settings, chip, sizes)
     cost = Cost(device_flops(program.settings, attention, sizes), 0, 0)
     arithmetic = roofline.bounds_ms(cost, chip, program.settings.model.dtype)["arithmetic"]
     return {

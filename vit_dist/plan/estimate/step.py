@@ -77,7 +77,7 @@ def estimate(settings: Config, chip: Chip, links: MeshLinks, state: StateBytes) 
       links: the mesh and its links. The config's own mesh is ignored.
       state: `state_bytes(settings)`, which does not depend on mesh, batch, remat and scan.
     """
-    work = device_workload(settings, chip.platform, links.sizes, state)
+    work = device_workload(settings, chip, links.sizes, state)
     other_bytes = _update_bytes(work) + _elementwise_bytes(work)
     transfers = (
         transfer(

@@ -16,6 +16,7 @@ from vit_dist.model import context
 from vit_dist.model.vit import Shape, shape_of
 from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
 from vit_dist.plan.estimate.activations import LocalShape
+from vit_dist.plan.targets import Chip
 from vit_dist.program import UNUSED
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.state import ModelFunction, make_state
@@ -84,12 +85,12 @@ def state_bytes(settings: Config) -> StateBytes:
     return StateBytes(*(_by_axes(tree) for tree in (blocks, others, (state.optimizer, state.step), state.ema)))
 
 
-def device_workload(settings: Config, platform: str, sizes: Sizes, state: StateBytes) -> Workload:
+def device_workload(settings: Config, chip: Chip, sizes: Sizes, state: StateBytes) -> Workload:
     """Returns the share of one device.
 
     Args:
       settings: the config, `model.num_classes` filled in; its numbers divide over the mesh.
-      platform: "tpu", "gpu" or "cpu".
+      chip: the kind of device.
       sizes: the mesh.
       state: `state_bytes(settings)`.
     """
@@ -101,11 +102,11 @@ def device_workload(settings: Config, platform: str, sizes: Sizes, state: StateB
         heads=shape.heads // tensor,
         head_size=shape.width // shape.heads,
         hidden=shape.mlp // tensor,
-        tiled=platform == "tpu",
+        tiled=chip.platform == "tpu",
     )
-    attention = attention_implementation(settings, platform, sizes)
+    attention = attention_implementation(settings, chip, sizes)
     rows = settings.batch_size / device_count(sizes, layout.TABLE["batch"]) / settings.accumulate_steps
-    return Workload(settings, shape, sizes, state, platform, attention, local, rows)
+    return Workload(settings, shape, sizes, state, chip.platform, attention, local, rows)
 
 
 def _by_axes(tree: Any) -> dict[Axes, int]:
