@@ -8,7 +8,7 @@ from flax import nnx
 from products import equations
 
 from vit_dist import ViT, config
-from vit_dist.plan.estimate.activations import LocalShape, Saved, saved_arrays, saved_bytes
+from vit_dist.model.saved import LocalShape, Saved, saved_arrays, saved_bytes
 
 ROWS, TOKENS, WIDTH, HEADS, HIDDEN, DEPTH = 4, 5, 32, 2, 128, 3
 TINY = {
