@@ -74,6 +74,18 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "model/test_layers.py::test_dropout_zeroes_at_its_rate_and_keeps_the_mean",
         ),
         (
+            "neighbours share a mask",
+            "bits >> 16",
+            "bits & 0xFFFF",
+            "model/test_layers.py::test_neighbours_are_dropped_independently",
+        ),
+        (
+            "LayerNorm's derivative without the variance's",
+            "(y * along + ",
+            "(",
+            VIT,
+        ),
+        (
             "drop-path not scaled",
             "((draws >= rate) / (1 - rate))",
             "(draws >= rate)",

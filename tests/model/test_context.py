@@ -26,7 +26,7 @@ from vit_dist.program import Program
 KINDS = ("ring", "all_to_all")
 HEADS = ("batch", "tokens", "heads", None)
 TINY: dict[str, Any] = {
-    "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
+    "width": 32, "depth": 2, "scan": True, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
 }  # fmt: skip
 RANDOM: dict[str, Any] = {"dropout": 0.1, "embedding_dropout": 0.1, "drop_path": 0.3}
 POOLS: dict[str, dict[str, Any]] = {  # each with an odd number of tokens

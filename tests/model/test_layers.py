@@ -15,8 +15,8 @@ from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import layers
 from vit_dist.model.layers import Dense, Mlp, Norm, drop_path, dropout, lecun_normal, normal, xavier_uniform
 
-MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
-NAMES = ("batch", None, "mlp")
+MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "context": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+NAMES = ("batch", "tokens", "mlp")
 
 
 def mesh(sizes: dict[str, int]) -> Mesh:
@@ -78,6 +78,18 @@ def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate: float) -> None:
     assert (y == 0).mean() == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / y.size))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_neighbours_are_dropped_independently(axis: int) -> None:
+    dropped = np.moveaxis(np.asarray(dropout(jnp.ones((64, 32, 64)), 0.3, jax.random.key(0))) == 0, axis, 0)
+    correlation = np.corrcoef(dropped[:-1].ravel(), dropped[1:].ravel())[0, 1]
+    assert abs(correlation) < 5 / math.sqrt(dropped.size)
+
+
+def test_more_tokens_leave_the_mask_of_those_before() -> None:
+    short, long = (dropout(jnp.ones((4, tokens, 8)), 0.5, jax.random.key(0)) for tokens in (5, 8))
+    np.testing.assert_array_equal(short, long[:, :5])
+
+
 def test_dropout_without_a_key_or_a_rate_is_the_identity() -> None:
     x = jnp.ones((2, 3, 4))
     assert dropout(x, 0.5, None) is x
@@ -93,9 +105,10 @@ def test_drop_path_drops_whole_examples_at_its_rate_and_scales_the_rest_up() -> 
     assert (y[:, 0] == 0).mean() == pytest.approx(0.2, abs=5 * math.sqrt(0.16 / 5000))
 
 
-def test_masks_are_the_same_on_every_mesh() -> None:
+@pytest.mark.parametrize("tokens", [4, 12])  # an odd number of tokens on some device, and an even one
+def test_masks_are_the_same_on_every_mesh(tokens: int) -> None:
     def masks(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = jnp.ones((16, 4, 8), out_sharding=layout.spec(*NAMES))
+        x = jnp.ones((16, tokens, 8), out_sharding=layout.spec(*NAMES))
         return dropout(x, 0.5, key), drop_path(x, 0.5, key)
 
     on_one_device = jax.jit(masks)(jax.random.key(3))

@@ -27,7 +27,7 @@ from vit_dist.model import vit
 Settings = dict[str, Any]
 
 TINY: Settings = {
-    "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
+    "width": 32, "depth": 2, "scan": True, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5
 }  # fmt: skip
 MODELS: dict[str, Settings] = {
     "as the d2l.ai lesson's": {

@@ -25,7 +25,7 @@ MESHES = {"softmax": {"data": 1}, "sigmoid": {"data": 2, "fsdp": 2}}
 def settings(loss: str, eval_crop: float | None) -> config.Config:
     model = {
         "width": 16, "depth": 2, "mlp": 24, "heads": 2, "activation": "gelu", "image_size": SIZE, "patch_size": 4,
-        "num_classes": CLASSES,
+        "scan": True, "num_classes": CLASSES,
     }  # fmt: skip
     data = {"mean": MEAN, "std": STD, "eval_crop": eval_crop}
     of_training = {"label_smoothing": 0.5, "mixup": 1.0, "ema_decay": 0.9}

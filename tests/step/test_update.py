@@ -52,8 +52,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def settings(keys: dict[str, Any]) -> config.Config:
     small = {
-        "width": 16, "depth": 2, "mlp": 24, "heads": 2, "image_size": 8, "patch_size": 4, "channels": 2,
-        "num_classes": CLASSES,
+        "width": 16, "depth": 2, "mlp": 24, "heads": 2, "scan": True, "image_size": 8, "patch_size": 4,
+        "channels": 2, "num_classes": CLASSES,
     }  # fmt: skip
     rates = {"learning_rate": 1e-2, "weight_decay": 0.3, "b1": 0.8, "b2": 0.9, "eps": 1e-3}
     flat = {f"model.{name}": number for name, number in small.items()}
@@ -214,7 +214,7 @@ def test_no_two_steps_micro_batches_blocks_or_examples_share_a_random_number() -
         settings(keys_of_batch | keys_of_mix | rates), classes=CLASSES, steps=TOTAL, augment_on_device=True
     )
     with program.in_use(), pytest.MonkeyPatch.context() as patch:
-        for name in ("split", "bernoulli", "uniform"):
+        for name in ("split", "bernoulli", "bits", "uniform"):
             patch.setattr(jax.random, name, spied(getattr(jax.random, name)))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), program.abstract_state().parameters)
         state = state_of(program, zeros)

@@ -68,12 +68,10 @@ def shard_count(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in TABLE[name] if axis in mesh.axis_names)
 
 
-def shard_count_of(array: jax.Array, dimension: int) -> int:
-    """Returns the number of shards into which the current mesh splits a dimension of this array."""
-    if not _mesh_axes():
-        return 1
-    mesh, axes = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.spec.partitions[dimension]
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
+def shard_count_of(split: PartitionSpec | None, dimension: int) -> int:
+    """Returns the number of shards into which the current mesh splits a dimension of an array of this layout."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if split is None else math.prod(mesh.shape[axis] for axis in _as_tuple(split.partitions[dimension]))
 
 
 def reshard(array: jax.Array, *names: str | None) -> jax.Array:

@@ -12,7 +12,7 @@ from vit_dist.model.shape import shape_of
 _log = logging.getLogger(__name__)
 
 # The deepest model whose blocks are unrolled, by platform; elsewhere and deeper, they are a loop. FIGURES
-UNROLLED_DEPTH = {"gpu": 24, "cuda": 24}
+UNROLLED_DEPTH = {"gpu": 24, "cuda": 24, "tpu": 12, "cpu": 12}
 # The share of a device's memory that the arrays saved by all blocks may take. The rest is for the state, gradients,
 # gathered parameters and what one block needs at a time.
 SHARE = 0.5

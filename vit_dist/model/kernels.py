@@ -64,7 +64,7 @@ def chosen(q: jax.Array, implementation: str, *, drops: bool) -> Kernel | None:
       ConfigError: `implementation` is "cudnn" and cuDNN does not fit.
     """
     platform, kind = device()
-    heads = q.shape[2] // layout.shard_count_of(q, 2)
+    heads = q.shape[2] // layout.shard_count_of(layout.spec_of(q), 2)
     kernel = fitting(
         platform=platform,
         kind=kind,

@@ -183,15 +183,40 @@ class Norm(nnx.Module):
 
 def _layer_norm(epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
     """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither."""
-    wide, split = x.astype(jnp.float32), layout.spec_of(x)
-    mean = jnp.mean(wide, -1, keepdims=True)
-    variance = jnp.mean(jnp.square(wide - mean), -1, keepdims=True)
-    y = (wide - mean) * jax.lax.rsqrt(variance + epsilon)
+    split = layout.spec_of(x)
+    y = _standardised(x.astype(jnp.float32), epsilon)
     if affine:
         y = y * layout.broadcast(affine[0], x.shape, split)
     if affine[1:]:
         y = y + layout.broadcast(affine[1], x.shape, split)
     return y.astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _standardised(x: jax.Array, epsilon: float) -> jax.Array:
+    """Returns (x - mean) / sqrt(variance + epsilon) over the last dimension of x, float32.
+
+    Its gradient is one array, to which that of the residual stream is added. JAX's own ends with the addition of a
+    broadcast number for each token, and XLA for CPUs then computes the stream's gradient anew, from the last block on,
+    wherever it is used.
+    """
+    return _standardised_forward(x, epsilon)[0]
+
+
+def _standardised_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
+    y = centred * inverse
+    return y, (y, inverse)
+
+
+def _standardised_backward(epsilon: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+    y, inverse = saved
+    along = jnp.mean(g * y, -1, keepdims=True)
+    return ((g - (y * along + jnp.mean(g, -1, keepdims=True))) * inverse,)
+
+
+_standardised.defvjp(_standardised_forward, _standardised_backward)
 
 
 class Scale(nnx.Module):
@@ -276,7 +301,22 @@ def dropout_mask(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array 
     if split is not None:
         split = PartitionSpec(split[1], split[0], *split[2:])
     shape = (x.shape[1], x.shape[0], *x.shape[2:])
-    return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=split).swapaxes(0, 1)
+    return random_mask(key, 1 - rate, shape, split).swapaxes(0, 1)
+
+
+def random_mask(key: jax.Array, share: float, shape: tuple[int, ...], split: PartitionSpec | None) -> jax.Array:
+    """Draws a bool array of this shape and layout that is True with probability `share`, rounded to 16 bits.
+
+    Two neighbours along the first dimension share a random number of 32 bits, the same two on every mesh: random
+    numbers are most of what dropout costs, and this takes half the time of a float32 for each element.
+    """
+    drawn = split
+    if split is not None and shape[0] % (2 * layout.shard_count_of(split, 0)):
+        drawn = PartitionSpec(None, *split.partitions[1:])  # some two neighbours are on different devices
+    bits = jax.random.bits(key, (-(-shape[0] // 2), *shape[1:]), jnp.uint32, out_sharding=drawn)
+    halves = jnp.stack([bits & 0xFFFF, bits >> 16], axis=1) < round(share * 2**16)
+    mask = jax.lax.reshape(halves, (2 * bits.shape[0], *shape[1:]), out_sharding=drawn)[: shape[0]]
+    return mask if drawn == split else jax.sharding.reshard(mask, split)
 
 
 def _drop(x: jax.Array, keep: jax.Array, rate: float) -> jax.Array:
