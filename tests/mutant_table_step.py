@@ -33,7 +33,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "blocks always unrolled",
             "depth > UNROLLED_DEPTH.get(platform, 0)",
             "depth > 99",
-            CHOICES + "blocks_are_unrolled_on_gpus_up_to_24_of_them",
+            CHOICES + "blocks_are_unrolled_up_to_a_depth_of_each_platform",
         ),
         (
             "no memory left beside saved arrays",
