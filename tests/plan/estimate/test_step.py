@@ -1,5 +1,6 @@
 """Memory, cost and collectives of a layout, by hand and against the program that is compiled for it."""
 
+import dataclasses
 import math
 
 import jax
@@ -18,13 +19,14 @@ from vit_dist.plan.targets import Chip
 
 # 1 GB/s over NVLink, 0.1 GB/s over the network.
 GPU = Chip("one", "NVIDIA H200", "gpu", 10**9, 1e12, "NVLink", 1e9, 0, 1e8, "none")
+CPU = dataclasses.replace(GPU, kind="cpu", platform="cpu")
 
 ONCE, IN_MICRO_BATCHES = ("model.remat=none",), ("model.remat=block", "accumulate_steps=2")
 
 
-def workload_on(sizes, *overrides, platform="gpu"):
+def workload_on(sizes, *overrides, chip=GPU):
     config = settings(*overrides)
-    return device_workload(config, platform, sizes, state_bytes(config))
+    return device_workload(config, chip, sizes, state_bytes(config))
 
 
 def estimate_on(sizes, *overrides):
@@ -129,7 +131,7 @@ def test_devices_send_what_the_compiled_step_sends(sizes, extra):
     overrides = (*NOTHING_RANDOM, *extra, "optimizer.clip=null", "model.width=64", "model.mlp=256")
     program = program_on(sizes, *overrides)
     compiled = collectives(compiled_step(program).as_text(), dict(program.mesh.shape))
-    work = workload_on(sizes, *overrides, platform="cpu")
+    work = workload_on(sizes, *overrides, chip=CPU)
 
     def by_axes(several):
         total = dict.fromkeys([(axis,) for axis in sizes], 0.0)
