@@ -85,16 +85,14 @@ def _folded_bias_sums(work: Workload) -> Iterator[Collective]:
 def _tensor_sums(work: Workload) -> Iterator[Collective]:
     """Yields the sums over `tensor` of activations [B, N, D], of which each device has a partial sum.
 
-    Forward: the outputs of attention and MLP; backward: the gradients of their inputs. Parallel attention and MLP have
-    one sum for both outputs. With `remat="block"` the backward pass repeats the sums that a later gradient needs.
-    The gradients of norms and LayerScales are summed too: they follow from those of kernels, of which each device has a
-    part.
+    Forward: the outputs of attention and MLP; backward: the gradients of their inputs, to which SwiGLU's gate adds
+    another. Parallel attention and MLP have one sum for both outputs (two in a CPU's program). With `remat="block"` the
+    backward pass repeats the sum of attention's output, which the second norm needs. The gradients of norms and
+    LayerScales are summed too: they follow from those of kernels, of which each device has a part.
     """
     model, shape = work.settings.model, work.shape
-    sums = 3 if shape.parallel else 4
-    if model.remat == "block":
-        scaled = model.layer_scale is not None
-        sums += int(not shape.parallel or scaled) + int(scaled)
+    sums = (3 if shape.parallel else 4) + int(shape.activation == "swiglu")
+    sums += int(model.remat == "block" and not shape.parallel)
     activations = work.rows * work.local.tokens * shape.width * work.itemsize
     blocks, loops, axes = shape.depth * work.micro_batches, _block_loops(work), _used_axes(work, ("tensor",))
     yield Collective("all-reduce", axes, round(activations), sums * blocks, loops)
