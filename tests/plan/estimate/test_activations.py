@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from compiled import program_on
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from products import equations
 
 from vit_dist import ViT, config
@@ -126,6 +127,21 @@ def test_cudnn_saves_no_weights():
     named = config.Model(**TINY, dtype="bfloat16", remat="names")
     of_xla, of_cudnn = (saved_bytes(saved_arrays(named, attention), without) for attention in ("xla", "cudnn"))
     assert of_cudnn - of_xla == rows
+
+
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_cudnns_kernel_runs_once_and_its_output_is_saved_once(remat, monkeypatch):
+    monkeypatch.setattr(kernels, "device", lambda: ("gpu", "NVIDIA H100"))
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)  # there is no GPU to ask
+    # Sixteen tokens: with an odd number, the output is padded.
+    settings = {**TINY, "remat": remat, "dtype": "bfloat16", "image_size": 16, "pool": "mean"}
+    local = LocalShape(16, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
+    logits, parameters, _ = logits_of(settings)
+    arguments = (logits, parameters, jax.ShapeDtypeStruct((ROWS, 16, 16, 3), jnp.float32))
+    found = bytes_of(stacked(*arguments, rows=ROWS))
+    assert found == DEPTH * ROWS * saved_bytes(saved_arrays(config.Model(**settings), "cudnn"), local)
+    jaxpr = jax.make_jaxpr(jax.grad(logits))(*arguments[1:]).jaxpr
+    assert sum("dot_product_attention_fwd" in each.primitive.name for each, _ in equations(jaxpr)) == 1
 
 
 def test_a_tpu_pads_the_last_two_dimensions_to_tiles_the_way_that_costs_less():
