@@ -13,6 +13,8 @@ ACTIVATION = "model/test_activations.py::test_an_activations_derivative_is_that_
 BARRIER = "model/test_recompute.py::test_the_backward_pass_runs_the_function_again_behind_a_barrier"
 BIAS = "model/test_product.py::test_a_bias_gradient_in_bfloat16_is_summed_in_float32"
 KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
+CHOICES, KERNELS = "model/test_choices.py::test_", "model/test_kernels.py::test_"
+PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_attention_in_float32"
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
@@ -20,11 +22,43 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ("scores by the whole width", "q * q.shape[-1] ** -0.5", "q * (q.shape[-2] * q.shape[-1]) ** -0.5", SOFTMAX),
         (
             "keys and values swapped",
-            'q, k, v = (checkpoint_name(y, "qkv")',
-            'q, v, k = (checkpoint_name(y, "qkv")',
+            'q, k, v = (_named(y, "qkv")',
+            'q, v, k = (_named(y, "qkv")',
             SOFTMAX,
         ),
         ("attention weights never dropped", ".astype(v.dtype), rate, key)", ".astype(v.dtype), 0.0, key)", DRAWS),
+    ],
+    "model/choices.py": [
+        (
+            "blocks always unrolled",
+            "depth > UNROLLED_DEPTH.get(platform, 0)",
+            "depth > 99",
+            CHOICES + "blocks_are_unrolled_on_gpus_up_to_24_of_them",
+        ),
+        (
+            "no memory left beside saved arrays",
+            "<= SHARE * memory_bytes",
+            "<= memory_bytes",
+            CHOICES + "remat_is_the_least_that_leaves_half_of_the_memory",
+        ),
+    ],
+    "model/kernels.py": [
+        (
+            "kernels although weights are dropped",
+            'dtype != "bfloat16" or drops',
+            'dtype != "bfloat16"',
+            KERNELS + "auto_is_xla_on_other_hardware_in_float32_and_with_dropped_weights",
+        ),
+        (
+            "padding attended to",
+            "query_seq_lengths=lengths, key_value_seq_lengths=lengths, ",
+            "",
+            KERNELS + "cudnn_inside_all_to_all_attention_leaves_padding_out",
+        ),
+    ],
+    "model/tpu_attention.py": [
+        ("rows of weights that do not add up to 1", "weights = weights / total", "weights = weights", PALLAS),
+        ("the softmax's derivative without its mean", "(d_weights - mean)", "d_weights", PALLAS),
     ],
     "model/layers.py": [
         (
@@ -134,7 +168,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "step/augment.py": [
         (
             "partner from the device's own rows",
-            "return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))",
+            "return jnp.asarray(array).at[partners(array.shape[0], repeats)].get(out_sharding=layout.spec_of(array))",
             "return _on_local_rows(lambda rows: rows[::-1], array)",
             "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
         ),

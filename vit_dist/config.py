@@ -87,11 +87,13 @@ class Model:
     head_zero_init: bool = True  # the head's kernel starts at zero
     head_bias: float = 0.0  # initial value of the head's bias; -6.9 or -10 with a sigmoid loss
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
-    remat: Literal["none", "names", "block"] = "none"  # what the backward pass computes again to save memory: nothing;
-    # names: attention weights and element-wise operations; block: everything in a block
-    scan: bool = True  # true: all blocks are one compiled loop; false: blocks are compiled one by one, which takes
-    # longer and runs faster
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # what computes attention; auto: cuDNN where it can
+    remat: Literal["auto", "none", "names", "block"] = "auto"  # what the backward pass computes again to save
+    # memory: nothing; names: attention weights and element-wise operations; block: everything in a block; auto: as much
+    # as the device's memory needs
+    scan: bool | Literal["auto"] = "auto"  # true: all blocks are one compiled loop; false: blocks are compiled one by
+    # one, which takes longer and runs faster on accelerators; auto: by platform and depth
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # what computes attention; auto: the device's fused kernel
+    # where it fits
     context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values around a ring,
     # or trade tokens for heads before and after, as DeepSpeed-Ulysses does
 

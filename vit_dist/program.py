@@ -22,9 +22,9 @@ from vit_dist.data.sets.examples import Source
 from vit_dist.data.stream.loader import Batches, train_batches
 from vit_dist.job import processes
 from vit_dist.mesh import feed, layout, topology, xla_options
-from vit_dist.model import context, flops, vit
+from vit_dist.model import choices, context, flops, vit
 from vit_dist.run.checkpoints import Checkpoints
-from vit_dist.run.devices import peak_flops
+from vit_dist.run.devices import memory_bytes, peak_flops
 from vit_dist.step import evaluation, update
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
@@ -40,7 +40,7 @@ class Program:
     Call everything with the mesh in use (`with program.in_use():`).
 
     Attributes:
-      settings: the config with `model.num_classes` filled in.
+      settings: the config with `model.num_classes` filled in, and `model.scan` and `model.remat` decided.
       steps: the length of the schedule.
       mesh: the devices.
       shape: the sizes of the model.
@@ -71,20 +71,21 @@ class Program:
         Raises:
           ConfigError: naming the key that does not fit.
         """
-        model = settings.model
-        if model.num_classes is None:
-            model = dataclasses.replace(model, num_classes=classes)
-            settings = dataclasses.replace(settings, model=model)
-        self.settings, self.steps = settings, steps
-        self.shape = vit.shape_of(model)
+        if settings.model.num_classes is None:
+            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_classes=classes))
         self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
+        first = self.mesh.devices.flat[0]
+        memory = memory_bytes(first) if settings.model.remat == "auto" else None  # absent devices do not tell theirs
+        settings = decided(settings, first.platform, first.device_kind, self.mesh.size, memory)
+        self.settings, self.steps, model = settings, steps, settings.model
+        self.shape = vit.shape_of(model)
         if devices is None and self.mesh.size < jax.device_count():
             idle = jax.device_count() - self.mesh.size
             _log.warning("mesh: %d of the %d devices stay idle; set one axis to -1", idle, jax.device_count())
         self.model = ModelFunction(model)
         self.optimizer = make_optimizer(settings.optimizer, steps)
         schedule = make_schedule(settings.optimizer, steps)
-        options = _compiler_options(settings, self.mesh.devices.flat[0].platform)
+        options = _compiler_options(settings, first.platform)
         train_step = update.make_train_step(
             settings, self.model, self.optimizer, schedule, augment_on_device=augment_on_device
         )
@@ -203,6 +204,13 @@ def restored(
             yield program, restored_step, trees
     finally:
         checkpoints.close()
+
+
+def decided(settings: config.Config, platform: str, kind: str, devices: int, memory_bytes: int | None) -> config.Config:
+    """Returns a config without "auto" in `model.scan` and `model.remat`, on so many devices; see `model.choices`."""
+    examples = settings.batch_size / (devices * settings.accumulate_steps)
+    model = choices.decided(settings.model, platform, kind, examples=examples, memory_bytes=memory_bytes)
+    return dataclasses.replace(settings, model=model)
 
 
 def check_model(model: config.Model, sizes: dict[str, int]) -> None:

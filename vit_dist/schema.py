@@ -63,7 +63,9 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
         return built
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
-            if _fits(option, value):
+            # The words of a key that may be true or false, too, are all that text may be.
+            other_text = bool in arguments and isinstance(value, str) and value not in typing.get_args(option)
+            if _fits(option, value) and not other_text:
                 return build(option, value, key)
     elif origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments

@@ -95,6 +95,10 @@ def train(
                 f"evaluate.splits: of {name} and train one is image files and the other pixels in memory, but both "
                 "must be augmented alike; set data.in_memory=true, or give both in the same format"
             )
+    # Process 0 looks for all: a network file system may show the others an older state.
+    resumes = processes.gather(run_files.holds_run(workdir))[0]
+    if resumes:
+        settings = run_files.with_saved_scan(workdir, settings)
     steps = settings.total_steps
     assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
@@ -102,8 +106,7 @@ def train(
     fingerprints = {name: fingerprint(each) for name, each in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, fingerprints)))
     processes.alive()
-    # Process 0 looks for all: a network file system may show the others an older state.
-    if processes.gather(run_files.holds_run(workdir))[0]:
+    if resumes:
         run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
         environment.check_same_data(workdir, fingerprints)
         summary, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]

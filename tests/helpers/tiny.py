@@ -14,6 +14,7 @@ def get_config():
 
     model = config.model
     model.width, model.depth, model.mlp, model.heads = 32, 2, 64, 8
+    model.scan = True  # a loop compiles sooner
     model.image_size, model.patch_size, model.channels, model.num_classes = 8, 4, 1, 10
     model.pool, model.position_std = "mean", 0.3  # this, and patches of a quarter image, make 20 steps learn something
     model.dropout, model.embedding_dropout, model.attention_dropout, model.drop_path = 0.1, 0.1, 0.1, 0.2

@@ -110,4 +110,8 @@ def test_a_block_holds_complete_heads_and_fits_on_the_chip() -> None:
     [(196, 6, 64, True), (4096, 12, 64, True), (729, 16, 72, True), (1025, 16, 80, True), (4096, 16, 88, False)],
 )
 def test_heads_that_fill_few_lanes_together_fit_more_tokens(length: int, heads: int, head: int, expected: bool) -> None:
-    assert tpu_attention.fits(length, heads, head) is expected
+    assert tpu_attention.fits(length, heads, head, "TPU v5 lite") is expected
+
+
+def test_a_v4_holds_fewer_keys() -> None:
+    assert [tpu_attention.fits(length, 12, 64, "TPU v4") for length in (3072, 3073)] == [True, False]

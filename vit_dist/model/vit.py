@@ -23,6 +23,7 @@ What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names i
 - `scan` stacks the parameters of all blocks along a leading axis [depth, ...] and runs them by `jax.lax.scan`: the
   program, the number of arrays and the compile time stay small at any depth. Without it, each block has arrays of its
   own in a Python loop: the same numbers, a longer compilation, and a faster step, which copies nothing out of a stack.
+  "auto" decides by platform and depth, see `model.choices`.
 - `remat` computes activations again in the backward pass to save memory (Chen et al. 2016, arXiv:1604.06174): "names"
   keeps what spares running a dense product twice, "block" nothing inside a block.
 - With a mesh axis `context` the tokens are split over devices from the embedding to the pooling, for ring attention
@@ -42,7 +43,7 @@ from jax.nn import initializers
 from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
-from vit_dist.model import context
+from vit_dist.model import choices, context, kernels
 from vit_dist.model.attention import attend
 from vit_dist.model.block import Block, run_blocks
 from vit_dist.model.layers import (
@@ -100,6 +101,7 @@ class ViT(nnx.Module):
     def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, **settings: Any):
         # `resolve` checks the config of a run; only its model matters here.
         model = config.resolve({"total_steps": 1, "model": {"variant": variant, **settings}}).model
+        model = choices.decided(model, *kernels.device())
         shape = shape_of(model)
         self.model, self.shape = model, shape
         kernel = INITIALIZERS[model.kernel_init]

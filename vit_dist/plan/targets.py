@@ -27,7 +27,7 @@ from jax.experimental import topologies
 
 from vit_dist.config import ConfigError
 from vit_dist.plan import gpu
-from vit_dist.run.devices import peak_flops
+from vit_dist.run.devices import memory_bytes, peak_flops
 from vit_dist.schema import near_miss
 
 GIB = 2**30
@@ -192,8 +192,7 @@ def attached_chip(device: jax.Device) -> Chip:
     known = (chip for chip in _CHIPS.values() if device.device_kind in (chip.kind, f"TPU {chip.name}"))
     kind = device.device_kind
     chip = next(known, Chip(kind, kind, device.platform, None, None, "", None, 0, None, "no figures"))
-    stats = device.client.local_devices()[0].memory_stats() or {}  # other processes' devices have no stats
-    return dataclasses.replace(chip, memory_bytes=stats.get("bytes_limit"))
+    return dataclasses.replace(chip, memory_bytes=memory_bytes(device))
 
 
 def listing() -> list[dict[str, Any]]:

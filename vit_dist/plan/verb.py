@@ -20,6 +20,7 @@ from vit_dist.plan.compile import TooLarge, compile_step, make_program
 from vit_dist.plan.estimate.search import search as search_layouts
 from vit_dist.plan.largest import largest_multiple
 from vit_dist.plan.targets import Target
+from vit_dist.program import decided
 from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.schema import flatten
 
@@ -64,7 +65,8 @@ def plan(
     if search and largest_batch:
         raise ConfigError("--search: looks for layouts at one batch size; give it or --batch-size=max, not both")
     hardware = targets.parse(target, slices)
-    devices = _devices(hardware)
+    devices, chip = _devices(hardware), hardware.chip
+    settings = decided(settings, chip.platform, chip.kind, len(devices), chip.memory_bytes)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which plan does not open: %d assumed", CLASSES)
     analyses: dict[Config, Analysis] = {}

@@ -1,4 +1,4 @@
-"""Peak arithmetic rates by device kind, and memory in use."""
+"""Peak arithmetic rates by device kind, and memory: what there is and what is in use."""
 
 from collections.abc import Iterable
 
@@ -46,6 +46,16 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Returns the peak FLOP/s of one device in `bfloat16` or `float32` arithmetic; None if unknown, as for a CPU."""
     bfloat16, float32 = PEAK_FLOPS.get(device_kind, (None, None))
     return {"bfloat16": bfloat16, "float32": float32}[dtype]
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """Returns the bytes that programs may use of a device's memory; None if unknown, as for a CPU.
+
+    `device` may be another process's; it counts as one of this process's.
+    """
+    stats = device.client.local_devices()[0].memory_stats() or {}  # other processes' devices have no stats
+    limit: int | None = stats.get("bytes_limit")
+    return limit
 
 
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:

@@ -5,6 +5,7 @@ the run is, such as the mesh, and logs them; a change of any other key is refuse
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -70,6 +71,16 @@ def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
     wanted = config.resolve(recipes.override(config.to_dict(saved), overrides))
     _refuse_other_runs(workdir, saved, wanted)
     return wanted
+
+
+def with_saved_scan(workdir: Path, wanted: Config) -> Config:
+    """Returns the config with the `model.scan` of the run in `workdir`, if it is left to the program.
+
+    Its parameters are stacked or not, whatever the platform that the run now goes on with would choose.
+    """
+    if wanted.model.scan != "auto":
+        return wanted
+    return dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, scan=read_config(workdir).model.scan))
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:

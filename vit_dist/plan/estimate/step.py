@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from vit_dist.config import Config, pair
 from vit_dist.mesh import layout
 from vit_dist.model.context import CHUNK
+from vit_dist.model.saved import Saved, saved_arrays, saved_bytes
 from vit_dist.plan.arithmetic import Sizes, device_count, device_flops
-from vit_dist.plan.estimate.activations import Saved, saved_arrays, saved_bytes
 from vit_dist.plan.estimate.communication import FLOAT32, step_collectives
 from vit_dist.plan.estimate.workload import Axes, StateBytes, Workload, device_workload
 from vit_dist.plan.links import Link, group, slowest_link

@@ -13,9 +13,9 @@ from vit_dist.config import Config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
 from vit_dist.model import context
+from vit_dist.model.saved import LocalShape
 from vit_dist.model.vit import Shape, shape_of
 from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
-from vit_dist.plan.estimate.activations import LocalShape
 from vit_dist.plan.targets import Chip
 from vit_dist.program import UNUSED
 from vit_dist.step.optimizer import make_optimizer

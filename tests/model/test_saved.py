@@ -12,11 +12,12 @@ from products import equations
 
 from vit_dist import ViT, config
 from vit_dist.model import kernels
-from vit_dist.plan.estimate.activations import LocalShape, Saved, saved_arrays, saved_bytes
+from vit_dist.model.saved import LocalShape, Saved, saved_arrays, saved_bytes
 
 ROWS, TOKENS, WIDTH, HEADS, HIDDEN, DEPTH = 4, 5, 32, 2, 128, 3
 TINY = {
-    "width": WIDTH, "depth": DEPTH, "mlp": HIDDEN, "heads": HEADS, "num_classes": 7, "image_size": 8, "patch_size": 4
+    "width": WIDTH, "depth": DEPTH, "mlp": HIDDEN, "heads": HEADS, "num_classes": 7, "image_size": 8, "patch_size": 4,
+    "scan": True,
 }  # fmt: skip
 LOCAL = LocalShape(TOKENS, WIDTH, HEADS, WIDTH // HEADS, HIDDEN)
 MODELS = {

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from vit_dist import config
-from vit_dist.model.vit import shape_of
+from vit_dist.model.shape import shape_of
 
 
 @dataclasses.dataclass(frozen=True)
