@@ -180,7 +180,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "step/augment.py": [
         (
             "partner from the device's own rows",
-            "return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))",
+            "return jnp.asarray(array).at[partners(array.shape[0], repeats)].get(out_sharding=layout.spec_of(array))",
             "return _on_local_rows(lambda rows: rows[::-1], array)",
             "step/test_augment.py::test_warps_and_mixes_are_the_same_on_every_mesh",
         ),

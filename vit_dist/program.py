@@ -208,9 +208,11 @@ def restored(
 
 def decided(settings: config.Config, platform: str, kind: str, devices: int, memory_bytes: int | None) -> config.Config:
     """Returns a config without "auto" in `model.scan` and `model.remat`, on so many devices; see `model.choices`."""
-    examples = settings.batch_size / (devices * settings.accumulate_steps)
-    model = choices.decided(settings.model, platform, kind, examples=examples, memory_bytes=memory_bytes)
-    return dataclasses.replace(settings, model=model)
+    examples, model = settings.batch_size / (devices * settings.accumulate_steps), settings.model
+    # The number of classes, which may be left to the data, makes no difference.
+    with_classes = dataclasses.replace(model, num_classes=model.num_classes or 1)
+    chosen = choices.decided(with_classes, platform, kind, examples=examples, memory_bytes=memory_bytes)
+    return dataclasses.replace(settings, model=dataclasses.replace(model, scan=chosen.scan, remat=chosen.remat))
 
 
 def check_model(model: config.Model, sizes: dict[str, int]) -> None:

@@ -12,13 +12,16 @@ CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 # Parameters of tiny.py, whose width is 32: those that `fsdp` splits, and biases over heads or the MLP, which it leaves.
 DEPTH = 2
-BLOCK_SPLIT = 4 * 32 + 32 * 96 + (32 * 32 + 32) + 32 * 64 + (64 * 32 + 32)  # norms, qkv, projection, up, down
-BLOCK_UNSPLIT = 96 + 64
+BLOCK_NORMS = 4 * 32  # scale and bias of both norms: folded into kernels as they are stored, and never gathered
+BLOCK_DENSE = 32 * 96 + (32 * 32 + 32) + 32 * 64 + (64 * 32 + 32)  # qkv, projection, up, down
+BLOCK_UNSPLIT = 96 + 64  # of qkv and up, the layers after the norms
 OTHER_SPLIT = (16 * 32 + 32) + 4 * 32 + 2 * 32 + 32 * 10  # patches, positions, last norm, head
 OTHER_UNSPLIT = 10
-SPLIT = DEPTH * BLOCK_SPLIT + OTHER_SPLIT
+SPLIT = DEPTH * (BLOCK_NORMS + BLOCK_DENSE) + OTHER_SPLIT
 UNSPLIT = DEPTH * BLOCK_UNSPLIT + OTHER_UNSPLIT
-SPLIT_ARRAYS = 10 + 6  # the blocks are stacked
+# A norm's bias b becomes b W in the bias of the layer after it, a sum over what splits the rows of W; and so does the
+# gradient of b W, of which every device needs the whole for its rows of W.
+BLOCK_FOLDED = BLOCK_UNSPLIT
 IDS = 64 * 4  # the examples' int32 ids, gathered for the log
 
 MAIN = "ENTRY %main (p: f32[4]) -> f32[4] {{\n{}\n}}\n"
@@ -51,42 +54,50 @@ def test_split_parameters_are_gathered_once_and_kept_for_the_backward_pass():
     found = step(fsdp=8)
     assert {collective.axes for collective in found} == {("fsdp",)}
     assert total(found, "all-gather", loops=0) == 4 * OTHER_SPLIT + IDS
-    assert total(found, "all-gather", loops=1) == 4 * DEPTH * BLOCK_SPLIT
+    assert total(found, "all-gather", loops=1) == 4 * DEPTH * BLOCK_DENSE
     assert {collective.count for collective in found if collective.loops == 1} == {DEPTH}
 
 
 def test_blocks_that_are_computed_again_gather_their_parameters_again():
     found = step("model.remat=block", fsdp=8)
     last_bias = 32  # of `down`: no gradient needs what it is added to
-    assert total(found, "all-gather", loops=1) == 4 * DEPTH * (2 * BLOCK_SPLIT - last_bias)
+    assert total(found, "all-gather", loops=1) == 4 * DEPTH * (2 * BLOCK_DENSE - last_bias)
     assert total(found, "all-gather", loops=0) == 4 * OTHER_SPLIT + IDS
 
 
 def test_gradients_of_split_parameters_are_summed_over_what_splits_them():
     found = step(fsdp=8)
     # A CPU's compiler makes no reduce-scatters: every device gets the whole sum and cuts its part from it.
-    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_SPLIT + BLOCK_UNSPLIT)
-    # Beside the gradients of what is no block: the loss, and of each split array a share of three norms, which are
-    # that of the gradient to clip it and to log it, and that of the parameters.
-    scalars = 1 + 3 * SPLIT_ARRAYS
-    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + OTHER_UNSPLIT + scalars)
+    assert total(found, "all-reduce", loops=1) == 4 * DEPTH * (BLOCK_DENSE + 2 * BLOCK_FOLDED)
+    # Outside: the gradients of what is no block; those of all biases that are not split, as one array; the loss; and
+    # the norms of gradients, to clip and to log them, and of parameters.
+    scalars = 1 + 2
+    assert total(found, "all-reduce", loops=0) == 4 * (OTHER_SPLIT + UNSPLIT + scalars)
 
 
 def test_tensor_sums_activations_twice_a_block_in_each_pass():
     found = step(tensor=8)
     inside = [collective for collective in found if collective.loops]
-    assert inside == [Collective("all-reduce", ("tensor",), 64 * 4 * 32 * 4, DEPTH, 1)] * 4  # [B, N, D] in float32
-    split_arrays = 6  # kernel and bias of qkv and of up, kernel of projection and of down
-    assert total(found, "all-reduce", loops=0) == 4 * 3 * split_arrays
+    activations = 64 * 4 * 32 * 4  # [B, N, D] in float32
+    # The gradients of the norms are sums over the columns of kernels, which tensor splits; they go with the last sum.
+    sizes = [activations, activations, activations, activations + 4 * BLOCK_NORMS]
+    assert inside == [Collective("all-reduce", ("tensor",), size, DEPTH, 1) for size in sizes]
+    assert total(found, "all-reduce", loops=0) == 4 * 2  # the norms of gradients and of parameters
+
+
+def test_mixup_moves_no_image_if_devices_hold_whole_groups_of_partners():
+    bare = step(data=8)
+    mixed = step_collectives(program_on({"data": 8}, *NO_DROPOUT, *NO_AUGMENTATION, "mixup=0.1"))
+    assert sorted(mixed, key=str) == sorted(bare, key=str)
 
 
 def test_micro_batches_are_gathered_for_each_and_summed_over_data_once():
     single, four = step(data=4, fsdp=2), step("accumulate_steps=4", data=4, fsdp=2)
     for found in (single, four):
-        assert total(found, "all-reduce", axes=("data",)) == 4 * (SPLIT // 2 + UNSPLIT)
-        assert total(found, "all-reduce", axes=("data", "fsdp")) == 4  # the loss
+        assert total(found, "all-reduce", axes=("data",)) == 4 * SPLIT // 2
+        assert total(found, "all-reduce", axes=("data", "fsdp")) == 4 * (UNSPLIT + 1)  # and the loss
         assert {(collective.loops, collective.count) for collective in found if "data" in collective.axes} == {(0, 1)}
-    assert total(four, "all-gather", loops=2) == 4 * total(single, "all-gather", loops=1) == 4 * 4 * DEPTH * BLOCK_SPLIT
+    assert total(four, "all-gather", loops=2) == 4 * total(single, "all-gather", loops=1) == 4 * 4 * DEPTH * BLOCK_DENSE
     assert {collective.count for collective in four if collective.loops == 2} == {4 * DEPTH}
 
 

@@ -87,4 +87,4 @@ def _is_kept(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     """Returns whether remat="names" keeps an operation's results: those of a name in `SAVED`, and cuDNN's attention."""
     named = jax.checkpoint_policies.save_only_these_names(*SAVED)
     # cuDNN's kernel returns a second array for its derivative, which has no name.
-    return named(primitive, *arguments, **parameters) or primitive.name == "dot_product_attention_fwd"
+    return named(primitive, *arguments, **parameters) or primitive.name == "dot_product_attention_fwd_wrapper"

@@ -1,8 +1,7 @@
 """Lists the arrays that a block of the model saves in its forward pass for its backward pass.
 
-The loop over blocks stacks these arrays, and no compiler can remove one of them: the list follows from the code of the
-block and from `model.remat` alone, and tests compare it with the traced program. In unrolled blocks (`scan=False`) the
-compiler recomputes some arrays from others, and saves less.
+The list follows from the code of the block and from `model.remat` alone, and tests compare it with the traced program.
+Unrolled blocks give the compiler the same arrays to keep as the loop over blocks, which stacks them.
 """
 
 import dataclasses
@@ -30,6 +29,7 @@ class LocalShape:
             "width": self._matrix(tokens, self.width),  # [N, D]
             "rows": self._matrix(1, tokens),  # [N]
             "heads": self.heads * self._matrix(tokens, self.head_size),  # [N, H, d]
+            "flat heads": self._matrix(tokens, self.heads * self.head_size),  # [N, H d]: no padding of each head
             "head_rows": self._matrix(self.heads, tokens),  # [N, H]
             "weights": self.heads * self._matrix(tokens, tokens),  # [H, N, N]
             "hidden": self._matrix(tokens, self.hidden),  # [N, hidden]
@@ -58,8 +58,7 @@ def saved_arrays(model: config.Model, attention: str) -> list[Saved]:
         return [Saved("width", size, 1)]  # its input
     if model.remat == "names":
         return _saved_by_name(model, attention, size)
-    arrays = _saved_without_remat(model, attention, size)
-    return arrays if model.scan else _saved_unrolled(arrays)
+    return _saved_without_remat(model, attention, size)
 
 
 def saved_bytes(arrays: list[Saved], local: LocalShape) -> int:
@@ -69,11 +68,14 @@ def saved_bytes(arrays: list[Saved], local: LocalShape) -> int:
 
 def _saved_by_name(model: config.Model, attention: str, size: int) -> list[Saved]:
     shape = shape_of(model)
+    kernel_keeps = attention in ("chunked", "cudnn")  # its output, and the logarithm of the softmax's denominator
     return [
         Saved("width", size, 1 if shape.parallel else 2),  # the input, and the array named "residual"
-        Saved("heads", size, 4),  # queries, keys, values, output
+        Saved("flat heads", size, 3 if kernel_keeps else 4),  # queries, keys, values, and the output if it is named
+        Saved("heads", size, int(kernel_keeps)),
+        Saved("flat heads", size, int(_exchanges_output(model, attention))),
         Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),
-        Saved("head_rows", 4, attention == "chunked"),  # the logarithm of the softmax's denominator
+        Saved("head_rows", 4, int(kernel_keeps)),
     ]
 
 
@@ -86,36 +88,29 @@ def _saved_without_remat(model: config.Model, attention: str, size: int) -> list
         Saved("width", 1, (projection_dropout > 0) + (model.dropout > 0)),  # dropout masks
         Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),  # the activation's inputs
         Saved("hidden", 1, int(model.dropout > 0)),
+        Saved("flat heads", size, int(_exchanges_output(model, attention))),
     ]
     if shape.qk_norm:
         arrays.append(Saved("heads", size, 2))  # the inputs of the two norms
     return arrays + _saved_by_attention(shape.tokens, attention, size, dropout=model.attention_dropout > 0)
 
 
-def _saved_unrolled(arrays: list[Saved]) -> list[Saved]:
-    """Returns the arrays that the compiler still saves if blocks are unrolled; it recomputes the others from them.
-
-    An observation of the memory of two compilers: float32 copies are recomputed from the arrays in the lower precision,
-    and one intermediate result of the activation from the one before. For L/16, the compiler saves 10 % more than this
-    on H200 and a third less on v5e.
-    """
-    size = next(array.itemsize for array in arrays if array.kind == "heads")
-    low_precision = [array for array in arrays if array.itemsize == size or array.itemsize == 1]
-    recomputed = [int(array.kind == "hidden" and array.itemsize == size) for array in low_precision]
-    return [
-        *(dataclasses.replace(array, count=array.count - less) for array, less in zip(low_precision, recomputed)),
-        Saved("width", size, 2),
-    ]
+def _exchanges_output(model: config.Model, attention: str) -> bool:
+    """Returns whether a block saves attention's output again after exchanging it, split by tokens."""
+    return attention == "chunked" and model.context_attention == "all_to_all"
 
 
 def _saved_by_attention(tokens: int, attention: str, size: int, *, dropout: bool) -> list[Saved]:
     heads = Saved("heads", size, 4)  # queries, keys, values, output
+    if attention == "pallas":
+        return [dataclasses.replace(heads, kind="flat heads")]
     if attention == "chunked":
         return [heads, Saved("head_rows", 4, 1)]
     if attention == "cudnn":  # for odd numbers of tokens it saves the output with padding and without
         return [heads, Saved("heads", size, tokens % 2), Saved("head_rows", 4, 1)]
     return [
-        heads,
+        dataclasses.replace(heads, count=3),
+        Saved("flat heads", size, 1),  # the output, which a TPU keeps flat; elsewhere the same bytes
         Saved("weights", 4, 1),  # the float32 result of the softmax
         Saved("weights", size, 1),  # cast, for the product with the values
         Saved("weights", 1, int(dropout)),

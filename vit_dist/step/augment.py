@@ -220,20 +220,25 @@ def partners(batch: int, repeats: int) -> np.ndarray:
     return np.concatenate([rows[:grouped] ^ distance, rows[grouped:][::-1]])
 
 
+def partners_are_local(batch: int, repeats: int, devices: int) -> bool:
+    """Returns whether each of so many devices, which share the rows of a batch, holds the partners of all its rows."""
+    return batch % (2 * _partner_distance(repeats) * devices) == 0
+
+
 def _partner_distance(repeats: int) -> int:
     return 1 << (repeats - 1).bit_length()
 
 
 def _of_partners(array: jax.Array, repeats: int) -> jax.Array:
     """Returns [B, ...] with each row replaced by its partner's. Without communication if devices hold whole groups."""
-    batch, distance = array.shape[0], _partner_distance(repeats)
+    distance = _partner_distance(repeats)
 
     def swap(rows: jax.Array) -> jax.Array:
         return rows.reshape(-1, 2, distance, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
 
-    if batch % (2 * distance * layout.shard_count("batch")) == 0:
+    if partners_are_local(array.shape[0], repeats, layout.shard_count("batch")):
         return _on_local_rows(swap, array)
-    return jnp.asarray(array).at[partners(batch, repeats)].get(out_sharding=layout.spec_of(array))
+    return jnp.asarray(array).at[partners(array.shape[0], repeats)].get(out_sharding=layout.spec_of(array))
 
 
 def _outside_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:

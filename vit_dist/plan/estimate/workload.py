@@ -23,12 +23,16 @@ from vit_dist.step.state import ModelFunction, make_state
 
 Axes = tuple[str, ...]
 
+# A block's norms and LayerScales. Dense layers fold them into their kernels as stored, so no device gathers them.
+FOLDED = ("norm1", "norm2", "scale1", "scale2")
+
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
     """Bytes of a config's state by the mesh axes that split them; valid for any sizes of these axes."""
 
     blocks: Mapping[Axes, int]  # float32 parameters inside the blocks
+    folded: Mapping[Axes, int]  # those of them that are folded into kernels: see `FOLDED`
     others: Mapping[Axes, int]  # float32 parameters outside the blocks
     optimizer: Mapping[Axes, int]
     ema: Mapping[Axes, int]
@@ -81,8 +85,9 @@ def state_bytes(settings: Config) -> StateBytes:
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: make_state(model, optimizer, settings.seed, settings.ema_decay > 0))
     blocks = state.parameters["blocks"]
+    folded = {name: tree for name, tree in blocks.items() if name in FOLDED}
     others = {name: tree for name, tree in state.parameters.items() if name != "blocks"}
-    return StateBytes(*(_by_axes(tree) for tree in (blocks, others, (state.optimizer, state.step), state.ema)))
+    return StateBytes(*(_by_axes(tree) for tree in (blocks, folded, others, (state.optimizer, state.step), state.ema)))
 
 
 def device_workload(settings: Config, chip: Chip, sizes: Sizes, state: StateBytes) -> Workload:
