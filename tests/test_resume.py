@@ -121,6 +121,16 @@ def test_a_run_resumed_on_another_mesh_keeps_its_curve(stopped, never_stopped, t
     assert difference < 1e-4
 
 
+def test_a_run_that_leaves_scan_to_the_program_keeps_what_it_began_with(short, tmp_path):
+    """The tests' recipe stacks its blocks, and on a CPU the program itself would not."""
+    workdir = shutil.copytree(short, tmp_path / "run")
+    longer = (*SHORT, "model.scan=auto", "total_steps=5")
+    assert [row["step"] for row in train_here(workdir, *longer)] == [1, 2, 3, 4, 5]
+    assert json.loads((workdir / "config.json").read_text())["model"]["scan"] is True
+    train_here(tmp_path / "new", *longer)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model"]["scan"] is False
+
+
 def test_a_finished_run_asked_again_prints_the_same_summary(never_stopped):
     workdir, summary = never_stopped
     before = {file.name: file.read_bytes() for file in workdir.iterdir() if file.is_file()}

@@ -15,6 +15,7 @@ from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.describe import CLASSES
 from vit_dist.mesh import layout, topology
+from vit_dist.model.choices import UNROLLED_DEPTH
 from vit_dist.model.vit import shape_of
 from vit_dist.plan import roofline
 from vit_dist.plan.estimate.step import Estimate, estimate, mesh_links
@@ -22,10 +23,6 @@ from vit_dist.plan.estimate.workload import state_bytes
 from vit_dist.plan.targets import Target
 from vit_dist.program import check_model
 from vit_dist.schema import flatten
-
-# The deepest model whose blocks are also tried unrolled, by platform. L/16 has 24 blocks, which the GPU compiler
-# compiles in half a minute and the TPU compiler in more than two.
-MAX_UNROLLED = {"gpu": 24, "tpu": 8, "cpu": 24}
 
 _REMATS: tuple[Literal["none", "names", "block"], ...] = ("none", "names", "block")
 _GATHERS: tuple[Literal["step", "microbatch"], ...] = ("step", "microbatch")
@@ -115,7 +112,7 @@ def _check(settings: Config, sizes: dict[str, int]) -> None:
 def _step_variants(settings: Config, sizes: dict[str, int], platform: str) -> Iterator[Config]:
     """Yields the config with every remat, scan and number of micro-batches."""
     model, rows = settings.model, settings.batch_size // math.prod(sizes[axis] for axis in layout.TABLE["batch"])
-    shallow = shape_of(_with_classes(settings, CLASSES).model).depth <= MAX_UNROLLED[platform]
+    shallow = shape_of(_with_classes(settings, CLASSES).model).depth <= UNROLLED_DEPTH[platform]
     scans = (True, False) if shallow or not model.scan else (True,)
     counts = {2**power for power in range(rows.bit_length())} | {settings.accumulate_steps}
     for micro_batches in sorted(count for count in counts if rows % count == 0):
