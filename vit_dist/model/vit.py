@@ -209,18 +209,14 @@ class ViT(nnx.Module):
             x = x[:, start:stop]
         if self.pool is not None:
             return self.pool(self.norm(x), mask)
-        # The mean of normalised tokens is scaled and shifted, instead of every token. The sum is written as a product:
-        # XLA's GPU compiler would otherwise store all tokens in float32 for it.
-        x = self.norm.normalise(x)
-        weights = jnp.ones(x.shape[1], x.dtype) if mask is None else mask.astype(x.dtype)
-        total = jax.lax.dot_general(
-            x,
-            weights,
-            (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-            out_sharding=layout.spec("batch", None),
-        )
-        return self.norm.affine((total / (stop - start)).astype(x.dtype))
+        # The mean of normalised tokens is scaled and shifted, instead of every token. Without the barriers XLA's GPU
+        # compiler stores all tokens, and then their gradients, in float32.
+        barrier = jax.lax.optimization_barrier
+        x = barrier(self.norm.normalise(barrier(x))).astype(jnp.float32)
+        if mask is not None:
+            x = jnp.where(mask[:, None], x, 0)
+        total = jax.lax.reduce_sum(x, (1,), out_sharding=layout.spec("batch", None))
+        return self.norm.affine((total / (stop - start)).astype(self.model.dtype))
 
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Applies all blocks: [B, N, D] -> [B, N, D]."""
