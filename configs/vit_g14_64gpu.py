@@ -30,6 +30,7 @@ def get_config():
     model.variant, model.image_size, model.num_classes = "g/14", 224, 21_843
     model.pool, model.head_bias = "map", -10.0
     model.dtype, model.remat = "bfloat16", "names"
+    model.activation = "gelu_tanh"  # on a GPU it is a part of the product before it
 
     data = config.data
     data.source, data.path = "webdataset", "datasets/imagenet21k_shards"
