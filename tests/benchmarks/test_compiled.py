@@ -82,3 +82,10 @@ def test_the_command_fails_where_a_committed_figure_is_better_by_more_than_three
     ended = run_python(*small, code=1)
     assert ended.stderr.splitlines()[-1] == f"worse: h100:8 S/16: kernels {kernels}, committed {int(kernels / 1.05)}"
     assert ended.stdout.count("worse") == 0 and ended.stdout.splitlines()[-1].startswith("| h100:8 S/16 |")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["h100:8 B/16", "v5e:4x4 L/16"])
+def test_a_step_is_no_worse_than_when_its_figures_were_committed(case):
+    assert compiled.read(compiled.COMMITTED)[case].keys() == compiled.FIGURES.keys()
+    run_python("benchmarks/compiled.py", f"--only={case}")
