@@ -91,7 +91,7 @@ class Model:
     # memory: nothing; names: attention weights and element-wise operations; block: everything in a block; auto: as much
     # as the device's memory needs
     scan: bool | Literal["auto"] = "auto"  # true: all blocks are one compiled loop; false: blocks are compiled one by
-    # one, which takes longer and runs faster on accelerators; auto: by platform and depth
+    # one, which takes longer and runs faster; auto: by platform and depth
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # what computes attention; auto: the device's fused kernel
     # where it fits
     context_attention: Literal["ring", "all_to_all"] = "ring"  # with mesh.context: pass keys and values around a ring,

@@ -23,9 +23,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import tpu_attention
+from vit_dist.model.shape import shape_of
 
 Kernel = Literal["cudnn", "pallas"]
 
@@ -55,6 +57,33 @@ def fitting(
     if platform == "tpu" and tpu_attention.fits(tokens, heads, head_size, kind):
         return "pallas"
     return None
+
+
+def implementation(model: config.Model, platform: str, kind: str, *, head_shards: int = 1, token_shards: int = 1) -> str:
+    """Returns what computes a model's attention: "xla", a kernel, or "chunked" (`model.context`).
+
+    Args:
+      model: the config.
+      platform: as in `fitting`.
+      kind: as in `fitting`.
+      head_shards: the number of devices that heads are split over.
+      token_shards: the number of devices that tokens are split over.
+    """
+    if token_shards > 1 and model.context_attention == "ring":
+        return "chunked"
+    shape = shape_of(model)
+    kernel = fitting(
+        platform=platform,
+        kind=kind,
+        dtype=model.dtype,
+        tokens=shape.tokens,
+        heads=shape.heads // (head_shards * token_shards),
+        head_size=shape.width // shape.heads,
+        drops=model.attention_dropout > 0,
+    )
+    if kernel is not None and model.attention != "xla":
+        return kernel
+    return "chunked" if token_shards > 1 else "xla"
 
 
 def chosen(q: jax.Array, implementation: str, *, drops: bool) -> Kernel | None:

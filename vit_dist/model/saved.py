@@ -27,7 +27,6 @@ class LocalShape:
         tokens = self.tokens
         return {
             "width": self._matrix(tokens, self.width),  # [N, D]
-            "rows": self._matrix(1, tokens),  # [N]
             "heads": self.heads * self._matrix(tokens, self.head_size),  # [N, H, d]
             "flat heads": self._matrix(tokens, self.heads * self.head_size),  # [N, H d]: no padding of each head
             "head_rows": self._matrix(self.heads, tokens),  # [N, H]
@@ -51,14 +50,23 @@ class Saved:
     count: int
 
 
-def saved_arrays(model: config.Model, attention: str) -> list[Saved]:
-    """Returns what one block saves under `model.remat`; `attention` is named as by `attention_implementation`."""
+def saved_arrays(model: config.Model, attention: str, *, exchanged: bool = False) -> list[Saved]:
+    """Returns what one block saves under `model.remat`.
+
+    Args:
+      model: the config.
+      attention: what computes attention, as `kernels.implementation` names it.
+      exchanged: whether tokens are exchanged for heads around it (all-to-all attention): the block then saves its
+        output again, split by tokens.
+    """
     size = 2 if model.dtype == "bfloat16" else 4
     if model.remat == "block":
         return [Saved("width", size, 1)]  # its input
     if model.remat == "names":
-        return _saved_by_name(model, attention, size)
-    return _saved_without_remat(model, attention, size)
+        arrays = _saved_by_name(model, attention, size)
+    else:
+        arrays = _saved_without_remat(model, attention, size)
+    return [*arrays, Saved("flat heads", size, int(exchanged))]
 
 
 def saved_bytes(arrays: list[Saved], local: LocalShape) -> int:
@@ -73,7 +81,6 @@ def _saved_by_name(model: config.Model, attention: str, size: int) -> list[Saved
         Saved("width", size, 1 if shape.parallel else 2),  # the input, and the array named "residual"
         Saved("flat heads", size, 3 if kernel_keeps else 4),  # queries, keys, values, and the output if it is named
         Saved("heads", size, int(kernel_keeps)),
-        Saved("flat heads", size, int(_exchanges_output(model, attention))),
         Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),
         Saved("head_rows", 4, int(kernel_keeps)),
     ]
@@ -88,16 +95,10 @@ def _saved_without_remat(model: config.Model, attention: str, size: int) -> list
         Saved("width", 1, (projection_dropout > 0) + (model.dropout > 0)),  # dropout masks
         Saved("hidden", size, 2 if shape.activation == "swiglu" else 1),  # the activation's inputs
         Saved("hidden", 1, int(model.dropout > 0)),
-        Saved("flat heads", size, int(_exchanges_output(model, attention))),
     ]
     if shape.qk_norm:
         arrays.append(Saved("heads", size, 2))  # the inputs of the two norms
     return arrays + _saved_by_attention(shape.tokens, attention, size, dropout=model.attention_dropout > 0)
-
-
-def _exchanges_output(model: config.Model, attention: str) -> bool:
-    """Returns whether a block saves attention's output again after exchanging it, split by tokens."""
-    return attention == "chunked" and model.context_attention == "all_to_all"
 
 
 def _saved_by_attention(tokens: int, attention: str, size: int, *, dropout: bool) -> list[Saved]:

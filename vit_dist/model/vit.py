@@ -216,7 +216,7 @@ class ViT(nnx.Module):
         if mask is not None:
             x = jnp.where(mask[:, None], x, 0)
         total = jax.lax.reduce_sum(x, (1,), out_sharding=layout.spec("batch", None))
-        return self.norm.affine((total / (stop - start)).astype(self.model.dtype))
+        return self.norm.affine(total / (stop - start)).astype(self.model.dtype)
 
     def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Applies all blocks: [B, N, D] -> [B, N, D]."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from vit_dist.config import Config
 from vit_dist.mesh import layout
 from vit_dist.model import flops, kernels
-from vit_dist.model.vit import shape_of
 from vit_dist.plan.targets import Chip
 
 Sizes = Mapping[str, int]  # axis of the mesh -> its size; a missing axis has size 1
@@ -30,26 +29,9 @@ def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
 
 
 def attention_implementation(settings: Config, chip: Chip, sizes: Sizes) -> str:
-    """Returns what computes the attention of a config on a mesh of these chips.
-
-    It is "xla", a kernel of `model.kernels`, or "chunked" (`model.context`).
-    """
-    model, shape = settings.model, shape_of(settings.model)
-    split = device_count(sizes, layout.TABLE["tokens"]) > 1
-    if split and model.context_attention == "ring":
-        return "chunked"
-    kernel = kernels.fitting(
-        platform=chip.platform,
-        kind=chip.kind,
-        dtype=model.dtype,
-        tokens=shape.tokens,
-        heads=shape.heads // device_count(sizes, layout.TABLE["all_to_all_heads" if split else "heads"]),
-        head_size=shape.width // shape.heads,
-        drops=bool(model.attention_dropout),
-    )
-    if kernel is not None and model.attention != "xla":
-        return kernel
-    return "chunked" if split else "xla"
+    """Returns what computes the attention of a config on a mesh of these chips, as `kernels.implementation` names it."""
+    heads, tokens = (device_count(sizes, layout.TABLE[name]) for name in ("heads", "tokens"))
+    return kernels.implementation(settings.model, chip.platform, chip.kind, head_shards=heads, token_shards=tokens)
 
 
 def device_count(sizes: Sizes, axes: Iterable[str]) -> int:

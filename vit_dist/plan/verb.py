@@ -66,7 +66,7 @@ def plan(
         raise ConfigError("--search: looks for layouts at one batch size; give it or --batch-size=max, not both")
     hardware = targets.parse(target, slices)
     devices, chip = _devices(hardware), hardware.chip
-    settings = decided(settings, chip.platform, chip.kind, len(devices), chip.memory_bytes)
+    given, settings = settings, decided(settings, chip.platform, chip.kind, len(devices), chip.memory_bytes)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which plan does not open: %d assumed", CLASSES)
     analyses: dict[Config, Analysis] = {}
@@ -96,7 +96,8 @@ def plan(
         "devices": hardware.count,
         "batch_size": chosen.batch_size,
         "dtype": chosen.model.dtype,
-        "overrides": changed_keys(settings, chosen),
+        # A layout that was searched for must not leave anything to be decided anew.
+        "overrides": changed_keys(given if search or largest_batch else settings, chosen),
         **analysis,
         **run_fields(chosen, analysis, hardware.count, hosts, examples),
         **search_results,

@@ -212,7 +212,8 @@ def partners(batch: int, repeats: int) -> np.ndarray:
 
     Partners are s rows apart, inside groups of 2s rows: row i < s of a group has row i + s. s is the smallest power of
     two that is at least `repeats`, so that no example meets its own repetition; and a device that holds a multiple of
-    2s rows, as powers of two usually are, holds all partners of its rows. A last group of fewer rows is reversed.
+    2s rows, as powers of two usually are, holds all partners of its rows. A last group of fewer rows is reversed; in it
+    alone, repetitions may meet.
     """
     distance = _partner_distance(repeats)
     rows = np.arange(batch)

@@ -137,7 +137,9 @@ def _memory(work: Workload) -> dict[str, float]:
 
 def _saved_activations(work: Workload) -> float:
     """Returns the bytes that all blocks save of one micro-batch."""
-    arrays = saved_arrays(work.settings.model, work.attention)
+    model = work.settings.model
+    exchanged = work.sizes.get("context", 1) > 1 and model.context_attention == "all_to_all"
+    arrays = saved_arrays(model, work.attention, exchanged=exchanged)
     return work.shape.depth * work.rows * saved_bytes(arrays, work.local)
 
 
