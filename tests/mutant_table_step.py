@@ -166,13 +166,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "jnp.full(g.shape[:1], 1 / g.shape[0], g.dtype,",
             "model/test_position.py::test_the_gradients_of_adding_a_table_are_those_of_a_plain_sum",
         ),
-        (
-            "the table's gradient is not summed over the mesh",
-            "    split = layout.gradient_spec(table, (0, 1))\n",
-            "    table = jax.sharding.reshard(table, layout.spec(None, None)) if layout.spec() else table\n"
-            "    split = layout.gradient_spec(table, (0, 1))\n",
-            "model/test_position.py::test_a_tables_gradient_is_summed_over_a_mesh",
-        ),
     ],
     "model/recompute.py": [
         ("no barrier", "jax.lax.optimization_barrier(inputs)", "inputs", BARRIER),
