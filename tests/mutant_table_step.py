@@ -56,6 +56,14 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             CHOICES + "remat_is_the_least_that_leaves_half_of_the_memory",
         ),
     ],
+    "model/context.py": [
+        (
+            "the softmax's derivative without its mean, token by token",
+            "(weights_gradient - delta[..., None])",
+            "weights_gradient",
+            "model/test_context.py::test_the_second_derivative_is_that_of_full_attention",
+        ),
+    ],
     "model/kernels.py": [
         (
             "kernels although weights are dropped",
