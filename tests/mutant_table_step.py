@@ -12,6 +12,8 @@ UNCROPPED = f"{_EVALUATION}::test_uncropped_images_are_cropped_to_the_centre_and
 ACTIVATION = "model/test_activations.py::test_an_activations_derivative_is_that_of_float64"
 BARRIER = "model/test_recompute.py::test_the_backward_pass_runs_the_function_again_behind_a_barrier"
 BIAS = "model/test_product.py::test_a_bias_gradient_in_bfloat16_is_summed_in_float32"
+LAYER_NORM = "model/test_recompute.py::test_the_gradients_of_layer_norm_are_those_of_a_plain_one"
+SEVERAL = "model/test_product.py::test_the_gradients_of_products_with_several_kernels_are_those_of_plain_ones"
 KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
 CHOICES, KERNELS = "model/test_choices.py::test_", "model/test_kernels.py::test_"
 PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_attention_in_float32"
@@ -25,6 +27,18 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             'q, k, v = (_named(y, "qkv")',
             'q, v, k = (_named(y, "qkv")',
             SOFTMAX,
+        ),
+        (
+            "queries and keys swapped in the scores' gradients",
+            "q, k = saved\n    g = g.astype",
+            "k, q = saved\n    g = g.astype",
+            "model/test_attention.py::test_the_gradients_of_scores_are_those_of_a_plain_product[self-attention]",
+        ),
+        (
+            "scores' gradients multiplied in an 8-bit float",
+            "    g = g.astype(q.dtype)\n",
+            "    g = g.astype(jnp.float8_e5m2).astype(q.dtype)\n",
+            "model/test_attention.py::test_rounding_the_gradient_of_scores_adds_no_more_than_half_to_the_error",
         ),
         ("attention weights never dropped", ".astype(v.dtype), rate, key)", ".astype(v.dtype), 0.0, key)", DRAWS),
     ],
@@ -40,6 +54,14 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "<= SHARE * memory_bytes",
             "<= memory_bytes",
             CHOICES + "remat_is_the_least_that_leaves_half_of_the_memory",
+        ),
+    ],
+    "model/context.py": [
+        (
+            "the softmax's derivative without its mean, token by token",
+            "(weights_gradient - delta[..., None])",
+            "weights_gradient",
+            "model/test_context.py::test_the_second_derivative_is_that_of_full_attention",
         ),
     ],
     "model/kernels.py": [
@@ -58,6 +80,12 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     ],
     "model/tpu_attention.py": [
         ("rows of weights that do not add up to 1", "weights = weights / total", "weights = weights", PALLAS),
+        (
+            "the backward kernel is differentiated",
+            "return _gradients(*saved, g,",
+            "return _gradients.__wrapped__(*saved, g,",
+            "model/test_tpu_attention.py::test_a_second_derivative_is_refused_with_what_to_set",
+        ),
         ("the softmax's derivative without its mean", "(d_weights - mean)", "d_weights", PALLAS),
     ],
     "model/layers.py": [
@@ -83,7 +111,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "LayerNorm's derivative without the variance's",
             "(y * along + ",
             "(",
-            VIT,
+            LAYER_NORM,
         ),
         (
             "drop-path not scaled",
@@ -130,6 +158,21 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "jax.lax.reduce_sum(g.astype(jnp.float32), rows, out_sharding=layout.gradient_spec(bias, (0,)))",
             "jax.lax.reduce_sum(g, rows, out_sharding=layout.gradient_spec(bias, (0,))).astype(jnp.float32)",
             BIAS,
+        ),
+        ("x's gradient of the first kernel alone", "functools.reduce(jnp.add, parts)", "next(parts)", SEVERAL),
+        (
+            "the narrower operand's product not transposed",
+            "    return jax.lax.optimization_barrier(transposed).T",
+            "    return jax.lax.optimization_barrier(transposed).reshape(kernel.shape)",
+            SEVERAL,
+        ),
+    ],
+    "model/position.py": [
+        (
+            "the table's gradient is the examples' mean",
+            "jnp.ones(g.shape[:1], g.dtype,",
+            "jnp.full(g.shape[:1], 1 / g.shape[0], g.dtype,",
+            "model/test_position.py::test_the_gradients_of_adding_a_table_are_those_of_a_plain_sum",
         ),
     ],
     "model/recompute.py": [

@@ -53,6 +53,9 @@ def keys_of(hint: type, prefix: str = "") -> list[str]:
         ("model.activation=null", None),
         ("model.activation=gelu_tanh", "gelu_tanh"),
         ("model.remat=none", "none"),
+        ("model.scan=auto", "auto"),
+        ("model.scan=true", True),
+        ("model.scan=false", False),
         ("model.image_size=96", 96),
         ("model.image_size=[96,128]", (96, 128)),
         ("model.image_size=(96, 128)", (96, 128)),
@@ -80,6 +83,12 @@ def test_an_override_has_the_type_that_its_key_declares(assignment, value):
     assert found == value and type(found) is type(value)
 
 
+def test_yes_is_true_in_an_override_which_is_yaml_and_not_in_a_recipe():
+    assert resolved("model.scan=yes").model.scan is True
+    with pytest.raises(ConfigError, match=r"model.scan: expected true or false or auto, found 'yes' \(str\)"):
+        resolved(model={"scan": "yes"})
+
+
 def test_the_last_of_two_overrides_holds():
     assert resolved("seed=1", "seed=2").seed == 2
 
@@ -104,6 +113,8 @@ def test_the_last_of_two_overrides_holds():
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate: expected a number, found nan"),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate: expected a number, found inf"),
         ("model.pool=meen", r"model.pool: 'meen' is none of cls, mean, map \(did you mean mean\?\)"),
+        ("model.scan=atuo", r"model.scan: expected true or false or auto, found 'atuo' \(str\)"),
+        ("model.scan=1", "model.scan: expected true or false or auto, found 1"),
         ("model.pool=3", r"model.pool: expected cls \| mean \| map, found 3"),
         ("model.image_size=[1,2,3]", r"image_size: expected a whole number above 0 or \(a whole number above 0, "),
         ("evaluate.splits=test", r"evaluate.splits: expected a list of text, found 'test' \(str\); write \[test\]$"),

@@ -63,7 +63,8 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
         return built
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
-            # The words of a key that may be true or false, too, are all that text may be.
+            # A misspelt word of a key that may also be true or false: the error at the end names those, too, whereas
+            # that of the option would name its words alone.
             other_text = bool in arguments and isinstance(value, str) and value not in typing.get_args(option)
             if _fits(option, value) and not other_text:
                 return build(option, value, key)

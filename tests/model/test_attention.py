@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivatives import check_bfloat16, check_float32, check_second, cotangents, distance, pulled_back, random
 
-from vit_dist.model.attention import attend
-
-
-def random(*shape: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+from vit_dist.model.attention import _scores, attend
 
 
 def test_dropped_attention_weights_are_zero_at_the_rate_and_the_rest_scaled_up() -> None:
@@ -48,3 +45,31 @@ def test_attention_in_bfloat16_keeps_the_error_of_its_gradients_below_two_percen
         assert gradient.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(gradient, np.float32) - expected) / np.linalg.norm(expected)
         assert error < 0.02
+
+
+def plain_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k)
+
+
+@pytest.mark.parametrize("queries", [24, 5], ids=["self-attention", "fewer queries than keys"])
+def test_the_gradients_of_scores_are_those_of_a_plain_product(queries: int) -> None:
+    arguments = random(2, queries, 3, 16), random(2, 24, 3, 16, seed=1)
+    check_float32(_scores, plain_scores, arguments)
+    check_second(_scores, plain_scores, arguments)
+    # In bfloat16 the scores are float32. Rounded, they are the plain product's, and so are the gradients.
+    check_bfloat16(lambda q, k: _scores(q, k).astype(q.dtype), plain_scores, arguments)
+
+
+def test_rounding_the_gradient_of_scores_adds_no_more_than_half_to_the_error() -> None:
+    """JAX's own multiplies that gradient in float32 by bfloat16, so that it rounds once, and ours twice."""
+
+    def plain(q: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+    q, k = (jnp.asarray(random(4, 24, 2, 16, seed=seed), jnp.bfloat16) for seed in (0, 1))
+    g = cotangents(plain, (q, k))
+    exact = pulled_back(plain, [one.astype(jnp.float32) for one in (q, k)], g)[1:]
+    found, own = (pulled_back(function, (q, k), g)[1:] for function in (_scores, plain))
+    for one, other, true in zip(found, own, exact, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert distance(one, true) < 1.5 * distance(other, true)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivatives import distance
 from flax import nnx
 from products import equations
 from system import NO_AUGMENTATION, NO_DROPOUT, settings
@@ -120,6 +121,30 @@ def test_tokens_and_heads_are_split_at_once(kind: str) -> None:
 def test_bfloat16_is_near_float32(kind: str) -> None:
     for result, wanted in zip(on_mesh(197, kind, jnp.bfloat16, context=4), expected(197)):
         assert 0 < np.linalg.norm(result - wanted) < 0.01 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_of_bfloat16_is_at_most_half_larger_than_that_of_jaxs_own_attention(kind: str) -> None:
+    rounded = [jnp.asarray(array, jnp.bfloat16) for array in arrays(197)]
+    exact = scored(lambda q, k, v: attend(q, k, v, "xla"))(*(array.astype(jnp.float32) for array in rounded))
+    own = scored(functools.partial(jax.nn.dot_product_attention, implementation="xla"))(*rounded)
+    found = on_mesh(197, kind, jnp.bfloat16, context=4)
+    for one, other, true in zip(found, *((y, *gradients) for (_, y), gradients in (own, exact)), strict=True):
+        assert distance(one, true) <= 1.5 * distance(other, true)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_derivative_is_that_of_full_attention(kind: str) -> None:
+    def along_values(function: Any, split: Any = None) -> list[np.ndarray]:
+        """The product of the score's Hessian with v, q and k."""
+        q, k, v, weights = (jax.device_put(array, split) for array in arrays(24))
+        gradients = jax.grad(lambda *inputs: jnp.sum(function(*inputs) * weights), (0, 1, 2))
+        return [np.asarray(one) for one in jax.jit(lambda *inputs: jax.vjp(gradients, *inputs)[1]((v, q, k)))(q, k, v)]
+
+    with on(context=4):
+        found = along_values(lambda q, k, v: attend_split(q, k, v, 24, kind, "auto", 0.0), layout.spec(*HEADS))
+    for one, other in zip(found, along_values(lambda q, k, v: attend(q, k, v, "xla")), strict=True):
+        assert distance(one, other) < 1e-6 * np.linalg.norm(other)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])

@@ -1,12 +1,17 @@
-"""Fixed positions against a definition written out number by number."""
+"""Fixed positions against a definition written out number by number; the derivative of adding a table."""
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from derivatives import FLOAT32_ERROR, check_bfloat16, check_float32, check_second, distance, random
 
-from vit_dist.model.position import sincos2d
+from vit_dist.mesh import layout
+from vit_dist.mesh.topology import make_mesh
+from vit_dist.model.position import add_to_each, sincos2d
 
 
 @pytest.mark.parametrize(("rows", "columns", "width"), [(3, 3, 16), (2, 5, 8), (4, 1, 4)])
@@ -27,3 +32,41 @@ def test_every_two_positions_have_distinct_embeddings() -> None:
     assert distances.min() > 0.5
     np.testing.assert_allclose(np.linalg.norm(table, axis=1), math.sqrt(32), rtol=1e-5)  # sin^2 + cos^2 = 1, 32 times
     assert table.dtype == jnp.float32
+
+
+def plain_sum(x: jax.Array, table: jax.Array) -> jax.Array:
+    return x + layout.broadcast(table, x.shape, layout.spec_of(x))
+
+
+def test_the_gradients_of_adding_a_table_are_those_of_a_plain_sum() -> None:
+    arguments = random(16, 6, 8), random(6, 8, seed=1)
+    check_float32(add_to_each, plain_sum, arguments)
+    check_bfloat16(add_to_each, plain_sum, arguments)
+    check_second(add_to_each, plain_sum, arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}], ids=str)
+def test_a_tables_gradient_is_summed_over_a_mesh(sizes: dict[str, int], dtype: Any) -> None:
+    g = jnp.asarray(random(16, 6, 8, seed=2), dtype)
+
+    def gradient(add: Any) -> Any:
+        """That of a table which is stored split by `fsdp`."""
+
+        def score(stored: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
+            table = layout.gathered(stored, layout.spec("batch", None, None))
+            table = layout.reshard(table, "tokens", None)  # as `ViT.embed` splits it
+            return jnp.sum((add(x, table) * g).astype(jnp.float32))
+
+        with jax.set_mesh(make_mesh(sizes, jax.devices())):
+            split = layout.spec("batch", "tokens", None)
+            stored = jax.device_put(jnp.asarray(random(6, 8, seed=1), dtype), layout.spec(None, "width"))
+            found = jax.jit(jax.grad(score))(stored, *(jax.device_put(one, split) for one in (jnp.zeros_like(g), g)))
+            assert found.sharding.spec == stored.sharding.spec
+            return found
+
+    exact = np.asarray(g, np.float64).sum(0)
+    slack = FLOAT32_ERROR * np.linalg.norm(exact)
+    assert distance(gradient(add_to_each), exact) <= distance(gradient(plain_sum), exact) + slack
+    if dtype == jnp.float32:
+        assert distance(gradient(add_to_each), exact) <= slack

@@ -94,6 +94,14 @@ def test_bfloat16_is_as_close_to_float64_as_attention_by_xla() -> None:
         assert error(mine, truth) < 1.02 * error(theirs, truth) < 0.01
 
 
+def test_a_second_derivative_is_refused_with_what_to_set() -> None:
+    q, k, v, g = inputs((1, 8, 2, 64))
+    gradient = jax.grad(lambda q: jnp.vdot(kernel(8)(q, k, v), g))
+    for second in (jax.grad(lambda q: jnp.vdot(gradient(q), g)), jax.jit(lambda q: jax.vjp(gradient, q)[1](g))):
+        with pytest.raises(NotImplementedError, match="no second derivative; set model.attention=xla"):
+            second(q)
+
+
 def test_a_block_holds_complete_heads_and_fits_on_the_chip() -> None:
     for width, head in [(192, 64), (384, 64), (768, 64), (1024, 64), (1152, 72), (1280, 80), (1408, 88), (1664, 104)]:
         for length in (196, 197, 257, 577, 1025, 4096):

@@ -204,7 +204,7 @@ def test_remat_names_recomputes_no_dense_product_except_the_attention_scores(set
 
 def test_stacked_blocks_start_like_separate_blocks() -> None:
     stacked, separate = (
-        nnx.to_pure_dict(nnx.state(jit(lambda scan=scan: ViT(**TINY, scan=scan, rngs=nnx.Rngs(3)))()))
+        nnx.to_pure_dict(nnx.state(jit(lambda scan=scan: ViT(**{**TINY, "scan": scan}, rngs=nnx.Rngs(3)))()))
         for scan in (True, False)
     )
     for number in range(TINY["depth"]):
@@ -232,6 +232,13 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32_and_is_close() -> None:
     for leaf, exact_leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact_gradient), strict=True):
         assert leaf.dtype == jnp.float32
         assert np.linalg.norm(leaf - exact_leaf) < 0.05 * np.linalg.norm(exact_leaf) + 1e-5
+
+
+def test_forward_mode_is_refused_by_name() -> None:
+    graph, state = abstract()
+    parameters = filled(state)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda parameters: jnp.sum(logits_of(graph)(parameters, images())), (parameters,), (parameters,))
 
 
 def test_randomness_needs_a_key_and_follows_it() -> None:

@@ -1,4 +1,4 @@
-"""The MLP's activations, computed in float32 and returned in the dtype of their input.
+"""The MLP's activations, computed in float32 (except the value of `gelu_tanh`), in the dtype of their input.
 
 They are written for what the compilers make of them, not only for their values. XLA's GPU compiler takes an `erfc` or
 `tanh` for so expensive that it stores it rather than computing it twice, in the value and in the derivative of one
@@ -20,7 +20,10 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The approximation of GELU by tanh; cuBLAS computes this very expression at the end of a product."""
+    """The approximation of GELU by tanh; cuBLAS computes this very expression at the end of a product.
+
+    In bfloat16 the value is JAX's own, rounded after every operation that the compiler does not fuse with the next.
+    """
     return jax.nn.gelu(x, approximate=True)
 
 

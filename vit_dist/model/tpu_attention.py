@@ -76,10 +76,17 @@ def _attend_forward(
 
 
 def _attend_backward(head: int, tokens: int, interpret: bool, saved: tuple, g: jax.Array) -> tuple:
-    q, k, v = saved
+    return _gradients(*saved, g, head, tokens, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _gradients(
+    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, head: int, tokens: int, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of q, k and v for g, that of the output."""
     grid, queries, keys = _specs(q.shape, head)
     accumulator = pltpu.VMEM((q.shape[1], _block(q.shape, head)[1]), jnp.float32)
-    return pl.pallas_call(
+    dq, dk, dv = pl.pallas_call(
         functools.partial(_backward_kernel, head, tokens, q.shape[1]),
         grid=grid,
         in_specs=[queries, keys, keys, queries],
@@ -90,6 +97,13 @@ def _attend_backward(head: int, tokens: int, interpret: bool, saved: tuple, g: j
         interpret=interpret,
         name="attention_backward",
     )(q, k, v, g)
+    return dq, dk, dv
+
+
+@_gradients.defjvp
+def _refuse_second_derivative(*_: Any) -> Any:
+    """Says what JAX, which cannot differentiate the kernel, would say by an AssertionError without a text."""
+    raise NotImplementedError("attention on TPUs has no second derivative; set model.attention=xla")
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
