@@ -28,7 +28,6 @@ def get_config():
     # On the embedding, after each of the MLP's layers and on the attention weights; not after the projection.
     model.dropout = model.embedding_dropout = model.attention_dropout = 0.1
     model.projection_dropout = 0.0
-    model.scan = False  # two blocks compile soon enough one by one
 
     config.data.source, config.data.name, config.data.path = "idx", "fashion_mnist", "datasets/fashion_mnist"
     config.data.mean, config.data.std = 0.0, 1.0  # pixels in [0, 1], as the lesson feeds them

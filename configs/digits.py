@@ -21,7 +21,7 @@ def get_config():
     model = config.model
     model.width, model.depth, model.mlp, model.heads = 64, 2, 128, 8
     model.image_size, model.patch_size, model.channels, model.num_classes = 8, 2, 1, 10
-    model.pool, model.scan = "mean", False
+    model.pool = "mean"
 
     config.data.source = "digits"
     config.data.rotate, config.data.scale, config.data.shear, config.data.shift = 12.0, 0.15, 8.0, 0.1

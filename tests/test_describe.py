@@ -43,7 +43,7 @@ def test_fsdp_splits_what_one_device_holds_and_data_does_not():
 
 
 def test_tensors_carry_name_shape_type_and_the_axes_that_split_them():
-    found = inspect(settings("mesh.fsdp=2", "mesh.tensor=2", "batch_size=64"))
+    found = inspect(settings("model.scan=true", "mesh.fsdp=2", "mesh.tensor=2", "batch_size=64"))
     tensors = {one["name"]: one for one in found["tensors"]}
     up = tensors["blocks/mlp/up/kernel"]
     assert up["shape"] == [12, 384, 1536] and up["dtype"] == "float32"

@@ -105,7 +105,7 @@ def test_the_largest_batch_is_a_multiple_of_what_divides(monkeypatch):
     monkeypatch.setattr(verb, "_compiled_analysis", analyse)
     with_memory(monkeypatch, 500_000)
     found = plan(asked, "cpu:8", largest_batch=True)
-    assert (found["batch_size"], found["overrides"]) == (496, ["batch_size=496"])  # 31 times 16
+    assert (found["batch_size"], found["overrides"]) == (496, ["batch_size=496", "model.remat=none"])  # 31 times 16
     assert 512 in compiled_sizes
     with_memory(monkeypatch, 15_000)
     with pytest.raises(ConfigError, match="--batch-size=max: even a batch of 16.* needs 1,000 bytes more"):

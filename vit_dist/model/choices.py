@@ -12,10 +12,10 @@ from vit_dist.model.shape import shape_of
 _log = logging.getLogger(__name__)
 
 # The deepest model whose blocks are unrolled, by platform; elsewhere and deeper, they are a loop, which compiles sooner
-# but copies what it saves into stacks and out of them. Compiled (`make bench-compiled`, 2026-11-27), a step of B/16 with 256 images on each of 8 H100 takes
-# 55 ms by `plan` instead of 79, and one of S/16 with 128 on each of 16 v5e 34 ms instead of 40, with less memory. The
-# TPU compiler takes minutes for 12 blocks and gigabytes of the host's memory for 24. On a CPU, CIFAR-10's Ti/4 runs a
-# fifth faster (`benchmarks/step.py --model=cifar10`).
+# but copies what it saves into stacks and out of them. Compiled (`make bench-compiled`, 2026-11-27), a step of B/16
+# with 256 images on each of 8 H100 takes 55 ms by `plan` instead of 79, and one of S/16 with 128 on each of 16 v5e
+# 35 ms instead of 40, with less memory. The TPU compiler takes minutes for 12 blocks, and gigabytes of the host's
+# memory for 24. On a CPU, CIFAR-10's Ti/4 runs a fifth faster (`benchmarks/step.py --model=cifar10`).
 UNROLLED_DEPTH = {"gpu": 24, "cuda": 24, "tpu": 12, "cpu": 12}
 # The share of a device's memory that the arrays saved by all blocks may take. The rest is for the state, gradients,
 # gathered parameters and what one block needs at a time.

@@ -59,7 +59,9 @@ def fitting(
     return None
 
 
-def implementation(model: config.Model, platform: str, kind: str, *, head_shards: int = 1, token_shards: int = 1) -> str:
+def implementation(
+    model: config.Model, platform: str, kind: str, *, head_shards: int = 1, token_shards: int = 1
+) -> str:
     """Returns what computes a model's attention: "xla", a kernel, or "chunked" (`model.context`).
 
     Args:

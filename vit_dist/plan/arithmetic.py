@@ -29,7 +29,7 @@ def device_flops(settings: Config, attention: str, sizes: Sizes) -> float:
 
 
 def attention_implementation(settings: Config, chip: Chip, sizes: Sizes) -> str:
-    """Returns what computes the attention of a config on a mesh of these chips, as `kernels.implementation` names it."""
+    """Returns what computes attention on a mesh of these chips, as `kernels.implementation` names it."""
     heads, tokens = (device_count(sizes, layout.TABLE[name]) for name in ("heads", "tokens"))
     return kernels.implementation(settings.model, chip.platform, chip.kind, head_shards=heads, token_shards=tokens)
 

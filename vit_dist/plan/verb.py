@@ -88,6 +88,8 @@ def plan(
             example = search_results["fallen"][0]["example"]
             raise ConfigError(f"--search: this config is valid on no mesh of {hardware.name}; {example}")
         chosen = overridden(settings, best["overrides"])
+        for row in (*search_results["ranking"], search_results["smallest"]):
+            row["overrides"] = changed_keys(given, overridden(settings, row["overrides"]))
     hosts = len({device.process_index for device in devices})
     analysis = analyse(chosen)
     return {
@@ -96,7 +98,7 @@ def plan(
         "devices": hardware.count,
         "batch_size": chosen.batch_size,
         "dtype": chosen.model.dtype,
-        # A layout that was searched for must not leave anything to be decided anew.
+        # A layout that was searched for leaves nothing to be decided anew by `train`.
         "overrides": changed_keys(given if search or largest_batch else settings, chosen),
         **analysis,
         **run_fields(chosen, analysis, hardware.count, hosts, examples),
