@@ -13,7 +13,7 @@ WebDataset shards of your own, here with ImageNet-21k's classes. Heads and MLP a
 Expected: the paper trained on JFT; there are no results for other images. Not yet run. Time: 19 days, if half of
 the chips' 459 TFLOP/s each were used.
 
-Compiled for v5p:8x8x16 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 47.1 of a chip's 95 GiB, of which 0.9 are
+Compiled for v5p:8x8x16 (`vit-dist plan`), 2026-11-27, jax 0.10.2: 47.0 of a chip's 95 GiB, of which 0.8 are
 parameters and optimizer.
 """
 

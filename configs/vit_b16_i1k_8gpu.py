@@ -13,7 +13,7 @@ weight decay 0.1, batch 512, RandAugment). Not yet run. Time: 18 hours, if a GPU
 quick as in NVIDIA's own B/16 in JAX, which trains 1,459 images of 224 pixels a second on each of 8 H100; one of 192 has
 0.73 of the arithmetic. The host must then decode some 16,000 images per second: 32 cores at 500 images per second each.
 
-Compiled for h100:8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 16.7 GiB per GPU, where jax
+Compiled for h100:8 (`vit-dist plan`), 2026-11-27, jax 0.10.2: 11.2 GiB per GPU, where jax
 uses 59 of 79; 1.0 of them are parameters and optimizer.
 """
 

@@ -11,8 +11,8 @@ parameters once, split over its 8 GPUs; only the sum of the gradients crosses th
 Expected: no published run of this size on this set. Not yet run. Time: 33 hours at NVIDIA's own rate for ViT-g/14 in
 NeMo, 1,428 images per second per node, and 95 % weak scaling. A process must then decode some 170 images per second.
 
-Compiled for h100:8x8 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 21.1 GiB per GPU, of which
-1.3 are parameters and optimizer.
+Compiled for h100:8x8 (`vit-dist plan`), 2026-11-27, jax 0.10.2: 21.1 GiB per GPU, of which
+1.2 are parameters and optimizer.
 """
 
 from vit_dist.config import default_config

@@ -11,7 +11,7 @@ slices add `--config.mesh.dcn_data=N`.
 Expected: pretraining, to be judged after fine-tuning. Not yet run. Time: 17 hours, if half of the chips' 197 TFLOP/s
 each were used. A host must then decode and augment some 1,060 images per second.
 
-Compiled for v5e:16x16 (`vit-dist plan`), 2026-11-25, jax 0.10.2: 8.7 of a chip's 16 GiB, of which 0.3 are parameters
+Compiled for v5e:16x16 (`vit-dist plan`), 2026-11-27, jax 0.10.2: 2.8 of a chip's 16 GiB, of which 0.2 are parameters
 and optimizer.
 """
 
