@@ -40,6 +40,12 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "    g = g.astype(jnp.float8_e5m2).astype(q.dtype)\n",
             "model/test_attention.py::test_rounding_the_gradient_of_scores_adds_no_more_than_half_to_the_error",
         ),
+        (
+            "padding attended to in a block",
+            "keys[0], tokens=self.tokens)",
+            "keys[0])",
+            KERNELS + "an_odd_number_of_tokens_is_padded_once_and_nothing_sees_the_padding",
+        ),
         ("attention weights never dropped", ".astype(v.dtype), rate, key)", ".astype(v.dtype), 0.0, key)", DRAWS),
     ],
     "model/choices.py": [

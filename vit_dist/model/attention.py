@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if layout.shard_count("tokens") == 1:
-            mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0])
+            mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0], tokens=self.tokens)
         else:
             mixed = attend_split(q, k, v, self.tokens, self.algorithm, self.implementation, self.attention_dropout)
         return dropout(self._project(mixed, scale), self.projection_dropout, keys[1])
@@ -66,6 +66,7 @@ def attend(
     rate: float = 0.0,
     key: jax.Array | None = None,
     mask: jax.Array | None = None,
+    tokens: int | None = None,
 ) -> jax.Array:
     """Computes attention over tokens that the mesh does not split.
 
@@ -78,6 +79,7 @@ def attend(
       rate: the probability with which attention weights are dropped.
       key: the randomness for it; None drops nothing.
       mask: bool [Nk], False for keys to leave out; None keeps all. Only XLA applies it.
+      tokens: how many of the tokens are real; the rest is padding at the end. None: all.
 
     Returns:
       [B, Nq, H, d], laid out like the queries.
@@ -86,11 +88,14 @@ def attend(
       ConfigError: `implementation` is "cudnn" and cuDNN does not fit.
     """
     kernel = kernels.chosen(q, implementation, drops=bool(rate) and key is not None)
+    tokens = k.shape[1] if tokens is None else tokens
     if kernel == "cudnn":  # keeps its result itself
-        return kernels.run(kernel, q, k, v, q.shape[1])
+        return kernels.run(kernel, q, k, v, tokens)
     if kernel is not None:
-        return _named(kernels.run(kernel, q, k, v, q.shape[1]), "attention")
+        return _named(kernels.run(kernel, q, k, v, tokens), "attention")
     scores = _scores(q * q.shape[-1] ** -0.5, k)
+    if tokens < k.shape[1]:
+        mask = jnp.arange(k.shape[1]) < tokens
     if mask is not None:
         scores = jnp.where(mask, scores, context.MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)

@@ -88,6 +88,17 @@ def implementation(
     return "chunked" if token_shards > 1 else "xla"
 
 
+def padded_length(model: config.Model, platform: str, kind: str, *, head_shards: int = 1) -> int:
+    """Returns the number of tokens that blocks hold, with padding at the end, on a mesh that does not split them.
+
+    cuDNN's backward pass refuses odd numbers. One token more from the embedding on spares a copy of queries, keys and
+    values, and of their gradients, in every block. The arguments are those of `implementation`.
+    """
+    tokens = shape_of(model).tokens
+    by_cudnn = implementation(model, platform, kind, head_shards=head_shards) == "cudnn"
+    return tokens + tokens % 2 if by_cudnn else tokens
+
+
 def chosen(q: jax.Array, implementation: str, *, drops: bool) -> Kernel | None:
     """Returns the kernel for queries [B, N, H, d] by `model.attention` and the mesh in use; see `fitting`.
 

@@ -168,20 +168,27 @@ class ViT(nnx.Module):
     def embed(self, images: jax.Array) -> jax.Array:
         """Embeds images [B, H, W, C] as tokens [B, N, D]: class token, registers, then patches row by row.
 
-        If the mesh splits tokens, padding follows, with embeddings of zero.
+        Padding may follow, with embeddings of zero: if the mesh splits tokens, or attention needs an even number.
         """
         x = patchify(images, self.shape.patch)
         table = self._added_embeddings(x)
         special, shards = self.shape.special, layout.shard_count("tokens")
+        padding = self._padded_length(shards) - self.shape.tokens
         if shards == 1:
-            x = jnp.pad(self.patch(x), ((0, 0), (special, 0), (0, 0)))
+            x = jnp.pad(self.patch(x), ((0, 0), (special, padding), (0, 0)))
+            table = jnp.pad(table, ((0, padding), (0, 0)))
         else:
             # The pixels are padded and split before the dense layer, so that a device embeds its own tokens only.
-            padding = context.padded_length(self.shape.tokens, shards) - self.shape.tokens
             x = layout.reshard(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
             x = jnp.where(_token_mask(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
             table = layout.reshard(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
         return add_to_each(x, table)
+
+    def _padded_length(self, shards: int) -> int:
+        """Returns the number of tokens with padding, over so many shards of them."""
+        if shards > 1:
+            return context.padded_length(self.shape.tokens, shards)
+        return kernels.padded_length(self.model, *kernels.device(), head_shards=layout.shard_count("heads"))
 
     def _added_embeddings(self, x: jax.Array) -> jax.Array:
         """Returns the embeddings [N, D] to add to those of the pixels, in the dtype of x, for the layout of x."""

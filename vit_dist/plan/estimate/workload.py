@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from vit_dist.config import Config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
-from vit_dist.model import context
+from vit_dist.model import context, kernels
 from vit_dist.model.saved import LocalShape
 from vit_dist.model.vit import Shape, shape_of
 from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
@@ -101,8 +101,12 @@ def device_workload(settings: Config, chip: Chip, sizes: Sizes, state: StateByte
     """
     shape = shape_of(settings.model)
     tensor, shards = device_count(sizes, layout.TABLE["heads"]), device_count(sizes, layout.TABLE["tokens"])
+    if shards > 1:
+        tokens = context.padded_length(shape.tokens, shards) // shards
+    else:
+        tokens = kernels.padded_length(settings.model, chip.platform, chip.kind, head_shards=tensor)
     local = LocalShape(
-        tokens=context.padded_length(shape.tokens, shards) // shards if shards > 1 else shape.tokens,
+        tokens=tokens,
         width=shape.width,
         heads=shape.heads // tensor,
         head_size=shape.width // shape.heads,
