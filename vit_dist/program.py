@@ -75,8 +75,7 @@ class Program:
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_classes=classes))
         self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
         first = self.mesh.devices.flat[0]
-        memory = memory_bytes(first) if settings.model.remat == "auto" else None  # absent devices do not tell theirs
-        settings = decided(settings, first.platform, first.device_kind, self.mesh.size, memory)
+        settings = decided(settings, first.platform, first.device_kind, self.mesh.size, memory_bytes(first))
         self.settings, self.steps, model = settings, steps, settings.model
         self.shape = vit.shape_of(model)
         if devices is None and self.mesh.size < jax.device_count():

@@ -81,7 +81,10 @@ def test_on_tpus_parameters_are_gathered_during_products():
     plan = planned(
         B16, "v5e:4x4", *sizes, "--config.model.depth=2", "--config.model.scan=false", "--config.batch_size=256"
     )
-    assert exposed_share(plan, "all-gather", ["fsdp"]) < 0.2
+    # In front of the first block there is nothing to hide behind; of the second, every parameter comes in time.
+    gathers = [one for one in plan["collectives"] if one["kind"] == "all-gather" and one["axes"] == ["fsdp"]]
+    block, patches = 2 * 12 * 768**2, 2 * 768**2
+    assert 0 < sum(one["bytes"] * one["exposed"] for one in gathers) <= block + patches
 
 
 def test_22b_is_planned():
@@ -111,7 +114,7 @@ def test_collectives_between_slices_are_marked():
 
 
 def test_a_plan_that_is_too_large_has_its_excess_and_a_search_finds_what_fits():
-    options = [*mesh(data=1, fsdp=16), "--config.batch_size=4096"]
+    options = [*mesh(data=1, fsdp=16), "--config.batch_size=4096", "--config.model.remat=none"]
     plan = planned(L16, "v5e:4x4", *options)
     assert plan["fits"] is False and plan["collectives"] == []
     assert plan["headroom_bytes"] == plan["device_bytes"] - plan["peak_bytes"] < -50 * GIB
@@ -124,7 +127,7 @@ def test_a_plan_that_is_too_large_has_its_excess_and_a_search_finds_what_fits():
 
 
 def test_the_largest_batch_that_fits_is_the_largest():
-    options = [*mesh(data=1, fsdp=4), "--config.model.depth=4"]
+    options = [*mesh(data=1, fsdp=4), "--config.model.depth=4", "--config.model.remat=none"]
     plan = planned(L16, "h100:4", *options, "--batch-size=max")
     assert plan["fits"] is True
     larger = planned(L16, "h100:4", *options, f"--config.batch_size={plan['batch_size'] + 4}")
@@ -166,7 +169,7 @@ settings = recipes.load("configs/vit_g14_64gpu.py")
 state = state_bytes(settings)
 for dcn_data, data, fsdp, tensor, remat, micro_batches in json.loads(sys.argv[2]):
     sizes = {"dcn_data": dcn_data, "data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
-    model = dataclasses.replace(settings.model, remat=remat)
+    model = dataclasses.replace(settings.model, remat=remat, scan=True)
     check_model(model, sizes)
     changed = dataclasses.replace(settings, mesh=config.Mesh(**sizes), model=model, accumulate_steps=micro_batches)
     found = estimate(changed, target.chip, mesh_links(topology.make_mesh(sizes, devices), target.chip), state)

@@ -4,7 +4,7 @@ import types
 
 import jax
 
-from vit_dist.run.devices import PEAK_FLOPS, memory_in_use, peak_flops
+from vit_dist.run.devices import PEAK_FLOPS, memory_bytes, memory_in_use, peak_flops
 
 
 def test_peak_rates_are_known_by_kind_and_dtype():
@@ -29,3 +29,13 @@ def test_memory_is_the_most_that_a_device_of_this_process_held():
     assert memory_in_use([*mine, device(1, {"peak_bytes_in_use": 9})]) == 7
     assert memory_in_use([device(0, None)]) is None
     assert memory_in_use(jax.devices()) is None
+
+
+def test_the_memory_of_a_device_is_that_of_this_processs_first():
+    def device(*stats):
+        local = [types.SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
+        return types.SimpleNamespace(client=types.SimpleNamespace(local_devices=lambda: local))
+
+    assert memory_bytes(device({"bytes_limit": 7}, {"bytes_limit": 9})) == 7
+    assert memory_bytes(device(None)) is None  # a CPU
+    assert memory_bytes(device()) is None  # a device that is not attached

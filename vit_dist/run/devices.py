@@ -49,12 +49,13 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def memory_bytes(device: jax.Device) -> int | None:
-    """Returns the bytes that programs may use of a device's memory; None if unknown, as for a CPU.
+    """Returns the bytes that programs may use of a device's memory; None if unknown, as for a CPU or an absent device.
 
     `device` may be another process's; it counts as one of this process's.
     """
-    stats = device.client.local_devices()[0].memory_stats() or {}  # other processes' devices have no stats
-    limit: int | None = stats.get("bytes_limit")
+    local = device.client.local_devices()  # other processes' devices have no stats
+    stats = local[0].memory_stats() if local else None
+    limit: int | None = (stats or {}).get("bytes_limit")
     return limit
 
 

@@ -73,9 +73,6 @@ def test_activations_by_hand():
     assert memory["activations"] == 2 * (64 / 2) * 4 * 32 * 4
     micro = estimate_on({"data": 2}, "model.remat=block", "accumulate_steps=4").memory
     assert micro["activations"] == memory["activations"] / 4
-    # With parameters to gather, the GPUs' compiler begins the next micro-batch early; a TPU's does not.
-    gathering = estimate_on({"fsdp": 2}, "model.remat=block", "accumulate_steps=4").memory
-    assert gathering["activations"] == memory["activations"] / 2
 
 
 def test_products_are_split_but_for_the_head_and_the_embedding():

@@ -102,8 +102,7 @@ def _memory(work: Workload) -> dict[str, float]:
     """Returns bytes by use at the peak of a step, which is early in the backward pass.
 
     - parameters, optimizer, ema, batch: exact.
-    - activations: what all blocks save. If parameters are gathered for each micro-batch, the GPU compiler starts a
-      micro-batch before the previous one has ended, and holds two sets.
+    - activations: what all blocks save of one micro-batch.
     - gathered: copies of the blocks' parameters in the compute dtype: with `remat="none"` of all blocks in full, since
       the backward pass keeps them, otherwise of the device's own shard.
     - gradients: float32, sharded like the parameters; twice if micro-batches are summed.
@@ -119,15 +118,13 @@ def _memory(work: Workload) -> dict[str, float]:
         blocks = work.gathered_bytes(state.blocks)
         gradients += GATHERED_COPIES * blocks
         gathered += blocks * work.itemsize / FLOAT32
-    gathers_often = work.micro_batches > 1 and work.sizes.get("fsdp", 1) > 1 and not work.gathers_once
-    two_at_once = work.platform == "gpu" and gathers_often
     head = (model.pre_logits or work.shape.width) * work.shape.classes
     return {
         "parameters": parameters,
         "optimizer": work.device_bytes(state.optimizer),
         "ema": work.device_bytes(state.ema),
         "batch": images * (pixels + 8),  # uint8 pixels; label and id are int32
-        "activations": _saved_activations(work) * (2 if two_at_once else 1),
+        "activations": _saved_activations(work),
         "gathered": gathered,
         "gradients": gradients,
         "head": 2 * FLOAT32 * head + LOGITS * FLOAT32 * work.rows * work.shape.classes,
