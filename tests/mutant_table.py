@@ -223,8 +223,8 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
     "run/workdir.py": [
         (
             "a resumed run's blocks stacked or not as this platform likes",
-            'if wanted.model.scan != "auto":',
-            "if True:",
+            'saved.model.scan if wanted.model.scan == "auto"',
+            'wanted.model.scan if wanted.model.scan == "auto"',
             "test_resume.py::test_a_run_that_leaves_scan_to_the_program_keeps_what_it_began_with",
             "ConfigError",  # the saved config has blocks in a loop, and the new one has not
         ),

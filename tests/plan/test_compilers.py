@@ -117,7 +117,7 @@ def test_a_plan_that_is_too_large_has_its_excess_and_a_search_finds_what_fits():
     options = [*mesh(data=1, fsdp=16), "--config.batch_size=4096", "--config.model.remat=none"]
     plan = planned(L16, "v5e:4x4", *options)
     assert plan["fits"] is False and plan["collectives"] == []
-    assert plan["headroom_bytes"] == plan["device_bytes"] - plan["peak_bytes"] < -50 * GIB
+    assert plan["headroom_bytes"] == plan["device_bytes"] - plan["peak_bytes"] < -10 * GIB
     assert plan["memory"]["parameters"] == pytest.approx(4 * PARAMETERS / 16, rel=0.01)
     found = planned(L16, "v5e:4x4", *options, "--search")
     assert_sound(found)
@@ -127,7 +127,7 @@ def test_a_plan_that_is_too_large_has_its_excess_and_a_search_finds_what_fits():
 
 
 def test_the_largest_batch_that_fits_is_the_largest():
-    options = [*mesh(data=1, fsdp=4), "--config.model.depth=4", "--config.model.remat=none"]
+    options = [*mesh(data=1, fsdp=4), *(f"--config.model.{one}" for one in ("depth=4", "remat=none", "scan=true"))]
     plan = planned(L16, "h100:4", *options, "--batch-size=max")
     assert plan["fits"] is True
     larger = planned(L16, "h100:4", *options, f"--config.batch_size={plan['batch_size'] + 4}")

@@ -1,5 +1,7 @@
 """Whether all processes of a job see the same workdir, and when it holds a run."""
 
+import json
+
 import pytest
 
 from vit_dist.config import ConfigError
@@ -36,3 +38,12 @@ def test_an_incomplete_first_checkpoint_makes_no_run(tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir()
     (tmp_path / "checkpoints" / "9").mkdir()
     assert run_files.holds_run(tmp_path) and run_files.checkpoint_steps(tmp_path) == [9, 10]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_scan_that_is_left_to_the_program_is_that_of_the_run(tmp_path, scan):
+    (tmp_path / "config.json").write_text(json.dumps({"total_steps": 1, "model": {"scan": scan}}))
+    wanted = run_files.read_config(tmp_path, ["model.scan=auto"])
+    assert wanted.model.scan is scan
+    with pytest.raises(ConfigError, match="model.scan"):
+        run_files.read_config(tmp_path, [f"model.scan={not scan}"])

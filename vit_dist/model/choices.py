@@ -37,9 +37,10 @@ def decided(
       memory_bytes: a device's memory; None if it is unknown, and nothing is computed again to save it.
     """
     if model.scan == "auto":
-        scan = shape_of(model).depth > UNROLLED_DEPTH.get(platform, 0)
+        depth = shape_of(model).depth
+        scan = depth > UNROLLED_DEPTH.get(platform, 0)
         model = dataclasses.replace(model, scan=scan)
-        _log.info("model.scan=auto: %s on this platform", "true, a loop over blocks," if scan else "false, no loop,")
+        _log.info("model.scan=auto: %s, for %d blocks on a %s", "true" if scan else "false", depth, platform)
     if model.remat == "auto":
         fitting = (
             remat

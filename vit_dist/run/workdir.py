@@ -68,7 +68,7 @@ def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
         saved = config.resolve(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    wanted = config.resolve(recipes.override(config.to_dict(saved), overrides))
+    wanted = _with_scan_of(saved, config.resolve(recipes.override(config.to_dict(saved), overrides)))
     _refuse_other_runs(workdir, saved, wanted)
     return wanted
 
@@ -78,9 +78,12 @@ def with_saved_scan(workdir: Path, wanted: Config) -> Config:
 
     Its parameters are stacked or not, whatever the platform that the run now goes on with would choose.
     """
-    if wanted.model.scan != "auto":
-        return wanted
-    return dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, scan=read_config(workdir).model.scan))
+    return wanted if wanted.model.scan != "auto" else _with_scan_of(read_config(workdir), wanted)
+
+
+def _with_scan_of(saved: Config, wanted: Config) -> Config:
+    scan = saved.model.scan if wanted.model.scan == "auto" else wanted.model.scan
+    return dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, scan=scan))
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
