@@ -221,7 +221,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "a gathered gradient not split again",
-            " and not layout.split_axes(stored[i])",
+            " and not layout.split_axes(stored)",
             "",
             "step/test_arrays.py::test_gradients_are_reduced_as_one_by_one_and_the_small_ones_as_one_array",
         ),

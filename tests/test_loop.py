@@ -140,9 +140,9 @@ def test_a_plan_that_cannot_be_made_does_not_end_a_run(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize(("dtype", "times"), [("bfloat16", 1), ("float32", 0)])
-def test_a_run_in_bfloat16_on_a_cpu_warns_once_that_float32_is_quicker(dtype, times, tmp_path, caplog):
+def test_a_run_in_bfloat16_on_a_cpu_warns_once_that_float32_may_be_quicker(dtype, times, tmp_path, caplog):
     train(settings(f"model.dtype={dtype}", *PLAIN), tmp_path)
-    assert caplog.text.count("bfloat16 takes longer than float32 on a CPU; set model.dtype=float32") == times
+    assert caplog.text.count("bfloat16 may take longer than float32 on a CPU; compare by bench") == times
 
 
 def test_a_run_prints_where_it_saves_and_where_its_profile_is(tmp_path, capsys, caplog):

@@ -96,9 +96,9 @@ def train(
                 "must be augmented alike; set data.in_memory=true, or give both in the same format"
             )
     # Process 0 looks for all: a network file system may show the others an older state.
-    resumes = processes.gather(run_files.holds_run(workdir))[0]
-    if resumes:
-        settings = run_files.with_saved_scan(workdir, settings)
+    saved_settings = run_files.read_config(workdir) if processes.gather(run_files.holds_run(workdir))[0] else None
+    if saved_settings is not None:
+        settings = run_files.with_scan_of(saved_settings, settings)
     steps = settings.total_steps
     assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
@@ -106,8 +106,8 @@ def train(
     fingerprints = {name: fingerprint(each) for name, each in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, fingerprints)))
     processes.alive()
-    if resumes:
-        run_files.check_same_run(workdir, run_files.read_config(workdir), program.settings)
+    if saved_settings is not None:
+        run_files.check_same_run(workdir, saved_settings, program.settings)
         environment.check_same_data(workdir, fingerprints)
         summary, saved = processes.gather([run_files.summary(workdir), run_files.checkpoint_steps(workdir)])[0]
         if saved[-1] > steps:
@@ -327,7 +327,7 @@ class Session:
         device = self.program.mesh.devices.flat[0]
         self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
         if device.platform == "cpu" and self.settings.model.dtype == "bfloat16":
-            _log.warning("model.dtype: bfloat16 takes longer than float32 on a CPU; set model.dtype=float32")
+            _log.warning("model.dtype: bfloat16 may take longer than float32 on a CPU; compare by bench")
         self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
         if self.settings.data.crop_area is not None or self.settings.data.flip:
             where = "device" if augments_on_device(self.source, self.settings.data) else "host"

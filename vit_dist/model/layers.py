@@ -151,11 +151,7 @@ class Norm(nnx.Module):
         self.bias = make_parameter(rngs, initializers.zeros, (size,), (name,)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        split = layout.spec_of(x)
-        affine = [self.scale] if self.bias is None else [self.scale, self.bias]
-        return recompute(
-            functools.partial(_layer_norm, self.epsilon), x, *(cast_and_gather(p, jnp.float32, split) for p in affine)
-        )
+        return recompute(functools.partial(_layer_norm, self.epsilon), x, *self._gathered(x))
 
     def normalise(self, x: jax.Array) -> jax.Array:
         """Returns x with mean 0 and variance 1, for a dense layer that is called with this norm."""
@@ -163,11 +159,12 @@ class Norm(nnx.Module):
 
     def affine(self, x: jax.Array) -> jax.Array:
         """Returns x times the scale, plus the bias."""
-        split = layout.spec_of(x)
-        y = x * layout.broadcast(cast_and_gather(self.scale, jnp.float32, split), x.shape, split)
-        if self.bias is not None:
-            y = y + layout.broadcast(cast_and_gather(self.bias, jnp.float32, split), x.shape, split)
-        return y.astype(x.dtype)
+        return _affine(x.astype(jnp.float32), *self._gathered(x)).astype(x.dtype)
+
+    def _gathered(self, x: jax.Array) -> list[jax.Array]:
+        """Returns the scale and, if there is one, the bias, in float32 and gathered for x."""
+        parameters = [self.scale] if self.bias is None else [self.scale, self.bias]
+        return [cast_and_gather(parameter, jnp.float32, layout.spec_of(x)) for parameter in parameters]
 
     def fold(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Returns the kernel [size, ...] of a dense layer that maps what `normalise` returns, and a bias [...] to add.
@@ -183,13 +180,17 @@ class Norm(nnx.Module):
 
 def _layer_norm(epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
     """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither."""
+    return _affine(_standardised(x.astype(jnp.float32), epsilon), *affine).astype(x.dtype)
+
+
+def _affine(x: jax.Array, *affine: jax.Array) -> jax.Array:
+    """Returns x times the scale, plus the bias; `affine` is as for `_layer_norm`."""
     split = layout.spec_of(x)
-    y = _standardised(x.astype(jnp.float32), epsilon)
     if affine:
-        y = y * layout.broadcast(affine[0], x.shape, split)
+        x = x * layout.broadcast(affine[0], x.shape, split)
     if affine[1:]:
-        y = y + layout.broadcast(affine[1], x.shape, split)
-    return y.astype(x.dtype)
+        x = x + layout.broadcast(affine[1], x.shape, split)
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

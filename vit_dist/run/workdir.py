@@ -68,20 +68,16 @@ def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
         saved = config.resolve(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    wanted = _with_scan_of(saved, config.resolve(recipes.override(config.to_dict(saved), overrides)))
+    wanted = with_scan_of(saved, config.resolve(recipes.override(config.to_dict(saved), overrides)))
     _refuse_other_runs(workdir, saved, wanted)
     return wanted
 
 
-def with_saved_scan(workdir: Path, wanted: Config) -> Config:
-    """Returns the config with the `model.scan` of the run in `workdir`, if it is left to the program.
+def with_scan_of(saved: Config, wanted: Config) -> Config:
+    """Returns the config `wanted` with the `model.scan` of a saved run's, if it is left to the program.
 
-    Its parameters are stacked or not, whatever the platform that the run now goes on with would choose.
+    The run's parameters are stacked or not, whatever the platform that it now goes on with would choose.
     """
-    return wanted if wanted.model.scan != "auto" else _with_scan_of(read_config(workdir), wanted)
-
-
-def _with_scan_of(saved: Config, wanted: Config) -> Config:
     scan = saved.model.scan if wanted.model.scan == "auto" else wanted.model.scan
     return dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, scan=scan))
 

@@ -26,12 +26,13 @@ def reduce_gradients(gradients: Any, parameters: Any) -> Any:
     Small gradients that are not split are one array while they are reduced, and slices of it in the result.
     """
     leaves, structure = jax.tree.flatten(gradients)
-    stored = jax.tree.leaves(parameters)
+    result = list(leaves)
     together: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if leaf.size <= SMALL and not layout.split_axes(leaf) and not layout.split_axes(stored[i]):
+    for i, (leaf, stored) in enumerate(zip(leaves, jax.tree.leaves(parameters), strict=True)):
+        if leaf.size <= SMALL and not layout.split_axes(leaf) and not layout.split_axes(stored):
             together.setdefault((leaf.dtype, layout.unreduced_axes(leaf)), []).append(i)
-    result = [layout.as_stored(*pair) for pair in zip(leaves, stored, strict=True)]
+        else:
+            result[i] = layout.as_stored(leaf, stored)
     for rows in together.values():
         flat = jnp.concatenate([layout.flat(leaves[i]) for i in rows])
         # The barrier keeps it one array: XLA would read the pieces instead, and not fuse what reads them.
