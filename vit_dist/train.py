@@ -124,7 +124,13 @@ def train(
             environment.write(workdir, environment.describe(program.mesh, fingerprints))
         run_files.check_shared(workdir)
         with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
-            return Session(program, workdir, source, splits, opened).run(stop)
+            session = Session(program, workdir, source, splits, opened)
+            try:
+                return session.run(stop)
+            except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
+                # A process that ends in the middle of a step leaves half a collective, and gloo then aborts the others.
+                jax.block_until_ready(session.state.parameters)
+                raise
 
 
 class Session:
