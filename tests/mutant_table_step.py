@@ -12,12 +12,15 @@ UNCROPPED = f"{_EVALUATION}::test_uncropped_images_are_cropped_to_the_centre_and
 ACTIVATION = "model/test_activations.py::test_an_activations_derivative_is_that_of_float64"
 BARRIER = "model/test_recompute.py::test_the_backward_pass_runs_the_function_again_behind_a_barrier"
 BIAS = "model/test_product.py::test_a_bias_gradient_in_bfloat16_is_summed_in_float32"
-LAYER_NORM = "model/test_recompute.py::test_the_gradients_of_layer_norm_are_those_of_a_plain_one"
+LAYER_NORM = "model/test_recompute.py::test_the_gradients_of_a_norm_are_those_of_a_plain_one"
+RMS_NORM = "model/test_layers.py::test_rms_norm_divides_by_the_root_of_the_mean_square_and_has_no_bias"
 SEVERAL = "model/test_product.py::test_the_gradients_of_products_with_several_kernels_are_those_of_plain_ones"
 KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
 CHOICES, KERNELS = "model/test_choices.py::test_", "model/test_kernels.py::test_"
 PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_attention_in_float32"
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
+SPLIT = "model/test_vit.py::test_logits_and_gradients_of_split_tokens_heads_and_parameters_are_those_of_one_device"
+ROPE = "model/test_position.py::test_rope2d_turns_by_two_pi_times_the_centre_of_the_patch_over_each_period"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "model/attention.py": [
@@ -96,12 +99,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     ],
     "model/layers.py": [
         (
-            "LayerNorm's eps 1e-5",
-            "epsilon: float = 1e-6",
-            "epsilon: float = 1e-5",
-            "model/test_layers.py::test_layer_norm_adds_a_millionth_to_the_variance",
-        ),
-        (
             "dropout not scaled",
             "jnp.where(keep, x / (1 - rate),",
             "jnp.where(keep, x,",
@@ -112,12 +109,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "bits >> 16",
             "bits & 0xFFFF",
             "model/test_layers.py::test_neighbours_are_dropped_independently",
-        ),
-        (
-            "LayerNorm's derivative without the variance's",
-            "(y * along + ",
-            "(",
-            LAYER_NORM,
         ),
         (
             "drop-path not scaled",
@@ -133,11 +124,31 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             DRAWS,
         ),
     ],
+    "model/norm.py": [
+        (
+            "the epsilon of the config is not used",
+            "self.kind, self.epsilon = model.norm, model.norm_epsilon",
+            "self.kind, self.epsilon = model.norm, 1e-6",
+            VIT,
+        ),
+        ("LayerNorm's derivative without the variance's", "(y * along + ", "(", LAYER_NORM),
+        (
+            "RMSNorm subtracts the mean",
+            "return x * jax.lax.rsqrt(",
+            "return (x - jnp.mean(x)) * jax.lax.rsqrt(",
+            RMS_NORM,
+        ),
+    ],
+    "model/pooling.py": [
+        ("the mean over all tokens", "/ (stop - start)", "/ x.shape[1]", SPLIT),
+        ("padding is pooled", "x = jnp.where(mask[:, None], x, 0)", "pass", SPLIT),
+    ],
     "model/activations.py": [
+        ("quick GELU's factor is GELU's", "1.702 * wide", "1.5957691 * wide", ACTIVATION),
         (
             "gelu's forms swapped",
-            '{"gelu": gelu, "gelu_tanh": gelu_tanh,',
-            '{"gelu": gelu_tanh, "gelu_tanh": gelu,',
+            '"gelu": gelu,\n    "gelu_tanh": gelu_tanh,',
+            '"gelu": gelu_tanh,\n    "gelu_tanh": gelu,',
             SOFTMAX,
         ),
         ("the logistic form's argument halved", "math.sqrt(8 / math.pi)", "math.sqrt(2 / math.pi)", ACTIVATION),
@@ -180,6 +191,20 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "jnp.full(g.shape[:1], 1 / g.shape[0], g.dtype,",
             "model/test_position.py::test_the_gradients_of_adding_a_table_are_those_of_a_plain_sum",
         ),
+        ("rope2d measures from patches' corners", "(2 * jnp.arange(side) + 1)", "(2 * jnp.arange(side))", ROPE),
+        ("rope2d turns the special tokens", "((before, after), (0, 0))", "((0, before + after), (0, 0))", ROPE),
+        (
+            "a rotation's derivative turns on",
+            "rotate(g, (cosine, -sine))",
+            "rotate(g, (cosine, sine))",
+            "model/test_position.py::test_the_gradients_of_a_rotation_are_those_of_a_plain_one",
+        ),
+        (
+            "rows and columns are rescaled apart",
+            "draws[2] * math.log(rescale)",
+            "draws[1:] * math.log(rescale)",
+            "model/test_position.py::test_a_random_stretch_is_uniform_in_its_logarithm_and_shares_the_rescaling",
+        ),
     ],
     "model/recompute.py": [
         ("no barrier", "jax.lax.optimization_barrier(inputs)", "inputs", BARRIER),
@@ -197,7 +222,20 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "jax.random.split(key, 1)[jnp.zeros(depth, int)]",
             DRAWS,
         ),
-        ("registers are pooled", "else (self.shape.special, self.shape.tokens)", "else (0, self.shape.tokens)", VIT),
+        ("registers are pooled", "(self.shape.special, self.shape.tokens)", "(0, self.shape.tokens)", VIT),
+        (
+            "the norm of embeddings left out",
+            "            x = self.embedding_norm(x)\n        x = self.pool",
+            "            pass\n        x = self.pool",
+            VIT,
+        ),
+        ("what is pooled is not normalised", "x = self.pooled_norm(x)", "pass", VIT),
+        (
+            "rope2d is jittered in evaluation",
+            "if key is not None and (",
+            "key = jax.random.key(0)\n        if (",
+            "model/test_vit.py::test_rope2d_is_jittered_in_training_alone",
+        ),
         ("class token without a position", "cls + position[:1] if cls_positions else cls", "cls", SOFTMAX),
         (
             "drop-path not linear",

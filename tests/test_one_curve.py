@@ -46,6 +46,25 @@ SPLIT_TOKENS = {
 }
 
 
+# What published models are made of, in two models; the second row's class token is not pooled.
+PUBLISHED = {
+    "rope2d": (
+        *("model.position=rope2d", "model.rope_jitter=1.2", "model.rope_rescale=2", "model.qk_norm=true"),
+        *("model.qk_norm_bias=true", "model.embedding_norm=tokens", "model.pool=cls_mean", "model.pool_norm=both"),
+        *("model.activation=quick_gelu", "model.heads=4"),
+    ),
+    "rmsnorm": (
+        *("model.norm=rmsnorm", "model.embedding_norm=patches", "model.pool_norm=after", "model.class_token=true"),
+        *("model.norm_epsilon=1e-5", "model.output_projection=24", "model.activation=swiglu"),
+    ),
+    "no norm at the end": ("model.pool_norm=none", "model.position=none", "model.class_token=true"),
+}
+PUBLISHED_MESHES = {
+    "data=2 x fsdp=2 x tensor=2": MESHES["data=2 x fsdp=2 x tensor=2"],
+    "fsdp=2 x context=2 x tensor=2": ("mesh.data=1", "mesh.fsdp=2", "mesh.context=2", "mesh.tensor=2"),
+}
+
+
 def names(cases, slow):
     """The cases to run; those in `slow`, whose axes other cases have too, in the slow suite."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in cases]
@@ -106,6 +125,15 @@ def test_the_curve_is_that_of_one_device(mesh, one_device, tmp_path, record_prop
 @pytest.mark.parametrize("mesh", names(SPLIT_TOKENS, slow={"fsdp=2 x context=4"}))
 def test_the_curve_of_split_tokens_is_that_of_one_device(mesh, five_tokens, tmp_path, record_property):
     assert_same_curve(train_here(tmp_path, *SPLIT_TOKENS[mesh], *FIVE_TOKENS), five_tokens, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_curve_of_published_models_is_that_of_one_device(model, tmp_path, record_property):
+    settings = ("model.attention_dropout=0", *PUBLISHED[model])
+    one_device = train_here(tmp_path / "one", *ONE_DEVICE, *settings)
+    for mesh, sizes in PUBLISHED_MESHES.items():
+        assert_same_curve(train_here(tmp_path / mesh, *sizes, *settings), one_device, record_property)
 
 
 @pytest.mark.parametrize("mesh", names(ACCUMULATED, slow={"data=8", "context=8"}))

@@ -31,6 +31,7 @@ from vit_dist.schema import (
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]  # one number, or (height, width)
 Interval = tuple[float, float]
 Seed = Annotated[int, Bound("at least 0 and below 2**32", lambda value: 0 <= value < 2**32)]  # what jax's keys take
+AtLeastOne = Annotated[float, Bound("at least 1", lambda value: value >= 1)]
 Probability = Annotated[float, Bound("in [0, 1]", lambda value: 0 <= value <= 1)]
 HueTurn = Annotated[float, Bound("at least 0 and at most 0.5", lambda value: 0 <= value <= 0.5)]
 ShearAngle = Annotated[float, Bound("at least 0 and below 90", lambda value: 0 <= value < 90)]
@@ -59,10 +60,21 @@ class Model:
     image_size: Size = 224  # pixels
     patch_size: Size | None = None  # pixels; null: the variant's
     channels: PositiveInt = 3  # of an image
-    num_classes: PositiveInt | None = None  # null: as many as the data have
-    pool: Literal["cls", "mean", "map"] = "cls"  # what the head classifies; cls: the class token; mean: the mean of all
-    # tokens; map: attention pooling with one learned query
-    position: Literal["learned", "sincos2d"] = "learned"  # kind of position embeddings
+    num_classes: NonNegativeInt | None = None  # null: as many as the data have; 0: no head, the model returns what the
+    # head would classify
+    pool: Literal["cls", "mean", "cls_mean", "map"] = "cls"  # what the head classifies; cls: the class token; mean: the
+    # mean of all patches; cls_mean: both, one after the other; map: attention pooling with one learned query
+    pool_norm: Literal["before", "after", "both", "none"] = "before"  # whether tokens are normalised before pooling, or
+    # what is pooled
+    output_projection: PositiveInt | None = None  # width to which what is pooled is projected, without a bias, as in
+    # CLIP (Radford et al. 2021, arXiv:2103.00020); null: it is not
+    class_token: bool | None = None  # whether there is one, even if it is not pooled; null: where `pool` takes it
+    position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"  # kind of position embeddings; rope2d:
+    # queries and keys are turned by angles of row and column (Siméoni et al. 2025, DINOv3, arXiv:2508.10104)
+    rope_base: PositiveFloat = 100.0  # ratio of the longest and the shortest period of rope2d
+    rope_jitter: AtLeastOne = 1.0  # in training, rows and columns are stretched by two random factors between this and
+    # its inverse; 1: neither is
+    rope_rescale: AtLeastOne = 1.0  # likewise, both by the same factor
     position_std: NonNegativeFloat = 0.02  # standard deviation of learned position embeddings at the start
     cls_position: bool = True  # with learned positions: the class token has one and starts at zero, as in the paper; in
     # DeiT-III it has none, and is drawn with `position_std` itself
@@ -76,12 +88,18 @@ class Model:
     # block
     drop_path_schedule: Literal["linear", "constant"] = "linear"  # rising from 0 at the first block, or equal in all
     layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); null: no LayerScale
-    qk_norm: bool | None = None  # LayerNorm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the
+    qk_norm: bool | None = None  # a norm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the
     # variant's
+    qk_norm_bias: bool = False  # of these two norms
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of every norm; rmsnorm: without mean and bias (Zhang &
+    # Sennrich 2019, arXiv:1910.07467)
+    norm_epsilon: PositiveFloat = 1e-6  # added to the variance in every norm
+    embedding_norm: Literal["none", "patches", "tokens"] = "none"  # a norm before the blocks; patches: of the patches
+    # alone, before positions are added; tokens: of all tokens, after it
     qkv_bias: bool = True  # of the queries, keys and values
     projection_bias: bool = True  # of the attention's output projection
     parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B; null: the variant's
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = None  # of the MLP; null: the variant's
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] | None = None  # of the MLP; null: the variant's
     kernel_init: Literal["xavier_uniform", "lecun_normal", "normal"] = "xavier_uniform"  # normal: N(0, 0.02^2)
     pre_logits: PositiveInt | None = None  # width of a tanh layer before the head; null: none
     head_zero_init: bool = True  # the head's kernel starts at zero

@@ -73,6 +73,11 @@ class Program:
         """
         if settings.model.num_classes is None:
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_classes=classes))
+        if settings.model.num_classes == 0:
+            raise ConfigError(
+                "model.num_classes: 0 is a model without a head, which can be neither trained nor evaluated; give the "
+                "number of classes, or null for that of the data"
+            )
         self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
         first = self.mesh.devices.flat[0]
         settings = decided(settings, first.platform, first.device_kind, self.mesh.size, memory_bytes(first))

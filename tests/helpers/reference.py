@@ -41,25 +41,41 @@ def flattened(tree: Tree, prefix: str = "") -> dict[str, Any]:
 # The model: Dosovitskiy et al. 2021, arXiv:2010.11929, equations 1 to 4, and the variations of our `config.Model`.
 
 
+DEFAULTS = {
+    "pool": "cls", "pool_norm": "before", "position": "learned", "cls_position": True, "class_token": None,
+    "registers": 0, "parallel": False, "norm": "layernorm", "norm_epsilon": 1e-6, "embedding_norm": "none",
+    "rope_base": 100.0,
+}  # fmt: skip
+
+
 def logits(model: Mapping[str, Any], parameters: Mapping[str, Any], images: np.ndarray) -> Value:
     """[B, H, W, C], normalised -> [B, classes], without dropout.
 
     model: keys of `config.Model` that parameters alone do not tell; parameters: by path, arrays or values.
     """
-    model = {"pool": "cls", "position": "learned", "cls_position": True, "registers": 0, "parallel": False} | model
+    model = DEFAULTS | model
+    pools_class = model["pool"] in ("cls", "cls_mean")
+    model["class_token"] = pools_class if model["class_token"] is None else model["class_token"]
+    before = model["class_token"] + model["registers"]
     p = nested({path: value(leaf) for path, leaf in parameters.items()})
     x, depth = _tokens(model, p, images), len(p["blocks"]["norm1"]["scale"].data)
     for i in range(depth):
         x = _block(model, nested({path: leaf[i] for path, leaf in flattened(p["blocks"]).items()}), x)
-    x = _norm(p["norm"], x)
-    if model["pool"] == "cls":
-        x = x[:, 0]
+    if model["pool_norm"] in ("before", "both"):
+        x = _norm(model, p["norm"], x)
+    if model["pool"] == "map":
+        x = _attention_pool(model, p["pool"], x[:, before:])
     else:
-        x = x[:, model["registers"] :]
-        x = _attention_pool(model, p["pool"], x) if model["pool"] == "map" else x.mean(1)
+        parts = [x[:, 0]] if pools_class else []
+        parts += [x[:, before:].mean(1)] if model["pool"] != "cls" else []
+        x = concatenate(parts, axis=1)
+    if model["pool_norm"] in ("after", "both"):
+        x = _norm(model, p["pooled_norm"], x)
+    if "output_projection" in p:  # Radford et al. 2021, arXiv:2103.00020
+        x = _linear(p["output_projection"], x)
     if "pre_logits" in p:
         x = tanh(_linear(p["pre_logits"], x))
-    return _linear(p["head"], x)
+    return _linear(p["head"], x) if "head" in p else x
 
 
 def _tokens(model: Mapping[str, Any], p: Tree, images: np.ndarray) -> Value:
@@ -70,18 +86,22 @@ def _tokens(model: Mapping[str, Any], p: Tree, images: np.ndarray) -> Value:
     corners = [(high * row, wide * column) for row in range(rows) for column in range(columns)]
     patches = [images[:, y : y + high, x : x + wide].reshape(batch, -1) for y, x in corners]
     x = _linear(p["patch"], value(np.stack(patches, axis=1)))
+    if model["embedding_norm"] == "patches":
+        x = _norm(model, p["embedding_norm"], x)
+    position = value(np.zeros((rows * columns, x.shape[-1])))
     if model["position"] == "learned":
         position = p["position"]
-    else:
+    elif model["position"] == "sincos2d":
         position = value(_sines(rows, columns, x.shape[-1]))
     x = x + position[len(position.data) - rows * columns :]
     lead = []
-    if model["pool"] == "cls":
+    if model["class_token"]:
         has_own = model["position"] == "learned" and model["cls_position"]
         lead.append((p["cls"] + position[0] if has_own else p["cls"]).reshape(1, 1, -1))
     if model["registers"]:
         lead.append(p["registers"].reshape(1, model["registers"], -1))
-    return concatenate([token + np.zeros((batch, 1, 1)) for token in lead] + [x], axis=1)
+    x = concatenate([token + np.zeros((batch, 1, 1)) for token in lead] + [x], axis=1)
+    return _norm(model, p["embedding_norm"], x) if model["embedding_norm"] == "tokens" else x
 
 
 def _sines(rows: int, columns: int, width: int) -> np.ndarray:
@@ -92,14 +112,36 @@ def _sines(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
 
 
+def _angles(model: Mapping[str, Any], rows: int, columns: int, size: int) -> np.ndarray:
+    """[P, size / 2]: 2 pi times the patch's centre in (-1, 1) over each period, first down, then across (DINOv3)."""
+    periods = [model["rope_base"] ** (i / (size // 4)) for i in range(size // 4)]
+    angles = [
+        [2 * math.pi * centre / period for centre in (2 * (y + 0.5) / rows - 1, 2 * (x + 0.5) / columns - 1)
+         for period in periods]
+        for y in range(rows) for x in range(columns)
+    ]  # fmt: skip
+    return np.array(angles)
+
+
+def _turned(model: Mapping[str, Any], x: Value) -> Value:
+    """The patches among the tokens of x [B, H, N, d], turned: channels i and i + d / 2 are a point of the plane."""
+    height, width = np.broadcast_to(model["image_size"], 2) // np.broadcast_to(model["patch_size"], 2)
+    angles, before = _angles(model, height, width, x.shape[-1]), model["class_token"] + model["registers"]
+    still, patches, half = x[:, :, :before], x[:, :, before:], x.shape[-1] // 2
+    first, second = patches[..., :half], patches[..., half:]
+    cosine, sine = np.cos(angles), np.sin(angles)
+    patches = concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
+    return concatenate([still, patches], axis=2)
+
+
 def _block(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
     first = p["scale1"]["scale"] if "scale1" in p else 1.0
     second = p["scale2"]["scale"] if "scale2" in p else 1.0
     if model["parallel"]:  # Dehghani et al. 2023, arXiv:2302.05442
-        h = _norm(p["norm1"], x)
+        h = _norm(model, p["norm1"], x)
         return x + _self_attention(model, p["attention"], h) * first + _mlp(model, p["mlp"], h) * second
-    x = x + _self_attention(model, p["attention"], _norm(p["norm1"], x)) * first
-    return x + _mlp(model, p["mlp"], _norm(p["norm2"], x)) * second
+    x = x + _self_attention(model, p["attention"], _norm(model, p["norm1"], x)) * first
+    return x + _mlp(model, p["mlp"], _norm(model, p["norm2"], x)) * second
 
 
 def _linear(p: Tree, x: Value) -> Value:
@@ -107,11 +149,11 @@ def _linear(p: Tree, x: Value) -> Value:
     return y + p["bias"].reshape(-1) if "bias" in p else y
 
 
-def _norm(p: Tree, x: Value) -> Value:
-    """Ba et al. 2016, arXiv:1607.06450."""
-    centred = x - x.mean(-1, keepdims=True)
+def _norm(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
+    """Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467."""
+    centred = x - x.mean(-1, keepdims=True) if model["norm"] == "layernorm" else x
     variance = (centred * centred).mean(-1, keepdims=True)
-    return centred * (variance + 1e-6) ** -0.5 * p["scale"] + p.get("bias", 0.0)
+    return centred * (variance + model["norm_epsilon"]) ** -0.5 * p["scale"] + p.get("bias", 0.0)
 
 
 def _mlp(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
@@ -119,6 +161,8 @@ def _mlp(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
     if model["activation"] == "swiglu":  # Shazeer 2020, arXiv:2002.05202
         gate = _linear(p["gate"], x)
         return _linear(p["down"], gate / (1.0 + exp(-gate)) * up)
+    if model["activation"] == "quick_gelu":
+        return _linear(p["down"], up / (1.0 + exp(up * -1.702)))
     if model["activation"] == "gelu":  # Hendrycks and Gimpel 2016, arXiv:1606.08415, and its approximation
         return _linear(p["down"], up * (1.0 + error_function(up * math.sqrt(0.5))) * 0.5)
     return _linear(p["down"], up * (1.0 + tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))) * 0.5)
@@ -127,7 +171,9 @@ def _mlp(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
 def _self_attention(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
     q, k, v = (_by_head(part, model["heads"]) for part in _parted(_linear(p["qkv"], x), 3))
     if "query_norm" in p:
-        q, k = _norm(p["query_norm"], q), _norm(p["key_norm"], k)
+        q, k = _norm(model, p["query_norm"], q), _norm(model, p["key_norm"], k)
+    if model["position"] == "rope2d":
+        q, k = _turned(model, q), _turned(model, k)
     return _linear(p["projection"], _attention(q, k, v))
 
 
@@ -144,7 +190,7 @@ def _attention_pool(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
     probe = p["probe"].reshape(1, 1, -1) + np.zeros((x.shape[0], 1, 1))
     k, v = (_by_head(part, model["heads"]) for part in _parted(_linear(p["key_value"], x), 2))
     y = _linear(p["projection"], _attention(_by_head(_linear(p["query"], probe), model["heads"]), k, v))
-    return (y + _mlp(model, p["mlp"], _norm(p["norm"], y)))[:, 0]
+    return (y + _mlp(model, p["mlp"], _norm(model, p["norm"], y)))[:, 0]
 
 
 def _parted(x: Value, count: int) -> list[Value]:

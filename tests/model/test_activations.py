@@ -26,9 +26,15 @@ def exact_gelu_tanh(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x * (1 + tanh) / 2, (1 + tanh) / 2 + x * (1 - tanh**2) * slope / 2
 
 
-EXACT = {"gelu": exact_gelu, "gelu_tanh": exact_gelu_tanh}
+def exact_quick_gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    share = 1 / (1 + np.exp(-1.702 * x))
+    return x * share, share + 1.702 * x * share * (1 - share)
+
+
+EXACT = {"gelu": exact_gelu, "gelu_tanh": exact_gelu_tanh, "quick_gelu": exact_quick_gelu}
 JAXS: dict[str, Callable[[Any], Any]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }  # fmt: skip
 
 

@@ -20,14 +20,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 8, "patch_size": 2, "pool": "map", "activation": "swiglu", "registers": 1, "pre_logits": 24
     },
     "parallel": {"image_size": 8, "patch_size": 4, "parallel": True, "qk_norm": True, "layer_scale": 0.1},
+    "class token and mean, rope2d, projected": {
+        "image_size": 8, "patch_size": 4, "pool": "cls_mean", "position": "rope2d", "output_projection": 20,
+        "pre_logits": 12,
+    },
+    "no head": {"image_size": 8, "patch_size": 4, "num_classes": 0, "norm": "rmsnorm"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_training_flops_are_those_of_the_traced_program(name: str) -> None:
-    model = config.Model(**TINY, **MODELS[name])
+    settings = {**TINY, **MODELS[name]}
+    model = config.Model(**settings)
     height, width = config.pair(model.image_size)
-    graph, parameters = nnx.split(nnx.eval_shape(lambda: ViT(**TINY, **MODELS[name], rngs=nnx.Rngs(0))))
+    graph, parameters = nnx.split(nnx.eval_shape(lambda: ViT(**settings, rngs=nnx.Rngs(0))))
     images = jax.ShapeDtypeStruct((1, height, width, 2), jnp.float32)
 
     def logits(parameters: nnx.State, images: jax.Array) -> jax.Array:

@@ -10,11 +10,14 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from vit_dist import config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import make_mesh
 from vit_dist.model import layers
-from vit_dist.model.layers import Dense, Mlp, Norm, drop_path, dropout, lecun_normal, normal, xavier_uniform
+from vit_dist.model.layers import Dense, Mlp, drop_path, dropout, lecun_normal, normal, xavier_uniform
+from vit_dist.model.norm import Norm
 
+MODEL = config.Model()
 MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "context": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 NAMES = ("batch", "tokens", "mlp")
 
@@ -30,12 +33,19 @@ def random(*shape: int, seed: int = 0) -> Any:
 def test_layer_norm_adds_a_millionth_to_the_variance() -> None:
     x = 1e-3 * random(2, 5, 16)  # with a variance as small
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(Norm(16, None, rngs=nnx.Rngs(0))(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(Norm(MODEL, 16, None, rngs=nnx.Rngs(0))(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square_and_has_no_bias() -> None:
+    x, model = 2 + random(2, 5, 16), config.Model(norm="rmsnorm", norm_epsilon=0.5)
+    norm = Norm(model, 16, None, rngs=nnx.Rngs(0))
+    assert norm.bias is None
+    np.testing.assert_allclose(norm(x), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5), rtol=1e-5)
 
 
 def test_layer_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
     x = jnp.asarray(300 + random(1, 1, 256), jnp.bfloat16)  # whose sum of squares bfloat16 could not hold
-    y = Norm(256, None, rngs=nnx.Rngs(0))(x)
+    y = Norm(MODEL, 256, None, rngs=nnx.Rngs(0))(x)
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-6)
     assert y.dtype == jnp.bfloat16

@@ -1,6 +1,7 @@
 """What is kept for the backward pass of element-wise functions, and that their derivatives are JAX's own."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from derivatives import check_bfloat16, check_float32, check_second, random, wid
 from jax.test_util import check_grads
 from products import equations
 
-from vit_dist.model.layers import _layer_norm
+from vit_dist.model.norm import _normalised
 from vit_dist.model.recompute import recompute
 
 
@@ -57,26 +58,30 @@ def test_forward_mode_is_refused_by_name() -> None:
         jax.jvp(lambda x: recompute(jnp.sin, x), (1.0,), (1.0,))
 
 
-def norm(x: jax.Array, *affine: jax.Array) -> jax.Array:
-    return recompute(functools.partial(_layer_norm, 1e-6), x, *affine)
+def norm(kind: str) -> Any:
+    return lambda x, *affine: recompute(functools.partial(_normalised, kind, 1e-6), x, *affine)
 
 
-def plain_norm(x: jax.Array, *affine: jax.Array) -> jax.Array:
-    centred = wide(x) - jnp.mean(wide(x), -1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
-    if affine:
-        y = y * affine[0] + affine[1]
-    return y.astype(x.dtype)
+def plain_norm(kind: str) -> Any:
+    def plain(x: jax.Array, *affine: jax.Array) -> jax.Array:
+        centred = wide(x) - jnp.mean(wide(x), -1, keepdims=True) if kind == "layernorm" else wide(x)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
+        for operation, one in zip((jnp.multiply, jnp.add), affine, strict=False):
+            y = operation(y, one)
+        return y.astype(x.dtype)
+
+    return plain
 
 
 NORM_INPUTS = 3 + random(6, 64), 1 + 0.3 * random(64, seed=1), random(64, seed=2)
 
 
-@pytest.mark.parametrize("count", [1, 3], ids=["without scale and bias", "with them"])
-def test_the_gradients_of_layer_norm_are_those_of_a_plain_one(count: int) -> None:
-    check_float32(norm, plain_norm, NORM_INPUTS[:count])
-    check_bfloat16(norm, plain_norm, NORM_INPUTS[:count], kept=count - 1)
+@pytest.mark.parametrize(("kind", "count"), [("layernorm", 1), ("layernorm", 3), ("rmsnorm", 1), ("rmsnorm", 2)])
+def test_the_gradients_of_a_norm_are_those_of_a_plain_one(kind: str, count: int) -> None:
+    check_float32(norm(kind), plain_norm(kind), NORM_INPUTS[:count])
+    check_bfloat16(norm(kind), plain_norm(kind), NORM_INPUTS[:count], kept=count - 1)
 
 
-def test_the_second_derivative_of_layer_norm_is_that_of_a_plain_one() -> None:
-    check_second(norm, plain_norm, NORM_INPUTS)
+@pytest.mark.parametrize(("kind", "count"), [("layernorm", 3), ("rmsnorm", 2)])
+def test_the_second_derivative_of_a_norm_is_that_of_a_plain_one(kind: str, count: int) -> None:
+    check_second(norm(kind), plain_norm(kind), NORM_INPUTS[:count])

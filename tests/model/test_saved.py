@@ -26,6 +26,9 @@ MODELS = {
     "parallel": {"parallel": True, "qk_norm": True},
     "swiglu": {"activation": "swiglu"},
     "tanh": {"activation": "gelu_tanh"},
+    "rope2d": {"position": "rope2d", "activation": "quick_gelu"},
+    "rope2d, norms of queries and keys with a bias": {"position": "rope2d", "qk_norm": True, "qk_norm_bias": True},
+    "rmsnorm": {"norm": "rmsnorm", "qk_norm": True},
     "dropout": {"dropout": 0.1, "attention_dropout": 0.1, "projection_dropout": 0.2},
 }
 

@@ -18,16 +18,19 @@ GOLDEN = {
     "mu": (16, 76_712),
     "Ti": (16, 5_717_416),
     "S": (16, 22_050_664),
+    "S+": (16, 29_146_984),
     "M": (16, 38_837_736),
     "B": (16, 86_567_656),
     "L": (16, 304_326_632),
     "So400m": (14, 413_597_656),
     "H": (14, 632_045_800),
+    "H+": (16, 842_078_440),
     "g": (14, 1_012_611_432),
     "g-opt": (14, 1_136_101_864),
     "G": (14, 1_844_440_680),
     "G-opt": (14, 1_664_842_216),
     "e": (14, 3_807_214_312),
+    "7B": (16, 6_721_082_344),
     "22B": (14, 21_757_889_512),
     "giant2": (14, 1_136_183_784),
 }
@@ -40,6 +43,12 @@ HEADLESS: dict[str, tuple[str, int, dict[str, Any], float]] = {
     "vit_so400m_patch14_siglip_224": ("So400m/14", 1152, {"pool": "map"}, 427.68),
     "vit_giant_patch14_dinov2": ("giant2/14", 1536, {"image_size": 518, "layer_scale": 1e-5}, 1136.48),
 }
+
+# Parameters of timm 1.0.31's vit_{small,small_plus,base,large,huge_plus,7b}_patch16_dinov3, counted there.
+DINOV3 = {
+    "S/16": 21_586_944, "S+/16": 28_683_264, "B/16": 85_641_216, "L/16": 303_079_424, "H+/16": 840_509_440,
+    "7B/16": 6_716_030_976,
+}  # fmt: skip
 
 
 def count(variant: str | None = None, **settings: Any) -> int:
@@ -83,6 +92,13 @@ def test_the_golden_count_agrees_with_the_closed_form(name: str) -> None:
 def test_counts_agree_with_those_that_timm_publishes(name: str) -> None:
     variant, width, settings, millions = HEADLESS[name]
     assert round((count(variant, num_classes=1, **settings) - width - 1) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(("variant", "parameters"), DINOV3.items())
+def test_counts_of_dinov3_are_those_of_timm(variant: str, parameters: int) -> None:
+    settings: dict[str, Any] = {"position": "rope2d", "registers": 4, "class_token": True, "pool": "mean"}
+    found = count(variant, **settings, qkv_bias=False, layer_scale=1e-5, num_classes=0)
+    assert found == parameters
 
 
 def test_m16_with_mean_pooling_agrees_with_timm() -> None:

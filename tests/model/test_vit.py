@@ -42,6 +42,26 @@ MODELS: dict[str, Settings] = {
     },
     "map, swiglu, registers": {"pool": "map", "activation": "swiglu", "registers": 1},
     "parallel, as ViT-22B": {"parallel": True, "qk_norm": True, "qkv_bias": False},
+    "as DINOv3: rope2d, registers, swiglu, epsilon, norm after the mean": {
+        "position": "rope2d", "registers": 2, "activation": "swiglu", "norm_epsilon": 0.1, "layer_scale": 0.1,
+        "pool": "mean", "pool_norm": "after", "class_token": True, "image_size": (8, 12), "qk_norm": True,
+        "qk_norm_bias": True,
+    },
+    "as CLIP: norm before the blocks, quick GELU, output projection, no head": {
+        "embedding_norm": "tokens", "activation": "quick_gelu", "output_projection": 12, "num_classes": 0,
+        "pool_norm": "both",
+    },
+    "as AIMv2: RMSNorm, of the patches too, no positions": {
+        "norm": "rmsnorm", "embedding_norm": "patches", "activation": "swiglu", "qkv_bias": False, "position": "none",
+        "pool": "mean",
+    },
+    "class token and mean, none normalised": {
+        "pool": "cls_mean", "pool_norm": "none", "registers": 1, "pre_logits": 12, "rope_base": 20.0,
+        "position": "rope2d",
+    },
+    "map beside a class token, normalised after": {
+        "pool": "map", "class_token": True, "pool_norm": "after",
+    },
 }  # fmt: skip
 RANDOM: Settings = {"dropout": 0.1, "embedding_dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.3}
 MESHES: list[dict[str, int]] = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -103,7 +123,7 @@ def test_logits_and_gradients_agree_with_the_reference(name: str) -> None:
     x = images(3, size, settings.get("channels", 3))
     (_, logits), gradient = scored(logits_of(graph))(parameters, x)
     expected, slopes = expected_of(settings, parameters, x)
-    assert logits.dtype == jnp.float32 and logits.shape == (3, settings.get("num_classes", 5))
+    assert logits.dtype == jnp.float32 and logits.shape == (3, settings.get("num_classes", 5) or 12)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     gradients = flattened(nnx.to_pure_dict(gradient))
@@ -301,6 +321,53 @@ def test_parameters_and_random_logits_are_the_same_on_every_mesh() -> None:
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}  # of (2, 32, 64)
 
 
+NEW_ON_A_MESH: dict[str, Settings] = {
+    "rope2d, norm of tokens, class token and mean": {
+        "position": "rope2d", "rope_jitter": 1.2, "rope_rescale": 2.0, "qk_norm": True, "qk_norm_bias": True,
+        "embedding_norm": "tokens", "pool": "cls_mean", "pool_norm": "both", "registers": 2, "activation": "quick_gelu",
+    },
+    "rmsnorm, norm of patches, after the mean": {
+        "norm": "rmsnorm", "embedding_norm": "patches", "position": "none", "pool": "mean", "pool_norm": "after",
+        "class_token": True, "output_projection": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEW_ON_A_MESH)
+def test_logits_and_gradients_of_split_tokens_heads_and_parameters_are_those_of_one_device(name: str) -> None:
+    graph, state = abstract(**NEW_ON_A_MESH[name])
+    parameters, key = filled(state), jax.random.key(0)
+    (_, expected), expected_gradient = scored(logits_of(graph))(parameters, images(), key)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2, "context": 2}):
+        with jax.set_mesh(make_mesh(sizes, jax.devices())):
+            _, split = abstract(**NEW_ON_A_MESH[name])
+            own = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding.spec), parameters, split)
+            x = jax.device_put(images(), layout.spec("batch", None, None, None))
+            (_, logits), gradient = scored(logits_of(graph))(own, x, key)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5, err_msg=str(sizes))
+        for leaf, wanted in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+            np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-5, err_msg=str(sizes))
+
+
+def test_rope2d_is_jittered_in_training_alone() -> None:
+    settings: Settings = {"position": "rope2d", "pool": "mean"}
+    graph, state = abstract(**settings)
+    jittered, _ = abstract(**settings, rope_jitter=1.5, rope_rescale=2.0)
+    parameters = filled(state)
+    plain, evaluated = (jit(logits_of(one))(parameters, images()) for one in (graph, jittered))
+    np.testing.assert_array_equal(plain, evaluated)
+    run = jit(logits_of(jittered))
+    first, again, other = (run(parameters, images(), jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - plain).max() > 1e-3 and np.abs(first - other).max() > 1e-3
+
+
+def test_rope2d_takes_images_of_another_size_with_the_same_parameters() -> None:
+    settings: Settings = {"position": "rope2d", "pool": "mean"}
+    shapes = [jax.tree.map(jnp.shape, abstract(**settings, image_size=size)[1]) for size in (8, (12, 16))]
+    assert shapes[0] == shapes[1]
+
+
 LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first dimension is not split
     "patch/kernel": (None, "fsdp"),
     "patch/bias": ("fsdp",),
@@ -312,7 +379,9 @@ LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first
     "blocks/attention/qkv/kernel": (None, "fsdp", None, "tensor", None),
     "blocks/attention/qkv/bias": (None, None, "tensor", None),
     "blocks/attention/query_norm/scale": (None, None),
+    "blocks/attention/query_norm/bias": (None, None),
     "blocks/attention/key_norm/scale": (None, None),
+    "blocks/attention/key_norm/bias": (None, None),
     "blocks/attention/projection/kernel": (None, "tensor", None, "fsdp"),
     "blocks/attention/projection/bias": (None, "fsdp"),
     "blocks/norm2/scale": (None, "fsdp"),
@@ -327,7 +396,12 @@ LAYOUT = {  # on data=2 x fsdp=2 x tensor=2; blocks are stacked, and their first
     "blocks/scale2/scale": (None, "fsdp"),
     "norm/scale": ("fsdp",),
     "norm/bias": ("fsdp",),
-    "pre_logits/kernel": ("fsdp", None),
+    "embedding_norm/scale": ("fsdp",),
+    "embedding_norm/bias": ("fsdp",),
+    "pooled_norm/scale": ("fsdp",),
+    "pooled_norm/bias": ("fsdp",),
+    "output_projection/kernel": ("fsdp", None),
+    "pre_logits/kernel": (None, None),
     "pre_logits/bias": (None,),
     "head/kernel": (None, None),
     "head/bias": (None,),
@@ -357,7 +431,9 @@ def specs(**settings: Any) -> dict[str, PartitionSpec]:
 
 
 def test_every_parameter_is_split_as_the_table_says() -> None:
-    split = specs(registers=1, layer_scale=0.1, qk_norm=True, activation="swiglu", pre_logits=8)
+    norms: Settings = {"qk_norm": True, "qk_norm_bias": True, "pool_norm": "both", "embedding_norm": "tokens"}
+    ends: Settings = {"output_projection": 8, "pre_logits": 8}
+    split = specs(registers=1, layer_scale=0.1, activation="swiglu", **norms, **ends)
     assert split == {name: PartitionSpec(*axes) for name, axes in LAYOUT.items()}
     split = specs(pool="map")
     assert {name: PartitionSpec(*axes) for name, axes in POOL_LAYOUT.items()}.items() <= split.items()
@@ -378,12 +454,18 @@ def test_a_model_runs_without_any_setup() -> None:
         ({"image_size": 30, "patch_size": 8}, "model.image_size: height 30 is not a multiple of the patch's 8"),
         ({"image_size": (8, 10)}, "model.image_size: width 10 is not a multiple of the patch's 4; take 8 or 12"),
         ({"heads": 5}, "model.width: 32 does not divide by 5 heads; take 30 or 35"),
+        (
+            {"heads": 16, "position": "rope2d"},
+            "model.heads: 16 of 2 channels each, which must divide by 4 for model.pos",
+        ),
+        ({"class_token": False}, "model.class_token: false, but model.pool=cls takes it; set pool=mean or map"),
+        ({"rope_jitter": 0.5}, "model.rope_jitter: must be at least 1, found 0.5"),
         ({"width": 6, "heads": 2, "position": "sincos2d"}, "model.width: 6 must divide by 4"),
         ({"width": None}, "model.width: not set; set it, or model.variant to a name such as B/16"),
         ({"patch_size": None}, "model.patch_size: not set"),
         ({"num_classes": None}, "model.num_classes: not set"),
         ({"patchsize": 4}, r"unknown key model.patchsize \(did you mean model.patch_size\?\)"),
-        ({"pool": "gap"}, "model.pool: 'gap' is none of cls, mean, map"),
+        ({"pool": "gap"}, "model.pool: 'gap' is none of cls, mean, cls_mean, map"),
         ({"dropout": 1.0}, r"model.dropout: must be in \[0, 1\), found 1.0"),
     ],
     ids=str,

@@ -37,9 +37,20 @@ def _gelu_tanh_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tup
     return jax.jvp(by_logistic, primals, tangents)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x times the logistic function of 1.702 x, an approximation of GELU in OpenAI's CLIP (arXiv:2103.00020)."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.logistic(1.702 * wide)).astype(x.dtype)
+
+
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "swiglu": swiglu}
+ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "swiglu": swiglu,
+}  # `model.activation`

@@ -15,7 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vit_dist import config
 from vit_dist.mesh import layout
 from vit_dist.model import context, kernels
-from vit_dist.model.layers import INITIALIZERS, Dense, Norm, Scale, dropout, split_key
+from vit_dist.model.layers import INITIALIZERS, Dense, dropout, split_key
+from vit_dist.model.norm import Norm, Scale
+from vit_dist.model.position import Rotation, rotate
 from vit_dist.model.shape import Shape
 
 
@@ -33,17 +35,25 @@ class Attention(nnx.Module):
         qkv_bias, projection_bias = (0.0 if bias else None for bias in (model.qkv_bias, model.projection_bias))
         self.qkv = Dense((width,), (heads, size), qkv_names, bias=qkv_bias, count=3, **dense)
         self.projection = Dense((heads, size), (width,), projection_names, bias=projection_bias, **dense)
-        self.query_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
-        self.key_norm = Norm(size, None, rngs=rngs, bias=False) if shape.qk_norm else None
+        norm = functools.partial(Norm, model, size, None, rngs=rngs, bias=model.qk_norm_bias)
+        self.query_norm = norm() if shape.qk_norm else None
+        self.key_norm = norm() if shape.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, key: jax.Array | None, norm: Norm | None = None, scale: Scale | None = None
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        norm: Norm | None = None,
+        scale: Scale | None = None,
+        rotation: Rotation | None = None,
     ) -> jax.Array:
-        """Attends over the tokens of x; `norm` and `scale` are as for a dense layer."""
+        """Attends over the tokens of x; `norm` and `scale` are as for a dense layer, `rotation` as for a block."""
         keys = split_key(key, 2)
         q, k, v = (_named(y, "qkv") for y in self.qkv.each(x, norm=norm))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if layout.shard_count("tokens") == 1:
             mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0], tokens=self.tokens)
         else:

@@ -9,7 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vit_dist import config
 from vit_dist.mesh import layout
 from vit_dist.model.attention import Attention
-from vit_dist.model.layers import INITIALIZERS, Mlp, Norm, Scale, drop_path, split_key
+from vit_dist.model.layers import INITIALIZERS, Mlp, drop_path, split_key
+from vit_dist.model.norm import Norm, Scale
+from vit_dist.model.position import Rotation
 from vit_dist.model.shape import Shape
 
 SAVED = ("qkv", "attention", "mlp", "residual")  # kept by remat="names", which runs no dense product twice
@@ -21,20 +23,33 @@ class Block(nnx.Module):
     def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
         common: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
         self.parallel = shape.parallel
-        self.norm1 = Norm(shape.width, "width", rngs=rngs)
+        self.norm1 = Norm(model, shape.width, "width", rngs=rngs)
         self.attention = Attention(model, shape, rngs)
-        self.norm2 = None if shape.parallel else Norm(shape.width, "width", rngs=rngs)
+        self.norm2 = None if shape.parallel else Norm(model, shape.width, "width", rngs=rngs)
         self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=model.dropout, **common)
         scale = model.layer_scale
         self.scale1 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
         self.scale2 = Scale(shape.width, scale, rngs=rngs) if scale is not None else None
 
-    def __call__(self, x: jax.Array, path_rate: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        """Maps x [B, N, D] to [B, N, D]; `path_rate`: the probability with which an example skips a branch."""
+    def __call__(
+        self,
+        x: jax.Array,
+        path_rate: jax.Array | None = None,
+        key: jax.Array | None = None,
+        rotation: Rotation | None = None,
+    ) -> jax.Array:
+        """Maps x [B, N, D] to [B, N, D].
+
+        Args:
+          x: the tokens.
+          path_rate: the probability with which an example skips a branch; None never skips.
+          key: the randomness; None draws nothing.
+          rotation: of queries and keys, with `position=rope2d`.
+        """
         keys = split_key(key, 4)
         norm = self.norm1
         h = norm.normalise(x)
-        attended = self.attention(h, keys[0], norm, self.scale1)
+        attended = self.attention(h, keys[0], norm, self.scale1, rotation)
         x = add(x, drop_path(attended, path_rate, keys[1]))
         if self.norm2 is not None:
             x, norm = checkpoint_name(x, "residual"), self.norm2
@@ -55,7 +70,12 @@ def add(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def run_blocks(
-    blocks: nnx.Module, x: jax.Array, rates: jax.Array | None, keys: jax.Array | None, model: config.Model
+    blocks: nnx.Module,
+    x: jax.Array,
+    rates: jax.Array | None,
+    keys: jax.Array | None,
+    rotation: Rotation | None,
+    model: config.Model,
 ) -> jax.Array:
     """Applies all blocks to x [B, N, D].
 
@@ -64,12 +84,13 @@ def run_blocks(
       x: the tokens.
       rates: drop-path rates [depth]; None: none.
       keys: a key for each block; None draws nothing.
+      rotation: as for a block.
       model: `scan` and `remat`.
     """
 
     def run(x: jax.Array, inputs: tuple) -> tuple[jax.Array, None]:
         (graph, parameters), rate, key = inputs
-        return nnx.merge(graph, parameters)(x, rate, key), None
+        return nnx.merge(graph, parameters)(x, rate, key, rotation), None
 
     if model.remat != "none":
         # XLA must not merge the second computation with the first; a loop prevents that, unrolled code does not.

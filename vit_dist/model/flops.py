@@ -4,6 +4,8 @@ A multiplication and an addition count as two operations, and only matrix produc
 times the forward pass: one forward pass, and twice as much backward.
 """
 
+import itertools
+
 from vit_dist import config
 from vit_dist.model.shape import shape_of
 
@@ -18,8 +20,8 @@ def forward_flops(model: config.Model) -> int:
     pool = 0
     if model.pool == "map":  # one query over the patches, then an MLP on one token
         pool = 2 * patches * width * width + 2 * width * width + 2 * patches * width + width * hidden
-    last = model.pre_logits or width
-    head = last * shape.classes + (width * last if model.pre_logits else 0)
+    sizes = [shape.pooled, *filter(None, (model.output_projection, model.pre_logits)), shape.classes]
+    head = sum(inputs * outputs for inputs, outputs in itertools.pairwise(sizes))
     return 2 * (embed + shape.depth * block + pool + head)
 
 

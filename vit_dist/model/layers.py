@@ -4,7 +4,6 @@ A layer stores its parameters in float32, split by the table in `mesh.layout`, a
 input when it runs. Randomness comes as a `key` argument; without a key (evaluation) every random layer is the identity.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,23 +17,9 @@ from jax.sharding import PartitionSpec
 
 from vit_dist.mesh import layout
 from vit_dist.model.activations import ACTIVATIONS
+from vit_dist.model.norm import Norm, Scale
+from vit_dist.model.parameters import Names, make_parameter
 from vit_dist.model.product import product, products
-from vit_dist.model.recompute import recompute
-
-Names = tuple[str | None, ...]
-
-
-def make_parameter(rngs: nnx.Rngs, initializer: Callable, shape: tuple[int, ...], names: Names) -> nnx.Param:
-    """Makes a float32 parameter that is split by the logical names of its dimensions."""
-    return nnx.Param(initializer(rngs.params(), shape, jnp.float32, out_sharding=layout.spec(*names)))
-
-
-def cast_and_gather(parameter: nnx.Param, dtype: jnp.dtype, activations: PartitionSpec | None) -> jax.Array:
-    """Returns the parameter's value in `dtype`, gathered for a product with activations of this layout.
-
-    The cast comes first, so that a gather in bfloat16 moves half the bytes.
-    """
-    return layout.gathered(parameter[...].astype(dtype), activations)
 
 
 class Dense(nnx.Module):
@@ -73,7 +58,7 @@ class Dense(nnx.Module):
         # The names of the result's dimensions: only parameters are split by `width`, activations never.
         self.output_names = tuple(None if name == "width" else name for name in output_names)
 
-    def __call__(self, x: jax.Array, *, norm: "Norm | None" = None, scale: "Scale | None" = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, norm: Norm | None = None, scale: Scale | None = None) -> jax.Array:
         """Returns the map of x.
 
         Args:
@@ -83,14 +68,14 @@ class Dense(nnx.Module):
         """
         return self._multiply((x,), *self._gathered(x, norm, scale))
 
-    def of(self, function: Callable[..., jax.Array], *inputs: jax.Array, scale: "Scale | None" = None) -> jax.Array:
+    def of(self, function: Callable[..., jax.Array], *inputs: jax.Array, scale: Scale | None = None) -> jax.Array:
         """Returns the map of `function(*inputs)`, [..., I], of which the backward pass keeps the inputs.
 
         `function` is cheap to run again: element-wise, or a change of shape.
         """
         return self._multiply(inputs, *self._gathered(inputs[0], None, scale), function)
 
-    def each(self, x: jax.Array, *, norm: "Norm | None" = None) -> list[jax.Array]:
+    def each(self, x: jax.Array, *, norm: Norm | None = None) -> list[jax.Array]:
         """Returns the `count` maps of x, [..., *outputs] each, by a product each.
 
         One product for all would leave its result to be cut into copies, and the gradients to be joined.
@@ -105,7 +90,7 @@ class Dense(nnx.Module):
         biases = tuple(None if bias is None else cut(bias, 0, number) for number in numbers)
         return [self._shaped(y) for y in products((x,), tuple(cut(kernel, 1, number) for number in numbers), biases)]
 
-    def _gathered(self, x: jax.Array, norm: "Norm | None", scale: "Scale | None") -> tuple[jax.Array, jax.Array | None]:
+    def _gathered(self, x: jax.Array, norm: Norm | None, scale: Scale | None) -> tuple[jax.Array, jax.Array | None]:
         """Returns kernel and bias for a product with x: the kernel in the dtype of x, the bias in float32."""
         kernel, bias, split = self.kernel[...], None if self.bias is None else self.bias[...], layout.spec_of(x)
         shift = None
@@ -135,111 +120,6 @@ class Dense(nnx.Module):
             return y
         split = layout.spec_of(y, y.ndim - 1, *self.output_names)
         return jax.lax.reshape(y, (*y.shape[:-1], *self.outputs), out_sharding=split)
-
-
-class Norm(nnx.Module):
-    """LayerNorm over the last dimension, with statistics in float32: [..., size] -> [..., size].
-
-    Ba et al. 2016, arXiv:1607.06450. `name` is the logical name of the dimension. Where a dense layer follows, the norm
-    can leave its scale and bias to it (`normalise`, `fold`): products of (x s + b) and W are those of x and s W, plus
-    b W. The gradients of scale and bias then follow from the kernel's, without a sum over all tokens.
-    """
-
-    def __init__(self, size: int, name: str | None, *, rngs: nnx.Rngs, bias: bool = True, epsilon: float = 1e-6):
-        self.epsilon = epsilon
-        self.scale = make_parameter(rngs, initializers.ones, (size,), (name,))
-        self.bias = make_parameter(rngs, initializers.zeros, (size,), (name,)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return recompute(functools.partial(_layer_norm, self.epsilon), x, *self._gathered(x))
-
-    def normalise(self, x: jax.Array) -> jax.Array:
-        """Returns x with mean 0 and variance 1, for a dense layer that is called with this norm."""
-        return recompute(functools.partial(_layer_norm, self.epsilon), x)
-
-    def affine(self, x: jax.Array) -> jax.Array:
-        """Returns x times the scale, plus the bias."""
-        return _affine(x.astype(jnp.float32), *self._gathered(x)).astype(x.dtype)
-
-    def _gathered(self, x: jax.Array) -> list[jax.Array]:
-        """Returns the scale and, if there is one, the bias, in float32 and gathered for x."""
-        parameters = [self.scale] if self.bias is None else [self.scale, self.bias]
-        return [cast_and_gather(parameter, jnp.float32, layout.spec_of(x)) for parameter in parameters]
-
-    def fold(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the kernel [size, ...] of a dense layer that maps what `normalise` returns, and a bias [...] to add.
-
-        Both are as stored. The bias is a sum over `fsdp`, a small all-reduce; None if the norm has no bias.
-        """
-        scaled = recompute(lambda kernel, scale: _scaled(kernel, scale, 0), kernel, self.scale[...])
-        if self.bias is None:
-            return scaled, None
-        shift = recompute(lambda kernel, bias: jnp.sum(_scaled(kernel, bias, 0), 0), kernel, self.bias[...])
-        return scaled, shift
-
-
-def _layer_norm(epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
-    """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither."""
-    return _affine(_standardised(x.astype(jnp.float32), epsilon), *affine).astype(x.dtype)
-
-
-def _affine(x: jax.Array, *affine: jax.Array) -> jax.Array:
-    """Returns x times the scale, plus the bias; `affine` is as for `_layer_norm`."""
-    split = layout.spec_of(x)
-    if affine:
-        x = x * layout.broadcast(affine[0], x.shape, split)
-    if affine[1:]:
-        x = x + layout.broadcast(affine[1], x.shape, split)
-    return x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _standardised(x: jax.Array, epsilon: float) -> jax.Array:
-    """Returns (x - mean) / sqrt(variance + epsilon) over the last dimension of x, float32.
-
-    Its gradient is one array, to which that of the residual stream is added. JAX's own ends with the addition of a
-    broadcast number for each token, and XLA for CPUs then computes the stream's gradient anew, from the last block on,
-    wherever it is used.
-    """
-    return _standardised_forward(x, epsilon)[0]
-
-
-def _standardised_forward(x: jax.Array, epsilon: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    centred = x - jnp.mean(x, -1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + epsilon)
-    y = centred * inverse
-    return y, (y, inverse)
-
-
-def _standardised_backward(epsilon: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
-    y, inverse = saved
-    along = jnp.mean(g * y, -1, keepdims=True)
-    return ((g - (y * along + jnp.mean(g, -1, keepdims=True))) * inverse,)
-
-
-_standardised.defvjp(_standardised_forward, _standardised_backward)
-
-
-class Scale(nnx.Module):
-    """LayerScale: multiplies each channel by a learned factor (Touvron et al. 2021, arXiv:2103.17239).
-
-    The dense layer before it applies it: the columns of the kernel are multiplied instead of the activations.
-    """
-
-    def __init__(self, size: int, value: float, *, rngs: nnx.Rngs):
-        self.scale = make_parameter(rngs, initializers.constant(value), (size,), ("width",))
-
-    def fold(self, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Returns kernel [..., size] and bias [size] of the dense layer whose result is to be scaled, as stored."""
-        scale = self.scale[...]
-        kernel = recompute(lambda kernel, scale: _scaled(kernel, scale, kernel.ndim - 1), kernel, scale)
-        return kernel, None if bias is None else bias * scale
-
-
-def _scaled(kernel: jax.Array, factors: jax.Array, dimension: int) -> jax.Array:
-    """Multiplies a kernel by factors along one dimension; both are as stored."""
-    split = layout.stored_spec(kernel)
-    return kernel * jax.lax.broadcast_in_dim(factors, kernel.shape, (dimension,), out_sharding=split)
 
 
 class Mlp(nnx.Module):

@@ -1,5 +1,9 @@
-"""Position embeddings of patches: fixed ones, and the addition of either kind; learned ones are parameters of `ViT`."""
+"""Position embeddings of patches: fixed ones to add, the addition, and rotations of queries and keys.
 
+Learned ones are parameters of `ViT`.
+"""
+
+import math
 from typing import Any
 
 import jax
@@ -42,3 +46,68 @@ def _add_backward(table: jax.Array, g: jax.Array) -> tuple[jax.Array, Any]:
 
 
 add_to_each.defvjp(_add_forward, _add_backward)
+
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines [N, d / 2] of the angles by which a head of d channels turns
+
+
+def rope2d(
+    grid: tuple[int, int], size: int, base: float, stretch: jax.Array | None = None, *, before: int = 0, after: int = 0
+) -> Rotation:
+    """Returns the rotation of each token of an image, for heads of `size` channels.
+
+    A quarter of the angles go by row and column each: 2 pi c / p, where c in (-1, 1) is the centre of the patch along
+    that side of the image, and p are periods from 1 up to, but without, `base`, at equal ratios (Heo et al. 2024,
+    arXiv:2403.13298, with the coordinates of DINOv3, Siméoni et al. 2025, arXiv:2508.10104).
+
+    Args:
+      grid: patches down and across.
+      size: a multiple of 4.
+      base: see above.
+      stretch: factors [2] of the coordinates down and across; None: 1.
+      before: the number of tokens before the patches, which are not turned.
+      after: the number of tokens after them.
+    """
+    centres = jnp.meshgrid(*((2 * jnp.arange(side) + 1) / side - 1 for side in grid), indexing="ij")
+    coordinates = jnp.stack(centres, -1).reshape(-1, 2)
+    if stretch is not None:
+        coordinates = coordinates * stretch
+    periods = base ** (jnp.arange(size // 4) / (size // 4))
+    angles = 2 * math.pi * coordinates[:, :, None] / periods
+    angles = jnp.pad(angles.reshape(-1, size // 2), ((before, after), (0, 0)))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def random_stretch(key: jax.Array, jitter: float, rescale: float) -> jax.Array:
+    """Draws factors [2] for `rope2d`: between jitter and 1 / jitter each, times one in the range of rescale for both.
+
+    They are uniform in their logarithm, as in DINOv3.
+    """
+    draws = jax.random.uniform(key, (3,), minval=-1, maxval=1)
+    return jnp.exp(draws[:2] * math.log(jitter) + draws[2] * math.log(rescale))
+
+
+@jax.custom_vjp
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns each pair of channels (i, i + d / 2) of x [B, N, H, d] by the angles of its token; computed in float32.
+
+    It is linear in x and keeps the rotation alone. The rotation itself has no gradient.
+    """
+    cosine, sine = (
+        jax.lax.broadcast_in_dim(one, (*x.shape[:3], one.shape[1]), (1, 3), out_sharding=layout.spec_of(x))
+        for one in rotation
+    )
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1).astype(x.dtype)
+
+
+def _rotate_forward(x: jax.Array, rotation: Rotation) -> tuple[jax.Array, Rotation]:
+    return rotate(x, rotation), rotation
+
+
+def _rotate_backward(rotation: Rotation, g: jax.Array) -> tuple[jax.Array, None]:
+    cosine, sine = rotation
+    return rotate(g, (cosine, -sine)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -22,7 +22,14 @@ class Shape:
     patch: tuple[int, int]
     channels: int
     classes: int
-    special: int  # tokens before the patches: the class token, then registers
+    class_token: bool
+    registers: int
+    pooled: int  # width of what is pooled
+
+    @property
+    def special(self) -> int:
+        """Number of tokens before the patches: the class token, then registers."""
+        return self.class_token + self.registers
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,6 +73,22 @@ def shape_of(model: config.Model) -> Shape:
         raise ConfigError(f"model.width: {numbers['width']} does not divide by {numbers['heads']} heads; take {near}")
     if model.position == "sincos2d" and numbers["width"] % 4:
         raise ConfigError(f"model.width: {numbers['width']} must divide by 4 for model.position=sincos2d")
-    numbers |= {"channels": model.channels, "classes": model.num_classes}
-    special = (model.pool == "cls") + model.registers
-    return Shape(**numbers, image=image, patch=patches, special=special)
+    if model.position == "rope2d" and numbers["width"] // numbers["heads"] % 4:
+        raise ConfigError(
+            f"model.heads: {numbers['heads']} of {numbers['width'] // numbers['heads']} channels each, which must "
+            "divide by 4 for model.position=rope2d"
+        )
+    pools_class_token = model.pool in ("cls", "cls_mean")
+    class_token = pools_class_token if model.class_token is None else model.class_token
+    if pools_class_token and not class_token:
+        raise ConfigError(f"model.class_token: false, but model.pool={model.pool} takes it; set pool=mean or map")
+    return Shape(
+        **numbers,
+        image=image,
+        patch=patches,
+        channels=model.channels,
+        classes=model.num_classes,
+        class_token=class_token,
+        registers=model.registers,
+        pooled=numbers["width"] * (2 if model.pool == "cls_mean" else 1),
+    )

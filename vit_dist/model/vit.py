@@ -44,45 +44,13 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import choices, context, kernels
-from vit_dist.model.attention import attend
 from vit_dist.model.block import Block, run_blocks
-from vit_dist.model.layers import (
-    INITIALIZERS,
-    Dense,
-    Mlp,
-    Norm,
-    cast_and_gather,
-    dropout,
-    lecun_normal,
-    make_parameter,
-    split_key,
-    zeros,
-)
-from vit_dist.model.position import add_to_each, sincos2d
-from vit_dist.model.shape import Shape, shape_of
-
-
-class AttentionPool(nnx.Module):
-    """Attends with one learned query, then applies an MLP: [B, N, D] -> [B, D] (Zhai et al. 2022, arXiv:2106.04560)."""
-
-    def __init__(self, model: config.Model, shape: Shape, rngs: nnx.Rngs):
-        common: dict[str, Any] = {"rngs": rngs, "initializer": INITIALIZERS[model.kernel_init]}
-        names, size = ("width", "heads", None), shape.width // shape.heads
-        self.probe = make_parameter(rngs, initializers.normal(0.02), (1, shape.width), (None, "width"))
-        self.query = Dense((shape.width,), (shape.heads, size), names, **common)
-        self.key_value = Dense((shape.width,), (shape.heads, size), names, count=2, **common)
-        self.projection = Dense((shape.heads, size), (shape.width,), ("heads", None, "width"), **common)
-        self.norm = Norm(shape.width, "width", rngs=rngs)
-        self.mlp = Mlp(shape.width, shape.mlp, activation=shape.activation, dropout=0.0, **common)
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Pools the tokens of x [B, N, D] for which `mask`, bool [N], is True; None pools all."""
-        split = layout.spec_of(x, 1, None, None)  # by examples only
-        probe = layout.broadcast(cast_and_gather(self.probe, x.dtype, split), (x.shape[0], 1, x.shape[2]), split)
-        key, value = self.key_value.each(x)
-        # The weights of one query, [B, H, 1, N], are small: a fused kernel would gain nothing.
-        x = self.projection(layout.joined(attend(self.query(probe), key, value, "xla", mask=mask), 2))
-        return (x + self.mlp(self.norm(x), None))[:, 0]
+from vit_dist.model.layers import INITIALIZERS, Dense, dropout, lecun_normal, split_key, zeros
+from vit_dist.model.norm import Norm
+from vit_dist.model.parameters import cast_and_gather, make_parameter
+from vit_dist.model.pooling import AttentionPool, mean, token_mask
+from vit_dist.model.position import Rotation, add_to_each, random_stretch, rope2d, sincos2d
+from vit_dist.model.shape import shape_of
 
 
 class ViT(nnx.Module):
@@ -112,41 +80,48 @@ class ViT(nnx.Module):
         def tokens(count: int, std: float) -> nnx.Param:
             return make_parameter(rngs, initializers.normal(std), (count, shape.width), (None, "width"))
 
-        has_class = model.pool == "cls"
         # The class token starts at zero if it has a position, which is random; else the token itself is random.
         initializer = initializers.zeros if model.cls_position else initializers.normal(model.position_std)
-        self.cls = make_parameter(rngs, initializer, (shape.width,), ("width",)) if has_class else None
-        # With `cls_position` the first learned position is the class token's; "sincos2d" has none for it.
-        positions = shape.patches + (has_class and model.cls_position)
+        self.cls = make_parameter(rngs, initializer, (shape.width,), ("width",)) if shape.class_token else None
+        # With `cls_position` the first learned position is the class token's; other kinds have none for it.
+        positions = shape.patches + (shape.class_token and model.cls_position)
         self.position = tokens(positions, model.position_std) if model.position == "learned" else None
         self.registers = tokens(model.registers, 0.02) if model.registers else None
+
+        def norm(size: int, present: bool) -> Norm | None:
+            return Norm(model, size, "width", rngs=rngs) if present else None
+
+        self.embedding_norm = norm(shape.width, model.embedding_norm != "none")
         keys = jax.random.split(rngs.params(), shape.depth)
         blocks = jax.vmap(
             lambda key: Block(model, shape, nnx.Rngs(key))
         )  # draws the same numbers as one block at a time
         self.blocks = blocks(keys) if model.scan else nnx.List(Block(model, shape, nnx.Rngs(key)) for key in keys)
-        self.norm = Norm(shape.width, "width", rngs=rngs)
+        self.norm = norm(shape.width, model.pool_norm in ("before", "both"))
         self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None
-        # The size and the logical name of the head's input.
-        hidden, name = (model.pre_logits, None) if model.pre_logits else (shape.width, "width")
-        names = ("width", None)
-        self.pre_logits = (
-            Dense((shape.width,), (hidden,), names, rngs=rngs, initializer=kernel) if model.pre_logits else None
-        )
+        self.pooled_norm = norm(shape.pooled, model.pool_norm in ("after", "both"))
+
+        def dense(inputs: int, outputs: int | None, name: str | None = None, **options: Any) -> Dense | None:
+            options = {"initializer": kernel, **options}
+            return Dense((inputs,), (outputs,), (name, None), rngs=rngs, **options) if outputs else None
+
+        # After a further layer, which none of the mesh's axes splits, the head's input has no logical name.
+        projected, last = model.output_projection or shape.pooled, model.pre_logits
+        self.output_projection = dense(shape.pooled, model.output_projection, "width", bias=None)
+        self.pre_logits = dense(projected, last, None if model.output_projection else "width")
+        name = None if last or model.output_projection else "width"
         head_kernel = zeros if model.head_zero_init else kernel
-        self.head = Dense(
-            (hidden,), (shape.classes,), (name, None), rngs=rngs, initializer=head_kernel, bias=model.head_bias
-        )
+        self.head = dense(last or projected, shape.classes, name, initializer=head_kernel, bias=model.head_bias)
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of images.
+        """Returns the logits of images, or without a head what it would classify.
 
         Args:
           images: [B, H, W, C], floats, normalised.
           key: the randomness of dropout and stochastic depth; None evaluates, without either.
 
         Returns:
-          [B, classes], float32.
+          [B, classes] or [B, features], float32.
 
         Raises:
           ConfigError: the images have another size, number of channels or dtype than the model expects.
@@ -157,13 +132,21 @@ class ViT(nnx.Module):
                 f"images: expected [B, {', '.join(map(str, expected))}] of normalised floats, found "
                 f"{list(images.shape)} of {images.dtype}; resize and normalise them first"
             )
-        keys = split_key(key, 2)
+        keys = split_key(key, 3)
         x = self.embed(images.astype(self.model.dtype))
         x = dropout(x, self.model.embedding_dropout, keys[0])
-        x = self.pool_tokens(self.encode(x, keys[1]))
+        if self.model.embedding_norm == "tokens":
+            assert self.embedding_norm is not None
+            x = self.embedding_norm(x)
+        x = self.pool_tokens(self.encode(x, keys[1], self._rotation(x, keys[2])))
+        if self.pooled_norm is not None:
+            x = self.pooled_norm(x)
+        if self.output_projection is not None:
+            x = self.output_projection(x)
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
-        return self.head(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        return x if self.head is None else self.head(x)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Embeds images [B, H, W, C] as tokens [B, N, D]: class token, registers, then patches row by row.
@@ -175,14 +158,35 @@ class ViT(nnx.Module):
         special, shards = self.shape.special, layout.shard_count("tokens")
         padding = self._padded_length(shards) - self.shape.tokens
         if shards == 1:
-            x = jnp.pad(self.patch(x), ((0, 0), (special, padding), (0, 0)))
+            x = jnp.pad(self._embed_patches(x), ((0, 0), (special, padding), (0, 0)))
             table = jnp.pad(table, ((0, padding), (0, 0)))
         else:
             # The pixels are padded and split before the dense layer, so that a device embeds its own tokens only.
             x = layout.reshard(jnp.pad(x, ((0, 0), (special, padding), (0, 0))), "batch", "tokens", None)
-            x = jnp.where(_token_mask(special, self.shape.tokens, x)[:, None], self.patch(x), 0)
+            x = jnp.where(token_mask(special, self.shape.tokens, x)[:, None], self._embed_patches(x), 0)
             table = layout.reshard(jnp.pad(table, ((0, padding), (0, 0))), "tokens", None)
         return add_to_each(x, table)
+
+    def _embed_patches(self, x: jax.Array) -> jax.Array:
+        x = self.patch(x)
+        if self.model.embedding_norm == "patches":
+            assert self.embedding_norm is not None
+            x = self.embedding_norm(x)
+        return x
+
+    def _rotation(self, x: jax.Array, key: jax.Array | None) -> Rotation | None:
+        """Returns the rotation of queries and keys for tokens x [B, N, D], split like these; None without `rope2d`."""
+        model, shape = self.model, self.shape
+        if model.position != "rope2d":
+            return None
+        stretch = None
+        if key is not None and (model.rope_jitter > 1 or model.rope_rescale > 1):
+            stretch = random_stretch(key, model.rope_jitter, model.rope_rescale)
+        special, after = shape.special, x.shape[1] - shape.tokens
+        size = shape.width // shape.heads
+        rotation = rope2d(shape.grid, size, model.rope_base, stretch, before=special, after=after)
+        cosine, sine = (layout.reshard(one, "tokens", None) for one in rotation)
+        return cosine, sine
 
     def _padded_length(self, shards: int) -> int:
         """Returns the number of tokens with padding, over so many shards of them."""
@@ -196,7 +200,10 @@ class ViT(nnx.Module):
         if self.position is not None:
             position = cast_and_gather(self.position, dtype, split)
         else:
-            position = layout.gathered(jnp.asarray(sincos2d(*self.shape.grid, self.shape.width), dtype), split)
+            table = jnp.zeros((self.shape.patches, self.shape.width))
+            if self.model.position == "sincos2d":
+                table = sincos2d(*self.shape.grid, self.shape.width)
+            position = layout.gathered(table.astype(dtype), split)
         cls_positions = position.shape[0] - self.shape.patches  # 1 if the class token has a learned position, else 0
         special = []
         if self.cls is not None:
@@ -207,42 +214,25 @@ class ViT(nnx.Module):
         return jnp.concatenate([*special, position[cls_positions:]])
 
     def pool_tokens(self, x: jax.Array) -> jax.Array:
-        """Normalises and pools tokens [B, N, D] to the head's input [B, D]."""
-        # Registers and padding are left out (Darcet et al. 2024).
-        start, stop = (0, 1) if self.cls is not None else (self.shape.special, self.shape.tokens)
-        split = layout.shard_count("tokens") > 1
-        mask = _token_mask(start, stop, x) if split else None
-        if not split:
-            x = x[:, start:stop]
+        """Normalises and pools tokens [B, N, D]: [B, D], or [B, 2 D] for `pool=cls_mean`."""
+        pool, patches = self.model.pool, (self.shape.special, self.shape.tokens)  # without registers (Darcet et al.)
         if self.pool is not None:
-            return self.pool(self.norm(x), mask)
-        # The mean of normalised tokens is scaled and shifted, instead of every token. Without the barriers XLA's GPU
-        # compiler stores all tokens, and then their gradients, in float32.
-        barrier = jax.lax.optimization_barrier
-        x = barrier(self.norm.normalise(barrier(x))).astype(jnp.float32)
-        if mask is not None:
-            x = jnp.where(mask[:, None], x, 0)
-        total = jax.lax.reduce_sum(x, (1,), out_sharding=layout.spec("batch", None))
-        return self.norm.affine(total / (stop - start)).astype(self.model.dtype)
+            return self.pool(x if self.norm is None else self.norm(x), *patches)
+        spans = {"cls": [(0, 1)], "mean": [patches], "cls_mean": [(0, 1), patches]}[pool]
+        return jnp.concatenate([mean(x, *span, self.norm) for span in spans], -1)
 
-    def encode(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """Applies all blocks: [B, N, D] -> [B, N, D]."""
+    def encode(self, x: jax.Array, key: jax.Array | None, rotation: Rotation | None = None) -> jax.Array:
+        """Applies all blocks: [B, N, D] -> [B, N, D]; `rotation` is as for a block."""
         depth = self.shape.depth
         first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path
         rates = jnp.linspace(first, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
 
-        return run_blocks(self.blocks, x, rates, keys, self.model)
+        return run_blocks(self.blocks, x, rates, keys, rotation, self.model)
 
     def _is_random(self) -> bool:
         model = self.model
         return any((model.dropout, model.projection_dropout, model.attention_dropout, model.drop_path))
-
-
-def _token_mask(start: int, stop: int, x: jax.Array) -> jax.Array:
-    """Returns a mask, bool [N], that is True from `start` to before `stop`, split like the tokens of x [B, N, D]."""
-    number = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1],), 0, out_sharding=layout.spec("tokens"))
-    return (start <= number) & (number < stop)
 
 
 def patchify(images: jax.Array, patch: tuple[int, int]) -> jax.Array:

@@ -151,6 +151,7 @@ def test_images_are_gathered_if_partners_of_mixup_are_on_two_devices(extra, pixe
         ({"data": 2, "fsdp": 2}, IN_MICRO_BATCHES),
         ({"fsdp": 2, "tensor": 2}, ("model.activation=swiglu", *ONCE)),
         ({"fsdp": 2, "tensor": 2}, ("model.layer_scale=0.1", "model.remat=block")),
+        ({"fsdp": 2, "tensor": 2}, ("model.norm=rmsnorm", "model.position=rope2d", "model.pool_norm=after", *ONCE)),
         pytest.param({"fsdp": 4}, IN_MICRO_BATCHES, marks=pytest.mark.slow),
         pytest.param({"tensor": 4}, ONCE, marks=pytest.mark.slow),
     ],

@@ -74,7 +74,7 @@ def _folded_bias_sums(work: Workload) -> Iterator[Collective]:
 
     They are float32, as are the sums of their gradients. With `remat` the backward pass repeats the former.
     """
-    if work.gathers_once:
+    if work.gathers_once or work.settings.model.norm == "rmsnorm":  # which has no bias
         return
     local, passes = work.local, 2 if work.settings.model.remat == "none" else 3
     hidden = local.hidden * (2 if work.shape.activation == "swiglu" else 1)

@@ -16,7 +16,7 @@ from vit_dist.config import Config, ConfigError
 from vit_dist.describe import CLASSES
 from vit_dist.mesh import layout, topology
 from vit_dist.model.choices import UNROLLED_DEPTH
-from vit_dist.model.vit import shape_of
+from vit_dist.model.shape import shape_of
 from vit_dist.plan import roofline
 from vit_dist.plan.estimate.step import Estimate, estimate, mesh_links
 from vit_dist.plan.estimate.workload import state_bytes

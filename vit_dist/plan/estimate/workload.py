@@ -14,7 +14,7 @@ from vit_dist.mesh import layout
 from vit_dist.mesh.topology import AXES
 from vit_dist.model import context, kernels
 from vit_dist.model.saved import LocalShape
-from vit_dist.model.vit import Shape, shape_of
+from vit_dist.model.shape import Shape, shape_of
 from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
 from vit_dist.plan.targets import Chip
 from vit_dist.program import UNUSED
