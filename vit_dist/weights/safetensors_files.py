@@ -50,6 +50,9 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     for name, entry in parse_json(header, f"{file}: its header").items():
         if name == "__metadata__":
             continue
+        # the library takes a list for an object, too, and an object with one key for a text
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+            raise ConfigError(f"{file}: tensor {printed(name)!r} has no dtype, shape and data_offsets; {FETCH_AGAIN}")
         if entry["dtype"] not in _DTYPES:
             raise ConfigError(
                 f"{file}: tensor {printed(name)!r} is of {entry['dtype']}, which is not read; save it as F32 or BF16"
@@ -89,7 +92,9 @@ def open_sharded(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
 
 def _shard(index: Path, name: str) -> Path:
     if not name.endswith(".safetensors") or "/" in name or "\\" in name or not name.isprintable():
-        raise ConfigError(f"{index}: names the shard {printed(name)!r}, expected a .safetensors file beside it")
+        raise ConfigError(
+            f"{index}: names the shard {printed(name)!r}, expected a .safetensors file beside it; {FETCH_AGAIN}"
+        )
     shard = index.parent / name
     if not shard.is_file():
         raise ConfigError(f"{index}: names the shard {printed(name)}, which is not beside it; fetch that file, too")
