@@ -141,7 +141,8 @@ def _bomb(size: int) -> bytes:
 
 NESTED = b"[" * 100_000 + b"]" * 100_000
 FLAT = b"[" + b"[]," * 2_000_000 + b"[]]"  # 6 MB, which take 400 when they are parsed
-JUST_BELOW = b'{"x":[' + b"[]," * 1_390_000 + b"[]]}"  # as much as is parsed
+DEEP = b'{"a":[' + (b"[" * 900 + b"]" * 900 + b",") * 2_300 + b"0]}"  # 4 MB, which take 200
+KEYS = b"{" + b",".join(b'"%x":0' % number for number in range(380_000)) + b',"0":0}'  # 4 MB, which are parsed
 ONE_SHARD = _weight_map(w="a.safetensors")
 _NUMPY = npz({"w.npy": npy(ARRAY)})
 _LARGE = npz({"w.npy": npy(np.zeros((128, 128), np.float32))})
@@ -149,9 +150,9 @@ _PACKED = npz({"w.npy": npy(np.zeros((128, 128), np.float32))}, zipfile.ZIP_DEFL
 
 CASES: dict[str, Case] = {
     # the length of a safetensors header
-    "empty file": _raw(b"", "cannot be read .*header too small.*fetch the file again"),
-    "four bytes": _raw(b"\x10\0\0\0", "cannot be read .*header too small"),
-    "no header": _raw(struct.pack("<Q", 100), "cannot be read .*invalid header length"),
+    "empty file": _raw(b"", "is no complete safetensors file .header too small.*fetch the file again"),
+    "four bytes": _raw(b"\x10\0\0\0", "is no complete safetensors file .header too small"),
+    "no header": _raw(struct.pack("<Q", 100), "is no complete .*invalid header length"),
     "header of 2^60": _model({"w": entry()}, "header claims 1152921504606846976 bytes.*fetch", length=1 << 60),
     "header of 2^64-1": _model({"w": entry()}, "header claims 18446744073709551615 bytes", length=(1 << 64) - 1),
     "header of 50 MB": _model({"w": entry()}, "header claims 50000000 bytes", length=50_000_000),
@@ -159,7 +160,7 @@ CASES: dict[str, Case] = {
     "header ends too early": _model({"w": entry()}, "invalid JSON", length=20),
     "header of length 0": _model(b"", "invalid JSON|too small"),
     "a picture": _raw(b"\x89PNG\r\n\x1a\n" + bytes(500), "header claims 727905341920923785 bytes"),
-    "a pickle": _raw(b"\x80\x04\x95" + bytes(500), "cannot be read .*invalid header length|claims"),
+    "a pickle": _raw(b"\x80\x04\x95" + bytes(500), "is no complete .*invalid header length|claims"),
     # its syntax
     "header that is no UTF-8": _model(b'{"\xff\xfe": 1}', "UTF-8"),
     "header that is no JSON": _model(b"{'w': 1}", "invalid JSON"),
@@ -176,7 +177,7 @@ CASES: dict[str, Case] = {
     "three offsets": _model({"w": entry(offsets=(0, 32, 64))}, "invalid JSON"),
     "the same name twice": _model(
         b'{"w":%b,"w":%b}' % (json.dumps(entry()).encode(), json.dumps(entry(shape=(8, 2))).encode()),
-        "header: is no JSON .*the key 'w' occurs twice",
+        "header: cannot be read as JSON .*the key 'w' occurs twice",
     ),
     # its numbers
     "negative offset": _model({"w": entry(offsets=(-4, 60))}, "invalid value: integer `-4`"),
@@ -186,8 +187,8 @@ CASES: dict[str, Case] = {
     "a hole at the beginning": _model({"w": OTHER_HALF}, "invalid offset for tensor `w`"),
     "offsets after the end": _model({"w": entry(shape=(4, 8), offsets=(0, 128))}, "not fully covered"),
     "offsets in the wrong order": _model({"w": entry(offsets=(64, 0))}, "invalid"),
-    "offset of 2^63": _model({"w": entry(offsets=(0, 1 << 63))}, "cannot be read .*invalid shape"),
-    "offset of 2^70": _model({"w": entry(offsets=(0, 1 << 70))}, "cannot be read .*invalid JSON"),
+    "offset of 2^63": _model({"w": entry(offsets=(0, 1 << 63))}, "is no complete .*invalid shape"),
+    "offset of 2^70": _model({"w": entry(offsets=(0, 1 << 70))}, "is no complete .*invalid JSON"),
     "cut short": _raw(WHOLE[:-1], "not fully covered.*fetch the file again"),
     "bytes after the end": _raw(WHOLE + b"\0", "not fully covered"),
     "shape of another product": _model({"w": entry(shape=(4, 3))}, "invalid shape"),
@@ -204,10 +205,8 @@ CASES: dict[str, Case] = {
     "dtype that is a number": _model({"w": entry(4)}, "invalid JSON"),  # type: ignore[arg-type]
     # names
     "empty name": _model({"": entry()}, "expected a name of 1 to 500 printable characters"),
-    "name with a line break": _model(
-        {"w\nerror: all is well": entry()}, r"'w\\\\nerror: all is well': expected a name"
-    ),
-    "name that clears a terminal": _model({"\x1b[2J": entry()}, r"'\\\\x1b\[2J': expected a name"),
+    "name with a line break": _model({"w\nerror: all is well": entry()}, r"'w\\nerror: all is well': expected a name"),
+    "name that clears a terminal": _model({"\x1b[2J": entry()}, r"'\\x1b\[2J': expected a name"),
     "bad offsets and a bad name": _model({"\x1b[2J\n": entry(offsets=(1, 65))}, r"`\\x1b\[2J\\n`"),
     "name of a megabyte": _model({"w" * 1_000_000: entry()}, r"'w+\.\.\.': expected a name"),
     "60,000 tensors without an element": _model(
@@ -216,7 +215,7 @@ CASES: dict[str, Case] = {
     ),
     # an index and its shards
     "index that is a list": _index([], "index.json: expected a JSON object, found list"),
-    "index that is nested": _index(NESTED, "index.json: is no JSON that can be read"),
+    "index that is nested": _index(NESTED, "index.json: cannot be read as JSON"),
     "index without a map": _index({"metadata": {}}, "index.json: expected 'weight_map'"),
     "index with an empty map": _index(_weight_map(), "index.json: expected 'weight_map'"),
     "index with a list as map": _index({"weight_map": ["a.safetensors"]}, "index.json: expected 'weight_map'"),
@@ -227,13 +226,13 @@ CASES: dict[str, Case] = {
     "shard in another folder": _index(_weight_map(w=f"../{SECRET}.safetensors"), r"names the shard '\.\./secret"),
     "shard with an absolute path": _index(_weight_map(w="/etc/a.safetensors"), "names the shard '/etc/a.safetensors'"),
     "shard that is no safetensors": _index(_weight_map(w="pytorch_model.bin"), "names the shard 'pytorch_model.bin'"),
-    "shard with a NUL": _index(_weight_map(w="a\0.safetensors"), r"names the shard 'a\\\\x00.safetensors'"),
+    "shard with a NUL": _index(_weight_map(w="a\0.safetensors"), r"names the shard 'a\\x00.safetensors'"),
     "shard that links out of the folder": _index(
         ONE_SHARD, "a.safetensors: is a link to .*secret, outside of its folder", a=Link(f"../{SECRET}")
     ),
     "shard that is a loop of links": _index(ONE_SHARD, "names the shard a.safetensors", a=Link("a.safetensors")),
     "shard that is missing": _index(ONE_SHARD, "names the shard a.safetensors, which is not beside it; fetch"),
-    "shard that is cut": _index(ONE_SHARD, "a.safetensors: cannot be read .*not fully covered", a=WHOLE[:-4]),
+    "shard that is cut": _index(ONE_SHARD, "a.safetensors: is no complete .*not fully covered", a=WHOLE[:-4]),
     "shard without the tensor": _index(_weight_map(w="a.safetensors", v="a.safetensors"), "'v' is not in a", a=WHOLE),
     "tensor in two shards": _index(
         _weight_map(w="a.safetensors", v="b.safetensors"),
@@ -256,14 +255,16 @@ CASES: dict[str, Case] = {
     # configs
     "config that is a list": _config(b"[1, 2]", "expected a JSON object, found list"),
     "config that is text": _config(b'"vit"', "expected a JSON object, found str"),
-    "config that is empty": _config(b"", "is no JSON that can be read"),
-    "config that is no JSON": _config(b"architecture: vit", "is no JSON that can be read"),
-    "config that is no UTF-8": _config(b'{"a": "\xff"}', "is no JSON that can be read .*utf-8"),
-    "config of 100,000 brackets": _config(NESTED, "is no JSON that can be read .*recursion"),
-    "config of 100,000 objects": _config(b'{"a":' * 100_000, "is no JSON that can be read .*recursion"),
+    "config that is empty": _config(b"", "cannot be read as JSON"),
+    "config that is no JSON": _config(b"architecture: vit", "cannot be read as JSON"),
+    "config that is no UTF-8": _config(b'{"a": "\xff"}', "cannot be read as JSON .*utf-8"),
+    "config of 100,000 brackets": _config(NESTED, "cannot be read as JSON .*recursion"),
+    "config of 100,000 objects": _config(b'{"a":' * 100_000, "cannot be read as JSON .*recursion"),
     "config of 6 MB": _config(FLAT, "is larger than 4 MiB"),
-    "config of 4 MB of lists": _config(JUST_BELOW[:-1] + b',"x":1}', "the key 'x' occurs twice"),
-    "config with a number of 5,000 digits": _config(b'{"a": ' + b"9" * 5000 + b"}", "is no JSON .*digits"),
+    "config of 4 MB of lists": _config(DEEP, "has more than 200000 lists and objects"),
+    "config of 380,000 keys": _config(KEYS, "the key '0' occurs twice"),
+    "header of 4 MB of lists": _model(b'{"__metadata__":{},"a":' + DEEP + b"}", "recursion limit"),
+    "config with a number of 5,000 digits": _config(b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON .*digits"),
     "config that says all twice": _config(b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
     "preprocessor that is a list": _config(b"[]", "found list", "preprocessor_config.json"),
     # zips

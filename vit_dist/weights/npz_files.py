@@ -71,7 +71,7 @@ def _open_members(file: Path, stream: _BoundedFile, archive: zipfile.ZipFile) ->
     tensors: dict[str, StoredTensor] = {}
     ends = [member.header_offset for member in members[1:]] + [archive.start_dir]
     for member, end in zip(members, ends):
-        name, where = member.filename.removesuffix(".npy"), f"{file}: {printed(member.filename)!r}"
+        name, where = member.filename.removesuffix(".npy"), f"{file}: '{printed(member.filename)}'"
         if name == member.filename:
             raise ConfigError(f"{where} is no array (.npy); save the weights alone, by numpy.savez")
         if name in tensors:
@@ -79,7 +79,7 @@ def _open_members(file: Path, stream: _BoundedFile, archive: zipfile.ZipFile) ->
         if member.flag_bits & 1:
             raise ConfigError(f"{where} is encrypted; unpack it with its password and save it again")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ConfigError(f"{where} is compressed in a way that numpy has not; save it again by numpy.savez")
+            raise ConfigError(f"{where} is compressed in a way that NumPy does not write; save it again by numpy.savez")
         stream.seek(member.header_offset)
         start = stream.tell() + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size)))
         if start + member.compress_size > end:

@@ -44,18 +44,21 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
             header = stream.read(size)
         with safe_open(file, "numpy"):
             pass
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise unreadable(file, error) from error
+    except SafetensorError as error:
+        reason = printed(error).removeprefix("Error while deserializing header: ")
+        raise ConfigError(f"{file}: is no complete safetensors file ({reason}); {FETCH_AGAIN}") from error
     tensors = {}
     for name, entry in parse_json(header, f"{file}: its header").items():
         if name == "__metadata__":
             continue
         # the library takes a list for an object, too, and an object with one key for a text
         if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
-            raise ConfigError(f"{file}: tensor {printed(name)!r} has no dtype, shape and data_offsets; {FETCH_AGAIN}")
+            raise ConfigError(f"{file}: tensor '{printed(name)}' has no dtype, shape and data_offsets; {FETCH_AGAIN}")
         if entry["dtype"] not in _DTYPES:
             raise ConfigError(
-                f"{file}: tensor {printed(name)!r} is of {entry['dtype']}, which is not read; save it as F32 or BF16"
+                f"{file}: tensor '{printed(name)}' is of {entry['dtype']}, which is not read; save it as F32 or BF16"
             )
         dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         load = functools.partial(map_array, file, 8 + size + entry["data_offsets"][0], shape, dtype)
@@ -77,15 +80,15 @@ def open_sharded(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
     for shard in shards:
         for name, tensor in open_safetensors(shard).items():
             if shard_of.get(name) != shard.name:
-                said = f"in {printed(shard_of[name])}" if name in shard_of else "nowhere"
+                expected = f"in {printed(shard_of[name])}" if name in shard_of else "nowhere"
                 raise ConfigError(
-                    f"{shard}: holds tensor {name!r}, which is {said} by {index.name}; fetch index and shards again"
+                    f"{shard}: holds tensor {name!r}, which is {expected} by {index.name}; fetch index and shards again"
                 )
             tensors[name] = tensor
     for name in shard_of:
         if name not in tensors:
             raise ConfigError(
-                f"{index}: tensor {printed(name)!r} is not in {shard_of[name]}; fetch index and shards again"
+                f"{index}: tensor '{printed(name)}' is not in {shard_of[name]}; fetch index and shards again"
             )
     return tensors, shards
 
@@ -93,7 +96,7 @@ def open_sharded(index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
 def _shard(index: Path, name: str) -> Path:
     if not name.endswith(".safetensors") or "/" in name or "\\" in name or not name.isprintable():
         raise ConfigError(
-            f"{index}: names the shard {printed(name)!r}, expected a .safetensors file beside it; {FETCH_AGAIN}"
+            f"{index}: names the shard '{printed(name)}', expected a .safetensors file beside it; {FETCH_AGAIN}"
         )
     shard = index.parent / name
     if not shard.is_file():

@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_dist.config import ConfigError
 
-FETCH_AGAIN = "fetch the file again, or save it again"
+FETCH_AGAIN = "fetch the file again, as it may be incomplete, or save it again"
 _MOST_AXES = 32
 _LONGEST_NAME = 500
 
@@ -33,7 +33,7 @@ class StoredTensor:
     load: Callable[[], np.ndarray]
 
     def __post_init__(self) -> None:
-        where = f"{self.file}: tensor {printed(self.name)!r}"
+        where = f"{self.file}: tensor '{printed(self.name)}'"
         if not self.name or len(self.name) > _LONGEST_NAME or not self.name.isprintable():
             raise ConfigError(f"{where}: expected a name of 1 to {_LONGEST_NAME} printable characters; rename it")
         if len(self.shape) > _MOST_AXES:
@@ -69,11 +69,12 @@ def map_array(
 
 
 def unreadable(where: object, error: Exception) -> ConfigError:
-    return ConfigError(f"{where}: cannot be read ({printed(error)}); {FETCH_AGAIN}")
+    """Returns the error of a file, or of a part of it, that another error kept from being read."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ConfigError(f"{where}: cannot be read ({printed(reason)}); {FETCH_AGAIN}")
 
 
 def printed(value: object, longest: int = 160) -> str:
     """Returns `value` as text for an error message of one line: cut to `longest` and without control characters."""
-    text = str(value) or type(value).__name__
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: longest + 1])
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)[: longest + 1])
     return text if len(text) <= longest else text[: longest - 3] + "..."
