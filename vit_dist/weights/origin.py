@@ -18,7 +18,7 @@ from vit_dist.data.libraries import Library, load
 from vit_dist.paths import expanded
 from vit_dist.weights.json_files import read_json
 from vit_dist.weights.safetensors_files import INDEX_SUFFIX, check_inside
-from vit_dist.weights.stored_tensor import StoredTensor, printed, unreadable
+from vit_dist.weights.stored_tensor import StoredTensor, printed, reason, unreadable
 from vit_dist.weights.tensors import open_files
 
 _CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
@@ -95,7 +95,7 @@ def open_origin(name: str | Path, key: str = "init.weights") -> Origin:
             path = _fetch(str(name), key)
         weights = _choose(path) if path.is_dir() else path
     except OSError as error:
-        raise ConfigError(f"{key}: {printed(name)} cannot be opened ({printed(error)}); check the path") from error
+        raise ConfigError(f"{key}: {printed(name)} cannot be opened ({reason(error)}); check the path") from error
     if weights.suffix in _CONVERSIONS:
         raise _not_read(weights)
     tensors, files = open_files(weights)
@@ -136,17 +136,22 @@ def _fetch(name: str, key: str) -> Path:
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix in (".safetensors", ".npz", *_CONVERSIONS):
         remedy = "copy it to a disk first" if "://" in name else f"or a name on the Hugging Face hub ({_HUB_EXAMPLE})"
         raise ConfigError(f"{missing}; expected a file, or a folder with {_EXPECTED}; {remedy}")
-    hub: Any = Library(
-        "huggingface_hub", "huggingface_hub", f"{missing}; as a name on the hub it", "pip install 'vit-dist[hub]'"
-    )
-    load(hub)
+    use, remedy = f"{missing}; as a name on the Hugging Face hub it", "pip install 'vit-dist[hub]'"
+    load(Library("huggingface_hub", "huggingface_hub", use, remedy))
+    from huggingface_hub import errors, snapshot_download
+
     try:
-        folder = Path(hub.snapshot_download(name, allow_patterns=[*_NAMES, "model-*-of-*.safetensors", *_CONFIGS]))
+        folder = Path(snapshot_download(name, allow_patterns=[*_NAMES, "model-*-of-*.safetensors", *_CONFIGS]))
         if not any((folder / weights).exists() for weights in _NAMES):
-            folder = Path(hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.npz", *_CONFIGS]))
-        return folder
-    except (OSError, ValueError, hub.errors.HTTPError) as error:
+            folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.npz", *_CONFIGS]))
+    except (OSError, ValueError, errors.HTTPError) as error:
         raise ConfigError(
             f"{missing}, and the Hugging Face hub has none that can be fetched ({printed(first_line(error))}); check "
             "the name, the network and your access to it"
         ) from error
+    if not any(file.suffix in (".safetensors", ".npz") for file in folder.iterdir()):
+        raise ConfigError(
+            f"{key}: {name} on the Hugging Face hub has no .safetensors and no .npz; download what it has and give the "
+            "path of that file, to see how it is converted"
+        )
+    return folder

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from vit_dist.config import ConfigError
 from vit_dist.data.files import open_stream
 from vit_dist.weights.json_files import LARGEST, parse_json, read_json
-from vit_dist.weights.stored_tensor import FETCH_AGAIN, StoredTensor, map_array, printed, unreadable
+from vit_dist.weights.stored_tensor import FETCH_AGAIN, StoredTensor, map_array, printed, reason, unreadable
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # Numbers are little-endian. Left out are floats of 4 and 6 bits, which do not fill bytes.
@@ -47,8 +47,8 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise unreadable(file, error) from error
     except SafetensorError as error:
-        reason = printed(error).removeprefix("Error while deserializing header: ")
-        raise ConfigError(f"{file}: is no complete safetensors file ({reason}); {FETCH_AGAIN}") from error
+        problem = reason(error).removeprefix("Error while deserializing header: ")
+        raise ConfigError(f"{file}: is no complete safetensors file ({problem}); {FETCH_AGAIN}") from error
     tensors = {}
     for name, entry in parse_json(header, f"{file}: its header").items():
         if name == "__metadata__":

@@ -70,8 +70,12 @@ def map_array(
 
 def unreadable(where: object, error: Exception) -> ConfigError:
     """Returns the error of a file, or of a part of it, that another error kept from being read."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ConfigError(f"{where}: cannot be read ({printed(reason)}); {FETCH_AGAIN}")
+    return ConfigError(f"{where}: cannot be read ({reason(error)}); {FETCH_AGAIN}")
+
+
+def reason(error: Exception) -> str:
+    """Returns the message of an error in one line, without the path that the system adds to its own."""
+    return printed(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def printed(value: object, longest: int = 160) -> str:
