@@ -18,6 +18,7 @@ FLOORS = (
     ("recipes", "job", "keys"),
     ("mesh", "data"),
     ("model",),
+    ("weights",),
     ("step",),
     ("run",),
     ("program",),
@@ -27,7 +28,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-VERBS = FLOORS[9]
+VERBS = FLOORS[10]
 DATA_ROOMS = ("files, libraries and the like", "pictures", "sets", "stream", "prepare")  # ground floor first
 
 

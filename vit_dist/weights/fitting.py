@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from vit_dist.data.pictures.resample import resize_matrix
+from vit_dist.schema import ConfigError
 
 Grid = tuple[int, int]  # rows and columns
 
@@ -26,9 +27,15 @@ def resample_positions(position: np.ndarray, old: Grid, new: Grid, prefix: int) 
 
     Returns:
       `float32 [prefix + new rows * new columns, D]`.
+
+    Raises:
+      ConfigError: the positions are not those of the old grid.
     """
     if position.ndim != 2 or len(position) != prefix + math.prod(old):
-        raise ValueError(f"positions {position.shape} are not those of {prefix} + {old[0]}x{old[1]} tokens")
+        raise ConfigError(
+            f"position: its shape is {position.shape}, expected {prefix} + {old[0]}x{old[1]} tokens; "
+            "set model.image_size and model.patch_size to those of the weights"
+        )
     if old == new:
         return position.astype(np.float32)
     kept, patches = position[:prefix], position[prefix:].reshape(*old, -1)

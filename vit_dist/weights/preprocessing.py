@@ -99,14 +99,19 @@ def from_transformers(config: Mapping[str, Any], source: str, given: Collection[
     Raises:
       ConfigError: as `from_timm`.
     """
-    said = _Said(config.get("image_processor") or config, source)
+    said = _Said(config, source)
+    if said.values.get("image_processor") is not None:
+        said = _Said(said.values["image_processor"], source)
+    of_size = ", ".join(
+        key for key in ("model.image_size", "data.eval_crop_mode", "data.eval_crop") if key not in given
+    )
     readers: Readers = {
-        "model.image_size": lambda: _steps(said, "model.image_size").image_size,
+        "model.image_size": lambda: _steps(said, of_size).image_size,
         "data.mean": lambda: said.mean("image_mean") if _normalizes(said, "data.mean") else 0.0,
         "data.std": lambda: said.std("image_std") if _normalizes(said, "data.std") else 1.0,
         "data.interpolation": lambda: said.choice("resample", _RESAMPLES, "data.interpolation"),
-        "data.eval_crop_mode": lambda: _steps(said, "data.eval_crop_mode").crop_mode,
-        "data.eval_crop": lambda: _steps(said, "data.eval_crop").crop,
+        "data.eval_crop_mode": lambda: _steps(said, of_size).crop_mode,
+        "data.eval_crop": lambda: _steps(said, of_size).crop,
         "data.eval_rounding": lambda: "transformers",
     }
     return _read(readers, given)
@@ -190,7 +195,7 @@ def _normalizes(said: _Said, key: str) -> bool:
 
 
 def _steps(said: _Said, key: str) -> _Steps:
-    """Returns what is done with the size; errors name `key`."""
+    """Returns what is done with the size; errors name `key`, or several."""
     name = "image_processor_type" if said.values.get("image_processor_type") else "feature_extractor_type"
     kind = (
         said.read(name, str, key).removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
