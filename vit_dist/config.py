@@ -177,6 +177,11 @@ class Data:
     shear: ShearAngle = 0.0  # largest shear, in degrees
     eval_crop: PositiveFraction | None = None  # centre crop of an evaluation, as a share of the short side; null: the
     # whole image
+    eval_crop_mode: Literal["fast", "center", "squash", "border"] = "fast"  # fast: the crop is cut first, and a JPEG is
+    # decoded no larger than needed; others resize first, the short side, both sides or the long side to image_size /
+    # eval_crop, and then cut the centre, or fill a border with the mean, as timm's crop_mode and crop_pct say
+    eval_rounding: Literal["timm", "transformers"] = "timm"  # of sizes and grey levels where eval_crop_mode is not
+    # fast, so that pixels are those of timm's, OpenCLIP's or transformers' preprocessing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,9 @@ from reference import Flat, nested, resized
 from states import batch_of, random_parameters, state_of
 
 from vit_dist import config, predict
+from vit_dist.data.pictures.crop_modes import CropMode
+from vit_dist.data.pictures.resize import Interpolation
+from vit_dist.data.stream.pixels import evaluation_pixels
 from vit_dist.program import Program
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.workdir import write_run
@@ -66,6 +69,20 @@ def test_uncropped_images_are_cropped_to_the_centre_and_resized_on_the_device() 
         atol=1e-3,
     )
     np.testing.assert_allclose(input_pixels(cropped, False), cropped, atol=1e-3)  # the host has cropped these already
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_device_crops_as_the_host_does_within_a_grey_level(mode: CropMode, interpolation: Interpolation) -> None:
+    configured = settings("softmax", 0.8)
+    keys: dict[str, Any] = {"eval_crop_mode": mode, "eval_rounding": "transformers", "interpolation": interpolation}
+    data = dataclasses.replace(configured.data, **keys)
+    for size in ((14, 21), (21, 14), (6, 5), SIZE):
+        uncropped = pixels(2, size)
+        inputs = model_input(uncropped, data, configured.model, augment_on_device=True)
+        own = (np.asarray(inputs, np.float64) * STD + MEAN) * 255
+        for image, host_image in zip(own, (evaluation_pixels(one, data, SIZE) for one in uncropped), strict=True):
+            assert np.abs(image - host_image).max() <= 1 + 1e-3
 
 
 @pytest.mark.parametrize("loss", MESHES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vit_dist import config
 from vit_dist.config import pair
-from vit_dist.data.pictures import crop
+from vit_dist.data.pictures import crop, crop_modes
 from vit_dist.mesh.feed import Batch
 from vit_dist.step import augment, losses
 from vit_dist.step.state import ModelFunction, Parameters
@@ -70,14 +70,37 @@ def model_input(images: jax.Array, data: config.Data, model: config.Model, *, au
       images: uint8 [B, h, w, c].
       data: crop, interpolation, mean and std.
       model: the input's size and dtype.
-      augment_on_device: as in `make_train_step`; True crops the centre here if `data.eval_crop` is set.
+      augment_on_device: as in `make_train_step`; True crops here as `data.eval_crop` and `data.eval_crop_mode` say.
 
     Returns:
       [B, H, W, c] of the model's dtype, normalised.
     """
     size = pair(model.image_size)
-    if augment_on_device and data.eval_crop is not None:
+    if augment_on_device and data.eval_crop_mode != "fast":
+        images = _fit(images, size, data, data.eval_crop_mode)
+    elif augment_on_device and data.eval_crop is not None:
         top, left, height, width = crop.centre_box(images.shape[1], images.shape[2], size, data.eval_crop)
         images = images[:, top : top + height, left : left + width]
     images = augment.normalise(images, data.mean, data.std)
     return augment.resize(images, size, data.interpolation).astype(model.dtype)
+
+
+def _fit(images: jax.Array, size: tuple[int, int], data: config.Data, mode: crop_modes.CropMode) -> jax.Array:
+    """Brings images [B, h, w, c] to `size` as `crop_modes.fit` does, to within a grey level; float32.
+
+    With bicubic, which overshoots, the order and the rounding between the two directions are torchvision's.
+    """
+    sides = crop_modes.place((images.shape[1], images.shape[2]), size, mode, data.eval_crop or 1.0, data.eval_rounding)
+    height, width = sides
+    wide = _levels(augment.resize(images, (images.shape[1], width.resized), data.interpolation), data)
+    resized = _levels(augment.resize(wide, (height.resized, width.resized), data.interpolation), data)
+    kept = resized[:, height.cut : height.cut + height.kept, width.cut : width.cut + width.kept]
+    fill = jnp.asarray(crop_modes.fill_levels(data.mean, images.shape[3]), jnp.float32)
+    edges = ((0, 0), (height.before, height.after), (width.before, width.after), (0, 0))
+    return jnp.pad(kept - fill, edges) + fill
+
+
+def _levels(images: jax.Array, data: config.Data) -> jax.Array:
+    """Returns bicubic sums as grey levels of 0 to 255; float32."""
+    images = images.astype(jnp.float32)
+    return jnp.clip(jnp.round(images), 0, 255) if data.interpolation == "bicubic" else images

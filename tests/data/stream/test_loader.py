@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from vit_dist.config import ConfigError, Data
+from vit_dist.data.pictures.crop_modes import CropMode, fit
 from vit_dist.data.pictures.images import decode, resize
 from vit_dist.data.sets.examples import ArraySource, Source
 from vit_dist.data.sets.sources import open_source
@@ -191,6 +192,17 @@ def test_evaluation_images_are_cropped_by_eval_crop_and_not_augmented(source: So
     assert np.array_equal(uncropped, resize(image, SIZE))
     cropped = next(_evaluate(source, Data(eval_crop=0.5), image_size=(5, 5)))["image"][index]  # of 12 x 10
     assert np.array_equal(cropped, image[3:8, 2:7])
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_evaluation_images_of_files_and_arrays_are_those_of_the_crop_mode(source: Source, mode: CropMode) -> None:
+    data = dataclasses.replace(AUGMENTED, eval_crop=0.8, eval_crop_mode=mode, eval_rounding="transformers", mean=0.2)
+    image = decode(source.read(4), 3)  # type: ignore[union-attr]
+    expected = fit(image, SIZE, mode, 0.8, "transformers", "bilinear", np.full(3, 51, np.uint8))
+    array = ArraySource(image[None], np.zeros(1, np.int32), ("cat",))
+    assert np.array_equal(next(_evaluate(source, data))["image"][4], expected)
+    batches = _evaluate(array, dataclasses.replace(data, augment_on="host"), batch_size=1, rows=range(1))
+    assert np.array_equal(next(batches)["image"][0], expected)
 
 
 def test_cifar10_is_evaluated_whole(shared: Path) -> None:

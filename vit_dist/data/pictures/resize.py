@@ -23,6 +23,7 @@ from vit_dist.data.pictures.crop import Box
 Interpolation = Literal["bilinear", "bicubic"]
 FractionalBox = tuple[float, float, float, float]  # a `Box` whose edges can cut through pixels
 
+_PILLOWS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _WARP_SIDE = 32_766  # pixels: the longest side that OpenCV 4 takes in warpAffine
 
 
@@ -47,8 +48,33 @@ def resize(
     first_row, first_column = math.floor(top), math.floor(left)
     image = image[first_row : math.ceil(top + height), first_column : math.ceil(left + width)]
     inner_box = (top - first_row, left - first_column, height, width)
-    method = _bicubic if interpolation == "bicubic" else _bilinear
+    method = resize_by_pillow if interpolation == "bicubic" else _bilinear
     return method(image, size, inner_box).reshape(*size, image.shape[2])
+
+
+def resize_by_pillow(
+    image: np.ndarray, size: tuple[int, int], box: FractionalBox, interpolation: Interpolation = "bicubic"
+) -> np.ndarray:
+    """Resizes a box of an image by Pillow. Pixels around the box count, as they do when the whole image is resized.
+
+    Args:
+      image: `uint8 [H, W, C]`.
+      size: (height, width) of the result.
+      box: (top, left, height, width) in pixels.
+      interpolation: Pillow's method.
+
+    Returns:
+      `uint8 [*size, C]`, which is the image itself if the box covers it and has that size already.
+    """
+    top, left, height, width = box
+    if image.shape[:2] == (height, width) == size:
+        return image
+    # `min`, since a rounded sum of floats can be past the image's edge
+    edges = (left, top, min(left + width, image.shape[1]), min(top + height, image.shape[0]))
+    planes = [image] if image.shape[2] == 3 else [image[..., channel] for channel in range(image.shape[2])]
+    method = _PILLOWS[interpolation]
+    resized = [np.asarray(Image.fromarray(plane).resize(size[::-1], method, edges)) for plane in planes]
+    return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=-1)
 
 
 def _bilinear(image: np.ndarray, size: tuple[int, int], box: FractionalBox) -> np.ndarray:
@@ -75,15 +101,3 @@ def _bilinear(image: np.ndarray, size: tuple[int, int], box: FractionalBox) -> n
     if not one_point:
         image = cv2.resize(image, (columns // points[1], rows // points[0]), interpolation=cv2.INTER_AREA)
     return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def _bicubic(image: np.ndarray, size: tuple[int, int], box: FractionalBox) -> np.ndarray:
-    top, left, height, width = box
-    if image.shape[:2] == (height, width) == size:
-        return image
-    # `min`, since a rounded sum of floats can be past the image's edge
-    edges = (left, top, min(left + width, image.shape[1]), min(top + height, image.shape[0]))
-    planes = [image] if image.shape[2] == 3 else [image[..., channel] for channel in range(image.shape[2])]
-    bicubic = Image.Resampling.BICUBIC
-    resized = [np.asarray(Image.fromarray(plane).resize(size[::-1], bicubic, edges)) for plane in planes]
-    return resized[0] if len(resized) == 1 else np.stack(resized, axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data.pictures import augment, crop, images, jpeg
+from vit_dist.data.pictures import augment, crop, crop_modes, images, jpeg
 from vit_dist.data.sets.examples import ArraySource, FileSource, Source
 from vit_dist.data.stream.bad_examples import BadExample, check_none_bad
 from vit_dist.data.stream.timings import Timings
@@ -30,11 +30,26 @@ def augments_on_device(source: Source, data: config.Data) -> bool:
 
 
 def evaluation_image(encoded: bytes, data: config.Data, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Decodes an image, or its centre (`data.eval_crop`), as for evaluation: `uint8 [*size, channels]`.
+    """Decodes an image and brings it to the model's size, as for evaluation: `uint8 [*size, channels]`.
 
     Raises `images.BadImage`.
     """
-    return images.decode_box(encoded, channels, _evaluation_box(data, size), size, data.interpolation, data.crop_decode)
+    if data.eval_crop_mode == "fast":
+        choose = _evaluation_box(data, size)
+        return images.decode_box(encoded, channels, choose, size, data.interpolation, data.crop_decode)
+    return evaluation_pixels(images.decode(encoded, channels), data, size)
+
+
+def evaluation_pixels(image: np.ndarray, data: config.Data, size: tuple[int, int]) -> np.ndarray:
+    """Brings a decoded image `uint8 [H, W, C]` to the model's size, as for evaluation.
+
+    Returns `uint8 [*size, C]`, which may share the image's memory if it has that size already.
+    """
+    if data.eval_crop_mode == "fast":
+        return images.resize(image, size, data.interpolation, _evaluation_box(data, size)(*image.shape[:2]))
+    fill = crop_modes.fill_levels(data.mean, image.shape[2])
+    ratio = data.eval_crop or 1.0
+    return crop_modes.fit(image, size, data.eval_crop_mode, ratio, data.eval_rounding, data.interpolation, fill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +114,23 @@ class Pixels:
 
     def plain(self, index: int, timings: Timings) -> np.ndarray | BadExample:
         """Reads an example for evaluation; returns and raises as `augmented`."""
-        return self._image(index, _evaluation_box(self.data, self.image_size), timings)
+        return self._image(index, None, timings)
 
-    def _image(self, index: int, choose: images.ChooseBox, timings: Timings) -> np.ndarray | BadExample:
+    def _image(self, index: int, choose: images.ChooseBox | None, timings: Timings) -> np.ndarray | BadExample:
+        """Reads an example, and resizes the chosen box of it; as for evaluation without `choose`."""
         source, data, size, channels = self.source, self.data, self.image_size, self.channels
         if isinstance(source, ArraySource):
             with timings.timed("decode"):
                 image = images.convert_channels(source.images[index], channels)
+                if choose is None:
+                    return evaluation_pixels(image, data, size)
                 return images.resize(image, size, data.interpolation, choose(*image.shape[:2]))
         try:
             with timings.timed("read"):
                 encoded = _read(source, index)
             with timings.timed("decode"):
+                if choose is None:
+                    return evaluation_image(encoded, data, size, channels)
                 return images.decode_box(encoded, channels, choose, size, data.interpolation, data.crop_decode)
         except (images.BadImage, OSError) as error:
             bad = BadExample(index, source.name(index), str(error))
