@@ -57,6 +57,10 @@ class Lazy:
         assert math.prod(shape) == math.prod(self.shape)
         return Lazy(shape, lambda index: self.read().reshape(shape)[index])
 
+    def at(self, number: int) -> "Lazy":
+        """Returns entry `number` along the first axis."""
+        return Lazy(self.shape[1:], lambda index: self.read((slice(number, number + 1), *index))[0])
+
     def part(self, axis: int, start: int, stop: int) -> "Lazy":
         """Returns the slice from `start` to before `stop` along an axis."""
         shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
