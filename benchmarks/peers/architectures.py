@@ -28,6 +28,7 @@ import inspect
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,6 +109,8 @@ OVERRIDES: list[tuple[str, dict[str, Any]]] = [
     ("vit_small_patch16_dinov3", {"scale_attn_inner": True}),
     ("vit_small_patch16_dinov3", {"attn_only_layer_scale": True}),
     ("vit_small_patch16_dinov3", {"use_post_norm": True}),
+    ("vit_base_patch16_224", {"norm_layer": None, "act_layer": None, "fc_norm": None, "init_values": None}),
+    ("vit_base_patch16_clip_quickgelu_224", {"norm_layer": None, "act_layer": None}),
     ("deit3_small_patch16_224", {"img_size": 384}),
 ]
 
@@ -391,12 +394,21 @@ def main() -> None:
             unsupported[name] = sorted(inspector.unsupported)
         rows.append((name, {}, inspector))
     for name, overrides in OVERRIDES:
-        rows.append((name, overrides, Inspector(timm.create_model(name, device="meta", **overrides))))
+        rows.append((name, overrides, Inspector(from_config(name, overrides))))
     head = {"timm": timm.__version__, "ignored": IGNORED, "layers": layers()}
     write(TABLE, head | {"defaults": classes, "unsupported": unsupported, "architectures": architectures})
     base = {key: common([row[2].keys[key] for row in rows if key in row[2].keys]) for key in rows[0][2].keys}
     write(KEYS, {"timm": timm.__version__, "base": base, "models": [expectation(base, *row) for row in rows]})
     report(architectures, unsupported)
+
+
+def from_config(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Builds a model from a config.json with `model_args`, as timm does it when it loads weights."""
+    source = timm.models.get_pretrained_cfg(name).to_dict(remove_source=True)
+    config = {"architecture": name, "model_args": arguments, "pretrained_cfg": source}
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(config))
+        return timm.create_model(f"local-dir:{folder}", device="meta")
 
 
 def common(values: list) -> Any:

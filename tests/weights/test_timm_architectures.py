@@ -57,3 +57,29 @@ def test_an_unknown_architecture_is_named(name):
 def test_an_argument_that_is_not_known_is_named():
     with pytest.raises(ConfigError, match=r"model_args\.use_naflex"):
         model_keys({"architecture": "vit_base_patch16_224", "model_args": {"use_naflex": True}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_args": []},
+        {"model_args": {"img_size": "224"}},
+        {"model_args": {"img_size": [224, 0]}},
+        {"model_args": {"img_size": True}},
+        {"model_args": {"depth": 12.5}},
+        {"model_args": {"mlp_ratio": float("nan")}},
+        {"model_args": {"norm_layer": ["layernorm"]}},
+        {"model_args": {"norm_layer": {"layernorm": 1}}},
+        {"model_args": {"class_token": 1}},
+        {"model_args": {"global_pool": None}},
+        {"pretrained_cfg": []},
+        {"pretrained_cfg": {"input_size": 224}},
+        {"pretrained_cfg": {"input_size": [3, 224]}},
+        {"pretrained_cfg": {"input_size": ["3", 224, 224]}},
+        {"pretrained_cfg": {"num_classes": "many"}},
+    ],
+    ids=str,
+)
+def test_a_config_of_another_shape_is_an_error_that_names_the_key(config):
+    with pytest.raises(ConfigError, match=r"^config.json: (model_args|pretrained_cfg|in_chans|num_classes)"):
+        model_keys({"architecture": "vit_base_patch16_224", **config})

@@ -8,11 +8,13 @@ keys; an argument that our model cannot be, or that is not known, is an error th
 import functools
 import importlib.resources
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vit_dist.config import ConfigError, pair
 
+SIZES = ("img_size", "patch_size")
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 # Arguments that our model has no key for, with the values that it is.
 FIXED: dict[str, tuple] = {
@@ -57,48 +59,74 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
     Raises:
       ConfigError: the architecture is not known, or our model cannot be it.
     """
-    name = config.get("architecture")
-    classes = {known: cls for cls, rows in table()["architectures"].items() for known in rows}
-    if name not in classes:
-        raise ConfigError(f"{file}: architecture: {name!r} is none of the {len(classes)} that are known")
+    name, given = config.get("architecture"), config.get("model_args", {})
+    rows = table()["architectures"]
+    cls = next((cls for cls in rows if isinstance(name, str) and name in rows[cls]), None)
+    if cls is None:
+        known = sum(map(len, rows.values()))
+        raise ConfigError(f"{file}: architecture: {name!r} is none of the {known} of timm {table()['timm']} known here")
     if name in table()["unsupported"]:
-        raise ConfigError(f"{file}: architecture: our model cannot be {name}: {', '.join(table()['unsupported'][name])}")
-    defaults, named = table()["defaults"][classes[name]], table()["architectures"][classes[name]][name]
-    given = {key: value for key, value in config.get("model_args", {}).items() if value is not None}
-    given = {key: value for key, value in given.items() if key not in table()["ignored"]}
-    unknown = sorted(given.keys() - defaults.keys())
-    if unknown:
-        raise ConfigError(f"{file}: model_args.{unknown[0]}: not an argument that is known; remove it if it means nothing")
-    for key, known in table()["layers"].items():
-        if key in given:
-            given[key] = _layer(key, given[key], known, file)
-    if "embed_norm_layer" in given:
-        given["embed_norm_layer"] = _layer("norm_layer", given["embed_norm_layer"], table()["layers"]["norm_layer"], file)
-    arguments = {**defaults, **_implied(config), **named, **given}
+        lacking = ", ".join(table()["unsupported"][name])
+        raise ConfigError(f"{file}: architecture: our model cannot be {name}, which has: {lacking}")
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{file}: model_args: expected an object, found {type(given).__name__}")
+    defaults = table()["defaults"][cls]
+    checked = {
+        key: _checked(key, value, defaults, f"{file}: model_args.{key}")
+        for key, value in given.items()
+        if key not in table()["ignored"]
+    }
+    arguments = {**defaults, **_implied(config, defaults, file), **rows[cls][name], **checked}
     for key, allowed in FIXED.items():
         if key in arguments and arguments[key] not in allowed:
             raise ConfigError(f"{file}: model_args.{key}: our model cannot be {arguments[key]!r}")
-    return _eva(arguments, file) if classes[name] == "Eva" else _plain(arguments, file)
+    return _eva(arguments, file) if cls == "Eva" else _plain(arguments, file)
 
 
-def _layer(key: str, value: Any, known: Mapping[str, Any], file: str) -> Any:
-    text = value.replace("_", "").lower() if isinstance(value, str) and key == "norm_layer" else value
-    if not isinstance(text, str) or text not in known:
-        raise ConfigError(f"{file}: model_args.{key}: {value!r} is none of {', '.join(known)}")
-    return known[text]
+def _checked(key: str, value: Any, defaults: Mapping[str, Any], where: str) -> Any:
+    """Returns the value of an argument, with a layer in the words of the table; raises `ConfigError` for another type."""
+    if key not in defaults:
+        raise ConfigError(f"{where}: is not known here; remove it if it changes no output")
+    layers = table()["layers"].get("norm_layer" if key == "embed_norm_layer" else key)
+    if layers is not None:
+        if value is None:
+            return defaults[key]
+        text = str(value) if key == "act_layer" else str(value).replace("_", "").lower()
+        if text not in layers:
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(layers)}")
+        return layers[text]
+    default = defaults[key]
+    if key in SIZES:
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+        fits = all(type(side) is int and side > 0 for side in sides)
+    elif isinstance(default, bool | str):
+        fits = isinstance(value, type(default))
+    elif default is None:
+        fits = value is None or isinstance(value, bool | int | float)
+    else:
+        fits = type(value) is int or (isinstance(default, float) and isinstance(value, float) and math.isfinite(value))
+    if not fits:
+        expected = "a size" if key in SIZES else f"a value like {default!r}"
+        raise ConfigError(f"{where}: expected {expected}, found {value!r}")
+    return value
 
 
-def _implied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that follow from `pretrained_cfg`; a file of old has its keys at the top."""
+def _implied(config: Mapping[str, Any], defaults: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Returns the arguments that follow from `pretrained_cfg`; an old file has its keys at the top."""
     source = config.get("pretrained_cfg", config)
-    implied = {key: source[key] for key in ("num_classes", "global_pool") if source.get(key) is not None}
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"{file}: pretrained_cfg: expected an object, found {type(source).__name__}")
+    values = {key: source[key] for key in ("num_classes", "global_pool") if source.get(key) is not None}
     if config.get("num_classes") is not None:
-        implied["num_classes"] = config["num_classes"]
-    if "input_size" in source:
-        implied["in_chans"] = source["input_size"][0]
+        values["num_classes"] = config["num_classes"]
+    size = source.get("input_size")
+    if size is not None:
+        if not isinstance(size, list) or len(size) != 3:
+            raise ConfigError(f"{file}: pretrained_cfg.input_size: expected [channels, height, width], found {size!r}")
+        values["in_chans"] = size[0]
         if source.get("fixed_input_size"):
-            implied["img_size"] = source["input_size"][1:]
-    return implied
+            values["img_size"] = size[1:]
+    return {key: _checked(key, value, defaults, f"{file}: {key}") for key, value in values.items()}
 
 
 def _plain(arguments: Mapping[str, Any], file: str) -> dict[str, Any]:
