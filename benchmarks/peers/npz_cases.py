@@ -1,0 +1,155 @@
+"""Files as google-research's big_vision and vision_transformer write them, without either library.
+
+The names and shapes are those of their parameter trees. What the names mean is said by timm, whose `load_pretrained`
+reads such files into a model of its own; only the kind of GELU is set here, as both libraries use Flax's default, the
+approximation by tanh. Arrays of bfloat16 are stored as NumPy stores what it does not know, as two void bytes; timm is
+given the same numbers in float32.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+from peers import random_weights
+from peers.case import Case
+from peers.timm_cases import outputs
+
+WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID, CLASSES = 64, 3, 4, 128, 16, 3, 10
+Shapes = dict[str, tuple[int, ...]]
+
+
+def attention(path: str) -> Shapes:
+    size = WIDTH // HEADS
+    shapes: Shapes = {}
+    for name in ("query", "key", "value"):
+        shapes |= {f"{path}/{name}/kernel": (WIDTH, HEADS, size), f"{path}/{name}/bias": (HEADS, size)}
+    return shapes | {f"{path}/out/kernel": (HEADS, size, WIDTH), f"{path}/out/bias": (WIDTH,)}
+
+
+def mlp(path: str) -> Shapes:
+    return dense(f"{path}/Dense_0", WIDTH, HIDDEN) | dense(f"{path}/Dense_1", HIDDEN, WIDTH)
+
+
+def dense(path: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{path}/kernel": (inputs, outputs), f"{path}/bias": (outputs,)}
+
+
+def norm(path: str) -> Shapes:
+    return {f"{path}/scale": (WIDTH,), f"{path}/bias": (WIDTH,)}
+
+
+def block(path: str, numbers: tuple[int, int, int]) -> Shapes:
+    """Returns the arrays of a block; `numbers` are those in the names of its attention, second norm and MLP."""
+    heads, second, hidden = numbers
+    return (
+        norm(f"{path}/LayerNorm_0")
+        | attention(f"{path}/MultiHeadDotProductAttention_{heads}")
+        | norm(f"{path}/LayerNorm_{second}")
+        | mlp(f"{path}/MlpBlock_{hidden}")
+    )
+
+
+def embedding() -> Shapes:
+    return {"embedding/kernel": (PATCH, PATCH, 3, WIDTH), "embedding/bias": (WIDTH,)}
+
+
+def vision_transformer() -> Shapes:
+    """Returns the arrays of vision_transformer's ViT with a class token, as AugReg's."""
+    shapes = embedding() | {
+        "cls": (1, 1, WIDTH),
+        "Transformer/posembed_input/pos_embedding": (1, GRID**2 + 1, WIDTH),
+    }
+    for index in range(DEPTH):
+        shapes |= block(f"Transformer/encoderblock_{index}", (1, 2, 3))
+    return shapes | norm("Transformer/encoder_norm") | dense("head", WIDTH, CLASSES)
+
+
+def big_vision(pool: str, stacked: bool = False, head: bool = True, prefix: str = "params/") -> Shapes:
+    """Returns the arrays of big_vision's ViT; `stacked`: blocks are one loop, their arrays have a leading axis."""
+    shapes = embedding() | {"pos_embedding": (1, GRID**2, WIDTH)}
+    if pool == "tok":
+        shapes["cls"] = (1, 1, WIDTH)
+    if stacked:
+        rows = block("Transformer/encoderblock", (0, 1, 0))
+        shapes |= {name: (DEPTH, *shape) for name, shape in rows.items()}
+    else:
+        for index in range(DEPTH):
+            shapes |= block(f"Transformer/encoderblock_{index}", (0, 1, 0))
+    shapes |= norm("Transformer/encoder_norm")
+    if pool == "map":
+        shapes |= {"MAPHead_0/probe": (1, 1, WIDTH)} | norm("MAPHead_0/LayerNorm_0") | mlp("MAPHead_0/MlpBlock_0")
+        shapes |= attention("MAPHead_0/MultiHeadDotProductAttention_0")
+    if head:
+        shapes |= dense("head", WIDTH, CLASSES)
+    shapes = {prefix + name: shape for name, shape in shapes.items()}
+    if prefix == "params/img/":  # an image and text model, such as SigLIP
+        shapes |= {"params/t": (1,), "params/b": (1,), "params/txt/head/kernel": (8, WIDTH)}
+    return shapes
+
+
+TIMM_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "tok": {"no_embed_class": True},
+    "gap": {"global_pool": "avg", "class_token": False, "fc_norm": False},
+    "map": {"global_pool": "map", "class_token": False},
+    "vision_transformer": {},
+}
+# name of the fixture: (key of TIMM_ARGUMENTS, arrays, whether they are bfloat16)
+CASES: dict[str, tuple[str, Shapes, bool]] = {
+    "npz_augreg": ("vision_transformer", vision_transformer(), False),
+    "npz_big_vision_map": ("map", big_vision("map"), False),
+    "npz_big_vision_gap": ("gap", big_vision("gap"), False),
+    "npz_big_vision_tok_stacked": ("tok", big_vision("tok", stacked=True), False),
+    "npz_big_vision_siglip_bf16": ("map", big_vision("map", head=False, prefix="params/img/"), True),
+    "npz_big_vision_map_stacked_bf16": ("map", big_vision("map", stacked=True), True),
+}
+
+
+def golden() -> Iterator[Case]:
+    """Yields the files of both libraries."""
+    for name, (kind, shapes, half) in CASES.items():
+        classes = CLASSES if any(path.endswith("head/kernel") and "txt" not in path for path in shapes) else 0
+        yield Case(
+            name,
+            f"timm {timm.__version__}, its reader of .npz with act_layer='gelu_tanh'",
+            (GRID * PATCH, GRID * PATCH, 3),
+            functools.partial(save, shapes, half),
+            functools.partial(load, kind, classes),
+            outputs,
+            config="",
+            weights="model.npz",
+        )
+
+
+def save(shapes: Shapes, half: bool, folder: pathlib.Path) -> None:
+    """Writes the random weights themselves: no library of theirs is here to write a file first."""
+    arrays = {name: random_weights.weight(name, shape) for name, shape in shapes.items()}
+    if half:
+        rounded = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in arrays.items()}
+        np.savez(folder / "float32.npz", **{name: tensor.to(torch.float32).numpy() for name, tensor in rounded.items()})
+        arrays = {name: tensor.view(torch.int16).numpy().view("V2") for name, tensor in rounded.items()}
+    np.savez(folder / "model.npz", **arrays)
+
+
+def load(kind: str, classes: int, folder: pathlib.Path) -> nn.Module:
+    model = timm.create_model(
+        "vit_base_patch16_224",
+        img_size=GRID * PATCH,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        num_classes=classes,
+        act_layer="gelu_tanh",
+        **TIMM_ARGUMENTS[kind],
+    )
+    for parameter in model.parameters():  # what the file does not set would show
+        torch.nn.init.constant_(parameter, torch.nan)
+    plain = folder / "float32.npz"
+    model.load_pretrained(str(plain if plain.exists() else folder / "model.npz"))
+    return model
