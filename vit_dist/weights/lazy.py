@@ -1,8 +1,8 @@
 """Arrays that are made of stored tensors, and of which a slice is computed when it is asked for.
 
 A parameter of ours is often a stored tensor transposed, cut into heads, or stacked with those of other blocks. Each of
-these steps maps a slice of its result to slices of what it is made of. So every process reads those parts of a file that
-its own shards need, and no tensor is ever held whole because another layout is wanted.
+these steps maps a slice of its result to slices of what it is made of. So every process reads those parts of a file
+that its own shards need, and no tensor is ever held whole because another layout is wanted.
 """
 
 import math
@@ -44,7 +44,9 @@ class Lazy:
             if second == slice(0, inner):
                 spans = [slice(first.start * inner, first.stop * inner)]
             else:
-                spans = [slice(i * inner + second.start, i * inner + second.stop) for i in range(first.start, first.stop)]
+                spans = [
+                    slice(i * inner + second.start, i * inner + second.stop) for i in range(first.start, first.stop)
+                ]
             parts = [self.read((*before, span, *after)) for span in spans]
             sides = first.stop - first.start, second.stop - second.start
             joined = np.concatenate(parts, axis) if parts else self.read((*before, slice(0, 0), *after))
@@ -90,7 +92,11 @@ def stacked(parts: Sequence[Lazy], axis: int) -> Lazy:
     def compute(index: Index) -> np.ndarray:
         rest = (*index[:axis], *index[axis + 1 :])
         chosen = parts[index[axis]]
-        return np.stack([part.read(rest) for part in chosen], axis) if chosen else np.zeros((*shape[:axis], 0, *shape[axis:]))
+        return (
+            np.stack([part.read(rest) for part in chosen], axis)
+            if chosen
+            else np.zeros((*shape[:axis], 0, *shape[axis:]))
+        )
 
     return Lazy((*shape[:axis], len(parts), *shape[axis:]), compute)
 

@@ -8,8 +8,10 @@ that names it.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
+
+import numpy as np
 
 from vit_dist.config import ConfigError
 from vit_dist.weights.lazy import Lazy, computed, stacked, stored, zeros
@@ -29,8 +31,8 @@ class Part:
 
 
 # What one of our modules or parameters is made of. A name stands for a tensor; `{}` in it becomes the kind of the
-# parameter, such as `weight`, and `#` the number of the block. Several are stacked, along the axis that we stack queries,
-# keys and values on. None: zeros.
+# parameter, such as `weight`, and `#` the number of the block. Several are stacked, along the axis that we stack
+# queries, keys and values on. None: zeros.
 Entry = str | Part | None | tuple[str | Part | None, ...]
 # Entries by our path without the number of a block: of a parameter (`patch/bias`), or of the module that has it
 # (`attention/qkv`).
@@ -52,12 +54,14 @@ class Naming:
       table: see `Table`.
       manner: "torch" stores dense kernels [outputs, inputs] and patch kernels [D, C, h, w]; "flax" as we do.
       left_out: what matches one of these is not needed: text towers, tokens that mask patches in training.
+      as_stored: paths of kernels that lie as ours do in spite of the manner.
       stacked: blocks are stored as one tensor for all, along the first axis.
     """
 
     table: Table
     manner: Literal["torch", "flax"] = "torch"
     left_out: tuple[str, ...] = ()
+    as_stored: tuple[str, ...] = ()
     stacked: bool = False
 
 
@@ -86,7 +90,9 @@ class Tensors:
         if unknown:
             shown = ", ".join(f"{printed(name)} {list(self._tensors[name].shape)}" for name in unknown[:4])
             more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-            raise ConfigError(f"init.weights: the model has no place for tensor {shown}{more}; remove what is not its own")
+            raise ConfigError(
+                f"init.weights: the model has no place for tensor {shown}{more}; remove what is not its own"
+            )
         return rest
 
 
@@ -121,11 +127,14 @@ def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape) -> Laz
         if part.of > 1:
             rows = tensor.shape[0] // part.of
             tensor = tensor.part(0, part.start * rows, part.stop * rows)
-        turned = _as_ours(tensor, own, kind, shape) if naming.manner == "torch" else tensor
+        ours = naming.manner == "flax" or own in naming.as_stored
+        turned = tensor if ours else _as_ours(tensor, own, kind)
         fitted = _split(turned, shape)
         if fitted is None:
             wanted = f"{shape}, as {path}"
-            raise ConfigError(f"init.weights: tensor {name} has the shape {list(tensor.shape)}, expected that of {wanted}")
+            raise ConfigError(
+                f"init.weights: tensor {name} has the shape {list(tensor.shape)}, expected that of {wanted}"
+            )
         return fitted
 
     if not isinstance(entry, tuple):
@@ -134,7 +143,7 @@ def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape) -> Laz
     return stacked([one(each, (*shape[:axis], *shape[axis + 1 :])) for each in entry], axis)
 
 
-def _as_ours(tensor: Lazy, own: str, kind: str, shape: Shape) -> Lazy:
+def _as_ours(tensor: Lazy, own: str, kind: str) -> Lazy:
     """Returns a tensor of PyTorch with the axes of ours in our order."""
     if kind != "kernel" or len(tensor.shape) < 2:
         return tensor
@@ -144,7 +153,7 @@ def _as_ours(tensor: Lazy, own: str, kind: str, shape: Shape) -> Lazy:
 
 
 def _split(tensor: Lazy, shape: Shape) -> Lazy | None:
-    """Returns the tensor in a shape of ours, in which axes are split into heads or pixels joined; None if it cannot be."""
+    """Returns the tensor in a shape of ours: axes are split into heads, or pixels joined; None if it cannot be."""
     if math.prod(tensor.shape) != math.prod(shape):
         return None
     if len(tensor.shape) > len(shape):
@@ -212,8 +221,5 @@ def tokens(
 
 def joined(parts: list[Lazy]) -> Lazy:
     """Returns small arrays joined along their first axis."""
-    import numpy as np
-
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    join: Callable[..., np.ndarray] = lambda *arrays: np.concatenate(arrays)  # noqa: E731
-    return computed(shape, join, *parts)
+    return computed(shape, lambda *arrays: np.concatenate(arrays), *parts)

@@ -66,6 +66,11 @@ class Origin:
         """The object in `config.json`, or None if there is no such file."""
         return self.configs.get("config.json")
 
+    @property
+    def folder(self) -> Path:
+        """Where the weights lie."""
+        return self.files[0].parent
+
     def digest(self) -> str:
         """Reads all files and returns the SHA-256 of what `sha256sum` prints for them, in the order of their names."""
         lines = []

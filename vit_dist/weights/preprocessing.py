@@ -11,9 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vit_dist.config import Size
-from vit_dist.schema import ConfigError, PositiveFloat, PositiveFraction, PositiveInt, build
+from vit_dist.schema import PositiveFloat, PositiveFraction, PositiveInt
+from vit_dist.weights.said import Said
 
 Readers = dict[str, Callable[[], Any]]  # key -> what reads its value
+_MEAN = float | tuple[float, ...]  # one number, or one for each channel
+_STD = PositiveFloat | tuple[PositiveFloat, ...]
 
 _INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic"}
 _CROP_MODES = {"center": "center", "squash": "squash", "border": "border"}  # timm's
@@ -39,13 +42,13 @@ def from_timm(pretrained_cfg: Mapping[str, Any], source: str, given: Collection[
     Raises:
       ConfigError: a value is missing, of the wrong type, or one that `data/` cannot do.
     """
-    said = _Said(pretrained_cfg, source)
+    said = Said(pretrained_cfg, source)
     sizes = tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
     readers: Readers = {
         "model.image_size": lambda: said.read("input_size", sizes, "model.image_size")[1:],
         "model.channels": lambda: said.read("input_size", sizes, "model.channels")[0],
-        "data.mean": lambda: said.mean("mean"),
-        "data.std": lambda: said.std("std"),
+        "data.mean": lambda: said.read("mean", _MEAN, "data.mean"),
+        "data.std": lambda: said.read("std", _STD, "data.std"),
         "data.interpolation": lambda: said.choice("interpolation", _INTERPOLATIONS, "data.interpolation"),
         "data.eval_crop_mode": lambda: said.choice("crop_mode", _CROP_MODES, "data.eval_crop_mode"),
         "data.eval_crop": lambda: said.read("crop_pct", PositiveFraction, "data.eval_crop"),
@@ -71,12 +74,12 @@ def from_open_clip(
     Raises:
       ConfigError: as `from_timm`.
     """
-    said = _Said(preprocess_cfg, source)
+    said = Said(preprocess_cfg, source)
     readers: Readers = {
         "model.image_size": lambda: image_size,
         "model.channels": lambda: 3,
-        "data.mean": lambda: said.mean("mean"),
-        "data.std": lambda: said.std("std"),
+        "data.mean": lambda: said.read("mean", _MEAN, "data.mean"),
+        "data.std": lambda: said.read("std", _STD, "data.std"),
         "data.interpolation": lambda: said.choice("interpolation", _INTERPOLATIONS, "data.interpolation"),
         "data.eval_crop_mode": lambda: said.choice("resize_mode", _RESIZE_MODES, "data.eval_crop_mode"),
         "data.eval_crop": lambda: 1.0,
@@ -99,71 +102,22 @@ def from_transformers(config: Mapping[str, Any], source: str, given: Collection[
     Raises:
       ConfigError: as `from_timm`.
     """
-    said = _Said(config, source)
+    said = Said(config, source)
     if said.values.get("image_processor") is not None:
-        said = _Said(said.values["image_processor"], source)
+        said = Said(said.values["image_processor"], source)
     of_size = ", ".join(
         key for key in ("model.image_size", "data.eval_crop_mode", "data.eval_crop") if key not in given
     )
     readers: Readers = {
         "model.image_size": lambda: _steps(said, of_size).image_size,
-        "data.mean": lambda: said.mean("image_mean") if _normalizes(said, "data.mean") else 0.0,
-        "data.std": lambda: said.std("image_std") if _normalizes(said, "data.std") else 1.0,
+        "data.mean": lambda: said.read("image_mean", _MEAN, "data.mean") if _normalizes(said, "data.mean") else 0.0,
+        "data.std": lambda: said.read("image_std", _STD, "data.std") if _normalizes(said, "data.std") else 1.0,
         "data.interpolation": lambda: said.choice("resample", _RESAMPLES, "data.interpolation"),
         "data.eval_crop_mode": lambda: _steps(said, of_size).crop_mode,
         "data.eval_crop": lambda: _steps(said, of_size).crop,
         "data.eval_rounding": lambda: "transformers",
     }
     return _read(readers, given)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Said:
-    """The values of a file; errors name the file, the value and the key to set instead."""
-
-    values: Mapping[str, Any]
-    source: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.values, Mapping):
-            raise ConfigError(f"{self.source}: expected names and values, found {self.values!r:.40}")
-
-    def stated(self, name: str, key: str) -> Any:
-        """Returns a value of any type but null."""
-        if self.values.get(name) is None:
-            raise ConfigError(f"{self.source}: does not say {name}; set {key}")
-        return self.values[name]
-
-    def read(self, name: str, hint: Any, key: str) -> Any:
-        """Returns a value as the type `hint`."""
-        value = self.stated(name, key)
-        try:
-            return build(hint, value, name)
-        except ConfigError as error:
-            raise ConfigError(f"{self.source}: {error}; set {key}") from None
-
-    def choice(self, name: str, options: Mapping[Any, str], key: str) -> str:
-        """Returns the option that a value stands for."""
-        value = self.read(name, type(next(iter(options))), key)
-        if value not in options:
-            raise self.refusal(name, "one of " + ", ".join(map(str, options)), key)
-        return options[value]
-
-    def flag(self, name: str, unless_said: bool, key: str) -> bool:
-        """Returns a value that is true or false."""
-        return unless_said if self.values.get(name) is None else self.read(name, bool, key)
-
-    def mean(self, name: str) -> Any:
-        """Returns one number, or one for each channel."""
-        return self.read(name, float | tuple[float, ...], "data.mean")
-
-    def std(self, name: str) -> Any:
-        """Returns one number, or one for each channel."""
-        return self.read(name, PositiveFloat | tuple[PositiveFloat, ...], "data.std")
-
-    def refusal(self, name: str, expected: str, key: str) -> ConfigError:
-        """Returns the error for a value that cannot be done."""
-        return ConfigError(f"{self.source}: {name} is {self.values.get(name)!r:.60}, expected {expected}; set {key}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +138,7 @@ def _read(readers: Readers, given: Collection[str]) -> dict[str, Any]:
     return values
 
 
-def _normalizes(said: _Said, key: str) -> bool:
+def _normalizes(said: Said, key: str) -> bool:
     """Returns whether pixels are normalised; raises where they are not in [0, 1] before."""
     if not said.flag("do_rescale", True, key):
         raise said.refusal("do_rescale", "true", key)
@@ -194,7 +148,7 @@ def _normalizes(said: _Said, key: str) -> bool:
     return said.flag("do_normalize", True, key)
 
 
-def _steps(said: _Said, key: str) -> _Steps:
+def _steps(said: Said, key: str) -> _Steps:
     """Returns what is done with the size; errors name `key`, or several."""
     name = "image_processor_type" if said.values.get("image_processor_type") else "feature_extractor_type"
     kind = (
@@ -222,14 +176,14 @@ def _steps(said: _Said, key: str) -> _Steps:
     return _Steps(crop, "center" if isinstance(size, int) else "squash", ratio)
 
 
-def _size(said: _Said, name: str, key: str, one_number: str) -> int | tuple[int, int]:
+def _size(said: Said, name: str, key: str, one_number: str) -> int | tuple[int, int]:
     """Returns the short side, or (height, width); `one_number` says which of them a size of one number is."""
     size = said.stated(name, key)
     if not isinstance(size, Mapping):
         side = said.read(name, PositiveInt, key)
         return side if one_number == "shortest_edge" else (side, side)
     stated = {side: value for side, value in size.items() if value is not None}
-    sides = _Said(stated, f"{said.source}: {name}")
+    sides = Said(stated, f"{said.source}: {name}")
     if stated.keys() == {"shortest_edge"}:
         return sides.read("shortest_edge", PositiveInt, key)
     if stated.keys() == {"height", "width"}:

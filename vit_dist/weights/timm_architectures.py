@@ -49,8 +49,8 @@ def table() -> dict[str, Any]:
 def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str, Any]:
     """Returns the keys of `model` that timm's config.json says.
 
-    `registers` counts the class token where the head does not see it. The file's tensors may have a learned position for
-    a token whose model has none here; it is to be added to the token. `layer_scale` is 1.0 or null: whether there is one.
+    The file's tensors may have a learned position for a token whose model has none here; it is to be added to the token.
+    `layer_scale` is 1.0 or null: whether there is one.
 
     Args:
       config: the content of the file.
@@ -136,7 +136,9 @@ def _plain(arguments: Mapping[str, Any], file: str) -> dict[str, Any]:
     norms = (not after, bool(after)) if arguments["final_norm"] else (False, False)
     gated, activation = arguments["mlp_layer"] != "Mlp", arguments["act_layer"]
     if gated != (activation == "silu"):
-        raise ConfigError(f"{file}: model_args.act_layer: our model cannot be {activation!r} in {arguments['mlp_layer']}")
+        raise ConfigError(
+            f"{file}: model_args.act_layer: our model cannot be {activation!r} in {arguments['mlp_layer']}"
+        )
     if arguments["embed_norm_layer"] not in (None, arguments["norm_layer"]):
         raise ConfigError(f"{file}: model_args.embed_norm_layer: our model cannot be another norm than norm_layer")
     if arguments["pre_norm"] and arguments["embed_norm_layer"]:
@@ -194,9 +196,10 @@ def _common(arguments: Mapping[str, Any], registers: int, learned: bool, file: s
         "qk_norm_bias": arguments["qk_norm"] and norm == "layernorm",
         "qkv_bias": arguments["qkv_bias"],
         "pool": pool,
-        "registers": registers + (arguments["class_token"] and pool != "cls"),
+        "class_token": arguments["class_token"],
+        "registers": registers,
         "position": "learned" if learned else "none",
-        "cls_position": pool == "cls" and learned and not arguments["no_embed_class"],
+        "cls_position": arguments["class_token"] and learned and not arguments["no_embed_class"],
     }
 
 

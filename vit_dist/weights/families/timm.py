@@ -1,0 +1,112 @@
+"""timm: plain ViTs, DeiT-III, DINOv2 and 3, SigLIP, CLIP, AIMv2, as its `VisionTransformer` and `Eva` name them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vit_dist.weights.description import Description
+from vit_dist.weights.naming import Entry, Naming, Part
+from vit_dist.weights.origin import Origin
+from vit_dist.weights.preprocessing import from_timm
+from vit_dist.weights.said import Said
+from vit_dist.weights.timm_architectures import model_keys
+
+_MAP: dict[str, Entry] = {
+    "pool/probe": "attn_pool.latent",
+    "pool/query": "attn_pool.q.{}",
+    "pool/key_value": (Part("attn_pool.kv.{}", 0, 1, 2), Part("attn_pool.kv.{}", 1, 2, 2)),
+    "pool/projection": "attn_pool.proj.{}",
+    "pool/norm": "attn_pool.norm.{}",
+    "pool/mlp/up": "attn_pool.mlp.fc1.{}",
+    "pool/mlp/down": "attn_pool.mlp.fc2.{}",
+}
+
+_MLP = ("gate", "up", "down")
+
+
+def recognises(origin: Origin) -> bool:
+    """Returns whether timm wrote these files."""
+    return "architecture" in (origin.config or {})
+
+
+def describe(origin: Origin) -> Description:
+    """Returns the model that timm's config.json names; raises `ConfigError` for one that ours cannot be."""
+    config = origin.config
+    assert config is not None
+    source = str(origin.folder / "config.json")
+    model, names = model_keys(config, source), origin.tensors
+    cfg = config.get("pretrained_cfg", config)
+    labels = cfg.get("label_names") if isinstance(cfg, Mapping) else None
+    classes = None if labels is None else Said(cfg, source).read("label_names", tuple[str, ...], "init.head=new")
+    return Description(
+        "timm",
+        model,
+        Naming(_parallel(model, names) if model["parallel"] else _table(model, names)),
+        lambda given: from_timm(cfg, source, given),
+        position="pos_embed" if model["position"] == "learned" else None,
+        cls="cls_token" if model["class_token"] else None,
+        registers=("reg_token",) if model["registers"] else (),
+        classes=classes,
+    )
+
+
+def _ends(model: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns what stands before and after the blocks."""
+    before = model["pool_norm"] in ("before", "both")
+    # timm's convolution has no bias where a norm of all tokens follows.
+    bias = None if model["embedding_norm"] == "tokens" else "patch_embed.proj.bias"
+    return {
+        "patch": "patch_embed.proj.{}",
+        "patch/bias": bias,
+        "embedding_norm": "norm_pre.{}" if model["embedding_norm"] == "tokens" else "patch_embed.norm.{}",
+        "norm": "norm.{}" if before else None,
+        "pooled_norm": "fc_norm.{}",
+        "head": "head.{}",
+        **_MAP,
+    }
+
+
+def _table(model: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns the table of a model whose blocks attend first."""
+    qkv = tuple(Part("blocks.#.attn.qkv.{}", i, i + 1, 3) for i in range(3))
+    own_biases = "blocks.0.attn.q_bias" in names  # of queries and values; keys have none
+    joined = "blocks.0.mlp.fc1_g.weight" not in names  # gate and value are two halves of one tensor
+    halves = (Part("blocks.#.mlp.fc1.{}", 0, 1, 2), Part("blocks.#.mlp.fc1.{}", 1, 2, 2))
+    gate, up = halves if joined else ("blocks.#.mlp.fc1_g.{}", "blocks.#.mlp.fc1_x.{}")
+    old = "blocks.0.gamma_1" in names
+    # timm's `proj_bias` is that of the MLP too; ours has biases, of zero.
+    without: dict[str, Entry] = {} if model["projection_bias"] else {f"mlp/{name}/bias": None for name in _MLP}
+    return _ends(model) | {
+        "norm1": "blocks.#.norm1.{}",
+        "norm2": "blocks.#.norm2.{}",
+        "attention/qkv": qkv,
+        "attention/qkv/bias": ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias") if own_biases else qkv,
+        "attention/query_norm": "blocks.#.attn.q_norm.{}",
+        "attention/key_norm": "blocks.#.attn.k_norm.{}",
+        "attention/projection": "blocks.#.attn.proj.{}",
+        "mlp/gate": gate,
+        "mlp/up": up if model["activation"] == "swiglu" else "blocks.#.mlp.fc1.{}",
+        "mlp/down": "blocks.#.mlp.fc2.{}",
+        "scale1": "blocks.#.gamma_1" if old else "blocks.#.ls1.gamma",
+        "scale2": "blocks.#.gamma_2" if old else "blocks.#.ls2.gamma",
+        **without,
+    }
+
+
+def _parallel(model: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns the table of a model whose MLP stands beside attention, with one product before both."""
+    width, mlp = model["width"], model["mlp"]
+    rows = mlp + 3 * width
+    qkv = tuple(Part("blocks.#.in_proj.{}", mlp + i * width, mlp + (i + 1) * width, rows) for i in range(3))
+    bias: Entry = "blocks.#.mlp_bias" if "blocks.0.mlp_bias" in names else Part("blocks.#.in_proj.bias", 0, mlp, rows)
+    return _ends(model) | {
+        "norm1": "blocks.#.in_norm.{}",
+        "attention/qkv": qkv,
+        "attention/query_norm": "blocks.#.q_norm.{}",
+        "attention/key_norm": "blocks.#.k_norm.{}",
+        "attention/projection": "blocks.#.attn_out_proj.{}",
+        "mlp/up": Part("blocks.#.in_proj.{}", 0, mlp, rows),
+        "mlp/up/bias": bias,
+        "mlp/down": "blocks.#.mlp_out_proj.{}",
+        "scale1": "blocks.#.ls.gamma",  # of the sum of both branches
+        "scale2": "blocks.#.ls.gamma",
+    }

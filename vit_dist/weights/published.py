@@ -1,0 +1,103 @@
+"""Opens published weights: which family wrote them, the model that they are, and its parameters, not yet read."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.model.shape import shape_of
+from vit_dist.model.vit import ViT
+from vit_dist.weights import naming
+from vit_dist.weights.description import Description
+from vit_dist.weights.families import flax_npz, open_clip, timm, transformers
+from vit_dist.weights.lazy import Lazy
+from vit_dist.weights.naming import Tensors
+from vit_dist.weights.origin import Origin, open_origin
+from vit_dist.weights.stored_tensor import printed
+
+FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, flax_npz)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Weights of others.
+
+    Attributes:
+      origin: the files.
+      description: what their family tells of them.
+      model: the model that they are.
+      parameters: ours by path, of this model, the blocks one by one.
+      left_out: the names of tensors that are not used, on purpose.
+    """
+
+    origin: Origin
+    description: Description
+    model: config.Model
+    parameters: Mapping[str, Lazy]
+    left_out: tuple[str, ...]
+
+
+def open_published(name: str | Path, key: str = "init.weights") -> Published:
+    """Returns the weights that `name` names (see `open_origin`).
+
+    Raises:
+      ConfigError: there are none, their family is not known, our model cannot be theirs, or a tensor is missing,
+        unexpected or of another shape.
+    """
+    origin = open_origin(name, key)
+    family = next((family for family in FAMILIES if family.recognises(origin)), None)
+    if family is None:
+        names = ", ".join(printed(name, 60) for name in list(origin.tensors)[:3])
+        described = "there is no config.json beside it" if origin.config is None else "its config.json names none"
+        raise ConfigError(
+            f"{origin.files[0]}: neither tensors, such as {names}, nor config tell the family ({described}); put the "
+            "config.json of timm or transformers beside it, or name weights of big_vision or OpenCLIP"
+        )
+    described = family.describe(origin)
+    values = {"total_steps": 1, "model": {**described.model, "scan": False}}
+    try:
+        model = config.resolve(values).model
+        shapes = shapes_of(model)
+    except ConfigError as error:
+        raise ConfigError(f"{origin.files[0]}: its model is not one of ours: {error}") from error
+    tensors = Tensors(origin.tensors)
+    parameters = naming.parameters(described.naming, tensors, shapes)
+    parameters |= _tokens(described, tensors, shapes, shape_of(model).patches)
+    left_out = tensors.check_all_taken(described.naming.left_out)
+    wrong = [path for path in shapes if path not in parameters or parameters[path].shape != shapes[path]]
+    if wrong:
+        found = parameters[wrong[0]].shape if wrong[0] in parameters else "none"
+        raise ConfigError(
+            f"{origin.files[0]}: {wrong[0]} would have the shape {found}, expected {shapes[wrong[0]]}; fetch it again"
+        )
+    return Published(origin, described, model, parameters, tuple(left_out))
+
+
+def shapes_of(model: config.Model) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of our parameters by path, as they are without a mesh."""
+    keywords = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**keywords, rngs=nnx.Rngs(0)))))
+    return {path: leaf.shape for path, leaf in by_path(tree).items()}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of nested dicts by path, such as `blocks/0/norm1/scale`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _tokens(
+    described: Description, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], patches: int
+) -> dict[str, Lazy]:
+    def take(name: str | None, path: str) -> Lazy | None:
+        return None if name is None else tensors.take(name, path)
+
+    registers = [tensors.take(name, "registers") for name in described.registers]
+    position, cls = take(described.position, "position"), take(described.cls, "cls")
+    return naming.tokens(position, cls, registers, shapes, patches)

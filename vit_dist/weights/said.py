@@ -1,0 +1,50 @@
+"""Reads the values of a file that describes published weights. Nothing is guessed: what a file does not say, or says in
+a way that we cannot do, is an error that names the key of ours to set.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vit_dist.schema import ConfigError, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """The values of a file; errors name the file, the value and the key to set instead."""
+
+    values: Mapping[str, Any]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise ConfigError(f"{self.source}: expected names and values, found {self.values!r:.40}")
+
+    def stated(self, name: str, key: str) -> Any:
+        """Returns a value of any type but null."""
+        if self.values.get(name) is None:
+            raise ConfigError(f"{self.source}: does not say {name}; set {key}")
+        return self.values[name]
+
+    def read(self, name: str, hint: Any, key: str) -> Any:
+        """Returns a value as the type `hint`."""
+        value = self.stated(name, key)
+        try:
+            return build(hint, value, name)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source}: {error}; set {key}") from None
+
+    def choice(self, name: str, options: Mapping[Any, str], key: str) -> str:
+        """Returns the option that a value stands for."""
+        value = self.read(name, type(next(iter(options))), key)
+        if value not in options:
+            raise self.refusal(name, "one of " + ", ".join(map(str, options)), key)
+        return options[value]
+
+    def flag(self, name: str, unless_said: bool, key: str) -> bool:
+        """Returns a value that is true or false."""
+        return unless_said if self.values.get(name) is None else self.read(name, bool, key)
+
+    def refusal(self, name: str, expected: str, key: str) -> ConfigError:
+        """Returns the error for a value that cannot be done."""
+        return ConfigError(f"{self.source}: {name} is {self.values.get(name)!r:.60}, expected {expected}; set {key}")
