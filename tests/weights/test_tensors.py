@@ -10,11 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from peak import PEAK_BYTES
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from weight_files import entry, npy, npz, safetensors, sparse_safetensors
 
 from vit_dist.config import ConfigError
+from vit_dist.weights import stored_tensor
 from vit_dist.weights.tensors import open_tensors
 
 SLICES = [
@@ -46,7 +48,7 @@ def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.npz", "compressed.npz"])
 @pytest.mark.parametrize("dtype", [*NUMBERS, ml_dtypes.bfloat16])
-def test_every_slice_has_the_bits_that_were_written(name: str, dtype: Any, tmp_path: Path) -> None:
+def test_every_slice_has_the_bits_that_were_written(name: str, dtype: Any, tmp_path: Path, monkeypatch) -> None:
     array, scalar = _array(dtype), _array(dtype, ())
     # the odd array moves what follows it to an odd offset
     _write(tmp_path / name, {"odd": _array("u1", (3,)), "a/b.w": array, "scalar": scalar, "empty": array[:0]})
@@ -58,6 +60,7 @@ def test_every_slice_has_the_bits_that_were_written(name: str, dtype: Any, tmp_p
         "empty": ((0, 5, 6), array.dtype),
     }
     assert list(tensors) == [tensor.name for tensor in tensors.values()]
+    monkeypatch.setattr(stored_tensor, "_BLOCK_BYTES", 250)  # as if the tensor were large
     for index in SLICES:
         _assert_same_bits(tensors["a/b.w"].read(index), array[index])
     _assert_same_bits(tensors["scalar"].read(), scalar)
@@ -86,8 +89,9 @@ def test_the_library_reads_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("dtype", ["f4", ml_dtypes.bfloat16])
-def test_arrays_in_fortran_order_are_read_in_c_order(compressed: bool, dtype: Any, tmp_path: Path) -> None:
+def test_arrays_in_fortran_order_are_read_in_c_order(compressed: bool, dtype: Any, tmp_path: Path, monkeypatch) -> None:
     array = np.asfortranarray(_array(dtype))
+    monkeypatch.setattr(stored_tensor, "_BLOCK_BYTES", 50)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "a.npz", w=array)
     for index in SLICES:
         _assert_same_bits(open_tensors(tmp_path / "a.npz")["w"].read(index), array[index].copy("C"))
@@ -151,6 +155,23 @@ print(private_mib() - begin, row.nbytes, corner.nbytes, 'jax' in sys.modules)
     opened, with_row, with_corner, row_bytes, corner_bytes, jax = done.stdout.split()
     assert int(row_bytes) == 1 << 17 and int(corner_bytes) == 1 << 24 and jax == "False"
     assert float(opened) < 3 and float(with_row) < 3.2 and float(with_corner) < 20
+
+
+def test_columns_of_a_large_tensor_hold_a_part_of_the_file_at_a_time(tmp_path: Path) -> None:
+    sparse_safetensors(tmp_path / "a.safetensors", (1 << 15, 1 << 12))  # 512 MiB, of which every page is read
+    code = f"""
+import sys
+from pathlib import Path
+from vit_dist.weights.tensors import open_tensors
+{PEAK_BYTES}
+tensor = open_tensors(Path(sys.argv[1]))["w"]
+before = peak_bytes()
+columns = tensor.read((slice(None), slice(64, 128)))
+print(peak_bytes() - before, columns.nbytes)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "a.safetensors")]
+    grown, size = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(size) == 8 << 20 and int(grown) < 40 << 20
 
 
 def test_other_kinds_of_file_are_refused(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def _fetch(name: str, key: str) -> Path:
             f"{missing}, and the Hugging Face hub has none that can be fetched ({printed(first_line(error))}); check "
             "the name, the network and your access to it"
         ) from error
-    if not any(file.suffix in (".safetensors", ".npz") for file in folder.iterdir()):
+    if not any(file.suffix in (".safetensors", ".npz") for file in folder.glob("*")):
         raise ConfigError(
             f"{key}: {name} on the Hugging Face hub has no .safetensors and no .npz; download what it has and give the "
             "path of that file, to see how it is converted"

@@ -1,7 +1,7 @@
 """A tensor that lies in a file: its name, shape and dtype, and how a slice of it is read.
 
-Every format maps its file into memory for the time of one read and copies the slice, so a process holds no more of a
-file than the slices that it asked for. What a file says about itself is checked before memory is allocated for it.
+A slice is copied block by block from a file that is mapped into memory for one block only, so a process holds no more
+of a file than the slices that it asked for. What a file says about itself is checked before memory is allocated for it.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from vit_dist.config import ConfigError
 
 FETCH_AGAIN = "fetch the file again, as it may be incomplete, or save it again"
 _MOST_AXES = 32
+_BLOCK_BYTES = 16 << 20  # of a file, mapped at a time
 _LONGEST_NAME = 500
 
 
@@ -53,7 +54,17 @@ class StoredTensor:
 
         Raises `ConfigError` if the file was removed, cut or damaged since it was opened.
         """
-        return np.array(self.load()[index], order="C").view(self.dtype)
+        stored = self.load()[index]
+        values = np.empty(stored.shape, stored.dtype)
+        if isinstance(stored, np.memmap):
+            axis = int(np.argmax(np.abs(stored.strides)))  # along which a block lies together in the file
+            size = max(1, _BLOCK_BYTES // abs(stored.strides[axis]))
+            for start in range(0, stored.shape[axis], size):
+                block = (slice(None),) * axis + (slice(start, start + size),)
+                values[block] = self.load()[index][block]  # pages stay in memory as long as their mapping
+        else:
+            values[...] = stored
+        return values.view(self.dtype)
 
 
 def map_array(
