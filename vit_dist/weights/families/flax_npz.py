@@ -61,10 +61,9 @@ def describe(origin: Origin) -> Description:
     }
     # Of a model of images and texts: the other tower, and what compares both.
     left_out = ("params/txt/", "params/t$", "params/b$") if prefix.endswith("img/") else ()
-    model = _model(
-        tensors, prefix, block.replace("#", "0"), attention.replace("#", "0"), mlp.replace("#", "0"), stacked
-    )
-    model |= _positions(tensors, position, model, prefix)
+    query, up = (f"{name.replace('#', '0')}/kernel" for name in (f"{attention}/query", f"{mlp}/Dense_0"))
+    model = _model(tensors, prefix, query, up, stacked)
+    model |= _positions(tensors, position, model)
     return Description(
         "vision_transformer" if old else "big_vision",
         model,
@@ -75,9 +74,7 @@ def describe(origin: Origin) -> Description:
     )
 
 
-def _model(
-    tensors: Mapping[str, StoredTensor], prefix: str, query: str, up: str, stacked: bool
-) -> dict[str, Any]:
+def _model(tensors: Mapping[str, StoredTensor], prefix: str, query: str, up: str, stacked: bool) -> dict[str, Any]:
     """Returns the keys that shapes and names tell; `query`, `up`: the names of two kernels of the first block."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -108,9 +105,7 @@ def _model(
     }
 
 
-def _positions(
-    tensors: Mapping[str, StoredTensor], position: str | None, model: Mapping[str, Any]
-) -> dict[str, Any]:
+def _positions(tensors: Mapping[str, StoredTensor], position: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of positions, and of the image's size, which is square if their number is."""
     if position is None:
         raise ConfigError(
