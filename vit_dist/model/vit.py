@@ -114,7 +114,7 @@ class ViT(nnx.Module):
         self.head = dense(last or projected, shape.classes, name, initializer=head_kernel, bias=model.head_bias)
 
     def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Returns the logits of images, or without a head what it would classify.
+        """Returns the logits of images, or without a head their features.
 
         Args:
           images: [B, H, W, C], floats, normalised.
@@ -126,6 +126,11 @@ class ViT(nnx.Module):
         Raises:
           ConfigError: the images have another size, number of channels or dtype than the model expects.
         """
+        x = self.features(images, key)
+        return x if self.head is None else self.head(x)
+
+    def features(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Returns what the head classifies, [B, features], float32; the arguments are those of a call."""
         expected = (*self.shape.image, self.shape.channels)
         if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, jnp.floating):
             raise ConfigError(
@@ -145,8 +150,7 @@ class ViT(nnx.Module):
             x = self.output_projection(x)
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
-        x = x.astype(jnp.float32)
-        return x if self.head is None else self.head(x)
+        return x.astype(jnp.float32)
 
     def embed(self, images: jax.Array) -> jax.Array:
         """Embeds images [B, H, W, C] as tokens [B, N, D]: class token, registers, then patches row by row.

@@ -1,0 +1,182 @@
+"""Opens a trained model for use: a run of ours, or weights of others.
+
+model = vit_dist.load("timm-vit-base")
+images = np.stack([model.preprocess(path) for path in paths])
+model.model(images)          # logits
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vit_dist import config
+from vit_dist.config import ConfigError, pair
+from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, convertible
+from vit_dist.data.sets.examples import distinct_names
+from vit_dist.data.stream.pixels import evaluation_image, evaluation_pixels
+from vit_dist.mesh import layout, topology
+from vit_dist.mesh.feed import batch_sharding
+from vit_dist.paths import expanded
+from vit_dist.program import check_model
+from vit_dist.recipes import Overrides, override
+from vit_dist.run import workdir as run_files
+from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.schema import flatten
+from vit_dist.step.state import ModelFunction, Parameters
+from vit_dist.weights.adapted import adapted, placed
+from vit_dist.weights.published import open_published
+
+Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels uint8 [H, W], [H, W, C]
+
+
+class Loaded:
+    """A model with its parameters on a mesh, the preparation of its images, and the names of its classes.
+
+    Attributes:
+      settings: the config; `model` and `data` say what it is and how its images are prepared.
+      classes: the names of its classes; empty without a head, or where nothing tells them.
+      notes: what of the weights was changed or left out, a sentence each.
+    """
+
+    def __init__(
+        self,
+        settings: config.Config,
+        function: ModelFunction,
+        parameters: Parameters,
+        mesh: jax.sharding.Mesh,
+        classes: Sequence[str],
+        notes: Sequence[str] = (),
+    ):
+        self.settings, self.classes, self.notes = settings, tuple(classes), tuple(notes)
+        self._parameters, self._mesh = parameters, mesh
+        self._logits = jax.jit(lambda parameters, images: function.module(parameters)(images))
+        self._features = jax.jit(lambda parameters, images: function.module(parameters).features(images))
+
+    def model(self, images: Any) -> np.ndarray:
+        """Returns the logits [B, classes] of normalised images [B, H, W, C]; without a head their features."""
+        return self._run(self._logits, images)
+
+    def features(self, images: Any) -> np.ndarray:
+        """Returns what the head classifies, [B, features], of normalised images [B, H, W, C]."""
+        return self._run(self._features, images)
+
+    def preprocess(self, picture: Picture) -> np.ndarray:
+        """Returns a picture as the model's input, float32 [H, W, C], resized, cropped and normalised as for evaluation.
+
+        Raises `ConfigError` for a file that is no image, and pixels of another type than uint8.
+        """
+        model, data = self.settings.model, self.settings.data
+        size, channels = pair(model.image_size), model.channels
+        if isinstance(picture, str | Path):
+            path = expanded(picture, "picture")
+            try:
+                pixels = evaluation_image(path.read_bytes(), data, size, channels)
+            except OSError as error:
+                raise ConfigError(f"{path}: {error.strerror}; give files that hold an image") from error
+            except BadImage as error:
+                raise ConfigError(f"{path}: {error}; give files that hold an image") from error
+        else:
+            pixels = evaluation_pixels(_pixels(picture, channels), data, size)
+        return ((pixels / np.float32(255) - np.float32(data.mean)) / np.float32(data.std)).astype(np.float32)
+
+    def predict(self, pictures: Iterable[Picture], top: int = 5) -> list[list[tuple[str, float]]]:
+        """Returns the most probable classes of each picture, with their probabilities, the first first.
+
+        Raises `ConfigError` for a model without a head.
+        """
+        if not self.settings.model.num_classes:
+            raise ConfigError("predict: these weights have no head that classifies; use features instead")
+        images = np.stack([self.preprocess(picture) for picture in pictures])
+        logits = self.model(images).astype(np.float64)
+        if self.settings.loss == "sigmoid":
+            chances = 1 / (1 + np.exp(-logits))
+        else:
+            powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+            chances = powers / powers.sum(axis=1, keepdims=True)
+        return [
+            [(self._name(index), float(row[index])) for index in np.argsort(-row, kind="stable")[:top]]
+            for row in chances
+        ]
+
+    def _name(self, index: int) -> str:
+        return self.classes[index] if index < len(self.classes) else f"class {index}"
+
+    def _run(self, function: Any, images: Any) -> np.ndarray:
+        """Runs a function on images, padded to a number that divides over the mesh."""
+        images = np.asarray(images)
+        with jax.set_mesh(self._mesh):
+            rows = len(images)
+            padding = -rows % layout.shard_count("batch")
+            padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
+            result = function(self._parameters, jax.device_put(padded, batch_sharding(self._mesh)))
+            return np.asarray(jax.device_get(result))[:rows]
+
+
+def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Overrides = ()) -> Loaded:
+    """Opens a run of ours (its newest checkpoint, the moving average where there is one), or weights of others.
+
+    Args:
+      name: the workdir of a run; or a folder, a file, or a name on the Hugging Face hub, as for `init.weights`.
+      mesh: the sizes of the mesh's axes, such as {"fsdp": 8}; None: one device.
+      overrides: changes of `data` and `model`, such as {"model.image_size": 384}.
+
+    Raises:
+      ConfigError: there is no such model, or nothing says how its images are prepared; the error names the key to set.
+    """
+    path = expanded(name, "load")
+    if run_files.holds_run(path):
+        return _of_run(path, mesh, overrides)
+    published = open_published(name, "load")
+    given = flatten(overrides) if isinstance(overrides, Mapping) else [each.partition("=")[0] for each in overrides]
+    described = {f"model.{key}": value for key, value in published.description.model.items()}
+    described |= published.description.preprocessing(given)
+    values = override(config.to_dict(config.typed({"total_steps": 1})), described)
+    settings = config.resolve(override(values, overrides))
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=False, remat="none"))
+    fitted = adapted(published, settings.model)
+    if (settings.model.num_classes or 0) and "head/kernel" not in fitted.parameters:
+        raise ConfigError(f"model.num_classes: {settings.model.num_classes}, but the weights have no such head")
+    devices = _mesh(settings, mesh)
+    with jax.set_mesh(devices):
+        function = ModelFunction(settings.model)
+        parameters = placed(fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), devices)
+    return Loaded(settings, function, parameters, devices, published.description.classes or (), fitted.notes)
+
+
+def _of_run(workdir: Path, mesh: Mapping[str, int] | None, overrides: Overrides) -> Loaded:
+    settings = run_files.read_config(workdir, overrides)
+    devices = _mesh(settings, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
+    try:
+        with jax.set_mesh(devices):
+            function = ModelFunction(settings.model)
+            like = jax.eval_shape(lambda: function.initialise(settings.seed))
+            name = "ema" if settings.ema_decay else "parameters"
+            _, trees = checkpoints.restore({name: like}, None)
+    finally:
+        checkpoints.close()
+    classes = distinct_names(run_files.class_names(workdir))
+    return Loaded(settings, function, trees[name], devices, classes)
+
+
+def _mesh(settings: config.Config, sizes: Mapping[str, int] | None) -> jax.sharding.Mesh:
+    full = topology.axis_sizes(config.Mesh(**({"data": 1} | dict(sizes or {}))), jax.device_count())
+    check_model(settings.model, full)
+    return topology.make_mesh(full, jax.devices())
+
+
+def _pixels(picture: Image.Image | np.ndarray, channels: int) -> np.ndarray:
+    """Returns a picture in memory as uint8 [H, W, channels]."""
+    pixels = np.asarray(picture if isinstance(picture, np.ndarray) else picture.convert("RGB"))
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in CHANNELS
+    if not fits or not convertible(pixels.shape[2], channels):
+        raise ConfigError(
+            f"picture: expected pixels uint8 [H, W, 1 or 3], found {list(pixels.shape)} of {pixels.dtype}"
+        )
+    return convert_channels(pixels, channels)

@@ -1,0 +1,152 @@
+"""Makes published parameters those of a model of ours: of another image, patch or number of channels, with other
+classes, its blocks stacked or not, its parameters split over a mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.model.shape import Shape, shape_of
+from vit_dist.weights import fitting
+from vit_dist.weights.lazy import Index, Lazy, computed, stacked
+from vit_dist.weights.published import Published, by_path, shapes_of
+
+Head = Literal["auto", "new", "keep"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Parameters of a model of ours by path, the blocks one by one; `notes` say in a sentence each what was changed."""
+
+    parameters: Mapping[str, Lazy]
+    notes: tuple[str, ...]
+
+
+def adapted(
+    published: Published, model: config.Model, head: Head = "auto", classes: Sequence[str] | None = None
+) -> Adapted:
+    """Returns the parameters of `model`, without those of its head if that is to be new.
+
+    Args:
+      published: the weights.
+      model: ours; only image, patch, channels and classes may differ from the published one in shape.
+      head: "keep" takes the published head, for the classes whose names agree, or for as many as it has; "new" leaves
+        it out; "auto" keeps it if all names or, without names, the numbers agree.
+      classes: the names of ours, if they are known.
+
+    Raises:
+      ConfigError: names a parameter that cannot be made of the weights.
+    """
+    found, notes = dict(published.parameters), []
+    old, new = shape_of(published.model), shape_of(model)
+    if "position" in found and old.grid != new.grid:
+        found["position"] = _resampled(found["position"], old, new)
+        notes.append(f"position: resampled from {_by(old.grid)} to {_by(new.grid)} patches")
+    if (old.patch, old.channels) != (new.patch, new.channels):
+        found["patch/kernel"] = _refitted(found["patch/kernel"], old, new)
+        notes.append(
+            f"patch/kernel: fitted from {_by(old.patch)} pixels of {old.channels} channels to {_by(new.patch)} of "
+            f"{new.channels}"
+        )
+    notes += _take_head(found, published, new, head, classes)
+    for path, shape in shapes_of(dataclasses.replace(model, scan=False)).items():
+        if path not in found:
+            if path.startswith("head/"):
+                continue
+            raise ConfigError(f"init.weights: {published.origin.files[0]} has no {path}; change the model, see inspect")
+        if found[path].shape != shape:
+            raise ConfigError(
+                f"init.weights: {path} has the shape {list(found[path].shape)} in {published.origin.files[0]}, "
+                f"expected {list(shape)}; change the model, see inspect"
+            )
+    return Adapted(found, tuple(notes))
+
+
+def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
+    """Returns parameters on the devices of a mesh; each process reads what its own devices hold.
+
+    Args:
+      parameters: by path, the blocks one by one.
+      like: nested dicts of arrays or their shapes, of those parameters; blocks may be stacked.
+      mesh: the mesh that their shardings are of.
+    """
+
+    def place(path: str, leaf: Any) -> jax.Array:
+        lazy = _at(parameters, path, leaf.shape)
+        read: dict[tuple, np.ndarray] = {}  # devices that hold the same share
+
+        def of(index: Index) -> np.ndarray:
+            key = tuple((one.start, one.stop) for one in index)
+            if key not in read:
+                read[key] = lazy.read(index)
+            return read[key]
+
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), of)
+
+    placed = {path: place(path, leaf) for path, leaf in by_path(like).items()}
+    return jax.tree.unflatten(jax.tree.structure(like), placed.values())
+
+
+def _at(parameters: Mapping[str, Lazy], path: str, shape: tuple[int, ...]) -> Lazy:
+    """Returns a parameter; of stacked blocks, those of all blocks."""
+    if path in parameters:
+        return parameters[path]
+    within = path.removeprefix("blocks/")
+    return stacked([parameters[f"blocks/{number}/{within}"] for number in range(shape[0])], 0)
+
+
+def _resampled(position: Lazy, old: Shape, new: Shape) -> Lazy:
+    before = position.shape[0] - old.patches
+    shape = (before + new.patches, position.shape[1])
+    return computed(shape, lambda whole: fitting.resample_positions(whole, old.grid, new.grid, before), position)
+
+
+def _refitted(kernel: Lazy, old: Shape, new: Shape) -> Lazy:
+    width = kernel.shape[1]
+
+    def refit(whole: np.ndarray) -> np.ndarray:
+        pixels = whole.reshape(*old.patch, old.channels, width)
+        pixels = fitting.adapt_channels(fitting.resample_patch_kernel(pixels, new.patch), new.channels)
+        return pixels.reshape(-1, width)
+
+    return computed((math.prod(new.patch) * new.channels, width), refit, kernel)
+
+
+def _take_head(
+    found: dict[str, Lazy], published: Published, new: Shape, head: Head, classes: Sequence[str] | None
+) -> list[str]:
+    """Leaves the head's parameters in `found`, takes them out, or takes some of its classes; returns what was done."""
+    names, count = published.description.classes, published.model.num_classes or 0
+    if head == "new" or not count or not new.classes:
+        if count:
+            del found["head/kernel"], found["head/bias"]
+        return [f"head: new, for {new.classes} classes"] if new.classes else []
+    rows = list(range(count))
+    if classes is not None and names is not None:
+        rows = [names.index(name) if name in names else -1 for name in classes]
+    fits = len(rows) == new.classes and -1 not in rows
+    if not fits and head == "auto":
+        del found["head/kernel"], found["head/bias"]
+        return [f"head: new, for {new.classes} classes; that of the weights has {count}"]
+    if not fits:
+        raise ConfigError(
+            f"init.head: keep, but the weights' head of {count} classes has not the {new.classes} of this model; set "
+            "init.head=new"
+        )
+    if rows == list(range(count)):
+        return []
+    kernel, bias = found["head/kernel"], found["head/bias"]
+    found["head/kernel"] = computed((kernel.shape[0], len(rows)), lambda whole: whole[:, rows], kernel)
+    found["head/bias"] = computed((len(rows),), lambda whole: whole[rows], bias)
+    return [f"head: {len(rows)} of its {count} classes, by name"]
+
+
+def _by(sides: tuple[int, int]) -> str:
+    return f"{sides[0]}x{sides[1]}"
