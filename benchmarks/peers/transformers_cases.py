@@ -80,7 +80,7 @@ def image_features(model: nn.Module, images: torch.Tensor) -> Outputs:
 
 
 # name of the fixture: (class, config, outputs, sizes of the random weights)
-CASES: dict[str, tuple[type, Callable[[], Any], Callable, dict[str, float]]] = {
+CASES: dict[str, tuple[Any, Callable[[], Any], Callable, dict[str, Any]]] = {
     "hf_vit": (ViTForImageClassification, lambda: ViTConfig(**SMALL, **MLP, **LABELS), classifier, {}),
     "hf_vit_tanh": (
         ViTForImageClassification,
@@ -114,7 +114,12 @@ CASES: dict[str, tuple[type, Callable[[], Any], Callable, dict[str, float]]] = {
     "hf_dinov3_plus": (
         DINOv3ViTModel,
         lambda: DINOv3ViTConfig(
-            **SMALL, **MLP, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu", query_bias=False,
+            **SMALL,
+            **MLP,
+            num_register_tokens=4,
+            use_gated_mlp=True,
+            hidden_act="silu",
+            query_bias=False,
             value_bias=False,
         ),  # fmt: skip
         pooled,
