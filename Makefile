@@ -144,6 +144,7 @@ peers:
 	  echo "$$made_from" > $(PEERS)/made-from; \
 	fi
 	@$(PEER) peers.architectures
+	@$(PEER) peers.defaults
 	@$(PEER) peers.golden --all --out=$(PEERS)/files
 
 # A kit for this machine: without wheels, and with plans for the CPU of a dry run.
