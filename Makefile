@@ -16,7 +16,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled visit-kit gpu-visit visit-proof
+.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled peers visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -31,6 +31,7 @@ help:
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
 	@echo 'make bench-compiled memory, traffic, kernels, collectives of compiled steps beside the committed figures; no hardware'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
+	@echo 'make peers      the architectures, files and outputs of timm, transformers and OpenCLIP, which the tests read'
 	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
 	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
 	@echo 'make visit-proof the dry run as on the GPU machine: its jax, the kit'"'"'s wheels (MACHINE_PYTHON=python3.12)'
@@ -127,6 +128,24 @@ bench-compiled: compilers
 
 visit-kit: compilers
 	@$(RUN)/python benchmarks/visit_kit.py
+
+# What other libraries' weights mean, by those libraries, in an environment of their own; see benchmarks/peers. Nothing
+# is downloaded but the libraries.
+PEERS := .cache/peers
+PEER = PYTHONPATH=benchmarks HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m
+
+peers:
+	@made_from=$$({ $(PYTHON) -VV && echo '$(CURDIR)' && cat benchmarks/peers/requirements.txt; } | cksum); \
+	if [ "$$made_from" != "$$(cat $(PEERS)/made-from 2>/dev/null)" ]; then \
+	  set -e; \
+	  echo "Installing PyTorch, timm, transformers and OpenCLIP into $(PEERS): 6 GB, some minutes, once ..." >&2; \
+	  $(call new_venv,$(PEERS)); \
+	  $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/requirements.txt >&2; \
+	  echo "$$made_from" > $(PEERS)/made-from; \
+	fi
+	@$(PEER) peers.architectures
+	@$(PEER) peers.defaults
+	@$(PEER) peers.golden --all --out=$(PEERS)/files
 
 # A kit for this machine: without wheels, and with plans for the CPU of a dry run.
 KIT := .cache/visit-kit

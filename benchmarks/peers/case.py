@@ -1,7 +1,7 @@
 """What a library has to give for a comparison: a folder of weights that it wrote, and the function that it computes.
 
-A case first lets the library write a file of its own. Its tensors are then replaced by `random_weights`, by the names in
-the file, and the library reads the file again: so the library itself says what each name means.
+A case first lets the library write a file of its own. Its tensors are then replaced by `random_weights`, by the names
+in the file, and the library reads the file again: so the library itself says what each name means.
 """
 
 import dataclasses

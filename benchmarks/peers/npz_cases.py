@@ -128,10 +128,11 @@ def golden() -> Iterator[Case]:
 
 def save(shapes: Shapes, half: bool, folder: pathlib.Path) -> None:
     """Writes the random weights themselves: no library of theirs is here to write a file first."""
-    arrays = {name: random_weights.weight(name, shape) for name, shape in shapes.items()}
+    arrays: dict[str, Any] = {name: random_weights.weight(name, shape) for name, shape in shapes.items()}
     if half:
         rounded = {name: torch.from_numpy(array).to(torch.bfloat16) for name, array in arrays.items()}
-        np.savez(folder / "float32.npz", **{name: tensor.to(torch.float32).numpy() for name, tensor in rounded.items()})
+        plain: dict[str, Any] = {name: tensor.to(torch.float32).numpy() for name, tensor in rounded.items()}
+        np.savez(folder / "float32.npz", **plain)
         arrays = {name: tensor.view(torch.int16).numpy().view("V2") for name, tensor in rounded.items()}
     np.savez(folder / "model.npz", **arrays)
 

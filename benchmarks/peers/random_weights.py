@@ -31,7 +31,9 @@ BRANCH = re.compile(
 DOWN = re.compile(
     r"(mlp_out_proj|(?<!attention\.)output\.dense|fc2|c_proj|down_proj|weights_out|/Dense_1)[./](weight|kernel)$"
 )
-HIDDEN = re.compile(r"(mlp_bias|(fc1|fc1_\w|c_fc|up_proj|gate_proj|weights_in|intermediate\.dense|/Dense_0|in_proj)[./]\w+)$")
+HIDDEN = re.compile(
+    r"(mlp_bias|(fc1|fc1_\w|c_fc|up_proj|gate_proj|weights_in|intermediate\.dense|/Dense_0|in_proj)[./]\w+)$"
+)
 HEAD = re.compile(r"(head|head_dist|classifier|\w+_classifier)[./]bias$")
 
 
@@ -48,9 +50,7 @@ def weight(name: str, shape: tuple[int, ...], embedding: float = 0.01, branch: f
       float32 of this shape.
     """
     x = normal(name, shape)
-    if not shape:
-        scaled = 1 + 0.1 * x
-    elif NORM_SCALE.search(name):
+    if not shape or NORM_SCALE.search(name):
         scaled = 1 + 0.1 * x
     elif LAYER_SCALE.search(name):
         scaled = 0.6 + 0.2 * x
@@ -88,6 +88,7 @@ def images(count: int, height: int, width: int, channels: int = 3) -> np.ndarray
 def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns nearly normal numbers, float64: mean 0, variance 1, at most 3.5 away from 0."""
     words = np.random.PCG64(zlib.crc32(name.encode())).random_raw(math.prod(shape))
-    quarters = sum((words >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)).astype(np.float64)
+    shifts = np.array([[0], [16], [32], [48]], np.uint64)
+    quarters = np.sum((words >> shifts) & np.uint64(0xFFFF), 0, dtype=np.float64)
     # A sum of four uniform numbers, each of 65536 values: mean 4 * 32767.5, variance (65536**2 - 1) / 3.
     return ((quarters - 4 * 32767.5) / math.sqrt((65536**2 - 1) / 3)).reshape(shape)

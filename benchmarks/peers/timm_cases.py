@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {"embed_dim": 64, "depth": 3, "num_heads": 4}
 DINOV3 = {"img_size": 48, "num_classes": 10}
 NORMED = {"branch": 0.5}  # beside tokens that a norm has made large
 # name of the fixture: (architecture, arguments, sizes of the random weights)
-GOLDEN: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
+GOLDEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "timm_vit_cls": ("vit_base_patch16_224", {}, {}),
     "timm_vit_avg": ("eva_large_patch14_196", {}, {}),
     "timm_vit_gap": ("vit_medium_patch16_gap_240", {}, {}),
@@ -63,7 +63,7 @@ def every() -> Iterator[Case]:
                 yield case(f"all_{name}", name, SMALL | {"embed_dim": 96}, NORMED if normed else {})
 
 
-def case(name: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, float]) -> Case:
+def case(name: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, Any]) -> Case:
     """Returns the case of an architecture with some arguments; 3 by 3 patches unless they give the size."""
     usual = timm.create_model(architecture, device="meta")
     patch = usual.patch_embed.patch_size[0]
@@ -87,10 +87,8 @@ def save(architecture: str, arguments: dict[str, Any], old_names: bool, folder: 
     if old_names:  # as in DeiT-III's own files; timm's filter gives them new names when it reads them
         file = folder / "model.safetensors"
         tensors = safetensors.torch.load_file(file)
-        renamed = {
-            name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value for name, value in tensors.items()
-        }
-        safetensors.torch.save_file(renamed, file)
+        names = {name: name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2") for name in tensors}
+        safetensors.torch.save_file({names[name]: tensor for name, tensor in tensors.items()}, file)
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> Outputs:

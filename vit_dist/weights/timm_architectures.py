@@ -1,7 +1,7 @@
 """What timm's config.json says of a model, as keys of our config.
 
-It names an architecture, and in `model_args` the arguments that differ from those of its name. What a name implies is in
-`timm_architectures.json`, which `benchmarks/peers/architectures.py` writes by asking timm. Here the arguments become
+It names an architecture, and in `model_args` the arguments that differ from those of its name. What a name implies is
+in `timm_architectures.json`, which `benchmarks/peers/architectures.py` writes by asking timm. Here the arguments become
 keys; an argument that our model cannot be, or that is not known, is an error that names it.
 """
 
@@ -49,8 +49,8 @@ def table() -> dict[str, Any]:
 def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str, Any]:
     """Returns the keys of `model` that timm's config.json says.
 
-    The file's tensors may have a learned position for a token whose model has none here; it is to be added to the token.
-    `layer_scale` is 1.0 or null: whether there is one.
+    The file may have a learned position for a token that has none by these keys; it is to be added to the token.
+    `layer_scale` is 1.0 or None: whether there is one.
 
     Args:
       config: the content of the file.
@@ -84,7 +84,7 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
 
 
 def _checked(key: str, value: Any, defaults: Mapping[str, Any], where: str) -> Any:
-    """Returns the value of an argument, with a layer in the words of the table; raises `ConfigError` for another type."""
+    """Returns the value of an argument, a layer in the words of the table; raises `ConfigError` for another type."""
     if key not in defaults:
         raise ConfigError(f"{where}: is not known here; remove it if it changes no output")
     layers = table()["layers"].get("norm_layer" if key == "embed_norm_layer" else key)
