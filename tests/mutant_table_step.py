@@ -18,6 +18,7 @@ KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
 CHOICES, KERNELS = "model/test_choices.py::test_", "model/test_kernels.py::test_"
 PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_attention_in_float32"
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
+ON_DEVICE = "step/test_evaluation.py::test_the_device_crops_as_the_host_does_within_a_grey_level"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "model/attention.py": [
@@ -255,6 +256,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "step/evaluation.py": [
+        ("bicubic overshoots", "jnp.clip(jnp.round(images), 0, 255)", "jnp.round(images)", ON_DEVICE),
+        ("filled with black", "return jnp.pad(kept - fill, edges) + fill", "return jnp.pad(kept, edges)", ON_DEVICE),
         (
             "eval_crop ignored on the device",
             "if augment_on_device and data.eval_crop is not None:",
