@@ -2,10 +2,12 @@
 
 The text before stands once in its file. The test, named below `tests/`, must fail by an assertion; where another
 exception is the right way to fail, its name is last in the row. The test needs nothing that a bare checkout lacks,
-for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`.
+for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`,
+those of published weights in `mutant_table_weights.py`.
 """
 
 from mutant_table_step import STEP_TABLE
+from mutant_table_weights import WEIGHTS_TABLE
 
 KEPT = "run/test_checkpoints.py::test_the_newest_and_the_best_are_kept"
 BEST = "test_loop.py::test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are"
@@ -238,4 +240,5 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     **STEP_TABLE,
+    **WEIGHTS_TABLE,
 }

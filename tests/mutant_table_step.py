@@ -21,6 +21,7 @@ PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_att
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
 SPLIT = "model/test_vit.py::test_logits_and_gradients_of_split_tokens_heads_and_parameters_are_those_of_one_device"
 ROPE = "model/test_position.py::test_rope2d_turns_by_two_pi_times_the_centre_of_the_patch_over_each_period"
+ON_DEVICE = "step/test_evaluation.py::test_the_device_crops_as_the_host_does_within_a_grey_level"
 
 STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     "model/attention.py": [
@@ -293,6 +294,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "step/evaluation.py": [
+        ("bicubic overshoots", "jnp.clip(jnp.round(images), 0, 255)", "jnp.round(images)", ON_DEVICE),
+        ("filled with black", "return jnp.pad(kept - fill, edges) + fill", "return jnp.pad(kept, edges)", ON_DEVICE),
         (
             "eval_crop ignored on the device",
             "if augment_on_device and data.eval_crop is not None:",

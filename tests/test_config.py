@@ -144,6 +144,7 @@ def test_an_override_that_does_not_fit_is_refused_by_name(assignment, message):
         ("data.mean=[0.5,0.5]", "data.mean: has 2 numbers, but model.channels is 3"),
         ("data.crop_area=[0.5,0.1]", "data.crop_area: runs from 0.5 down to 0.1"),
         ("data.crop_area=[0.5,2]", r"data.crop_area\[1\]: must be above 0 and at most 1, found 2"),
+        (f"data.mean={10**400}", "data.mean: expected a number or a list of a number, found 1000"),
         ("data.eval_crop=0", "data.eval_crop: must be above 0 and at most 1, found 0"),
         ("optimizer.b2=1", r"optimizer.b2: must be in \[0, 1\), found 1"),
         ("optimizer.rules=[{path: a}, {path: b, weight_decay: -1}]", r"rules\[1\].weight_decay: must be 0 or more"),

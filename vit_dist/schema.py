@@ -6,7 +6,7 @@ beside the key.
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,7 +98,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint is int:
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # a whole number may be larger
     return isinstance(value, hint)
 
 

@@ -177,9 +177,9 @@ class Inspector:
                 self.unsupported.add("kind of rotation")
         prefix = (model.cls_token is not None) + (0 if model.reg_token is None else model.reg_token.shape[1])
         own = learned and model.pos_embed.shape[1] == model.patch_embed.num_patches + prefix
-        # Of tokens that the head does not see, the position can be added to the token itself.
-        cls = model.global_pool == "token"
-        self.keys["registers"] = prefix - cls
+        cls = model.cls_token is not None
+        self.keys["class_token"] = cls
+        self.keys["registers"] = prefix - cls  # whose positions can be added to the tokens themselves
         self.keys["cls_position"] = bool(cls and own)
 
     def pooling(self) -> None:

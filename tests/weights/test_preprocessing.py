@@ -118,7 +118,7 @@ def test_timms_config_becomes_keys() -> None:
         ("CLIP", {"size": 224, "crop_size": 224}, 224, "center", 224),
         ("CLIP", {"image_processor_type": None, "feature_extractor_type": "CLIPFeatureExtractor"}, 12, "center", 12),
         ("CLIP", {"image_processor_type": "CLIPImageProcessorFast"}, 12, "center", 12),
-        ("DINOv2", {"size": {"shortest_edge": 253}, "crop_size": {"height": 221, "width": 221}}, 221, "center", 253),
+        ("DINOv2", {"size": {"shortest_edge": 241}, "crop_size": {"height": 200, "width": 200}}, 200, "center", 241),
     ],
 )
 def test_a_processors_config_becomes_keys(
@@ -163,7 +163,10 @@ def test_what_timms_config_does_not_say_names_the_key_to_set(name: str, key: str
         ({"crop_pct": 1.15}, "crop_pct: must be above 0 and at most 1, found 1.15; set data.eval_crop"),
         ({"crop_pct": "0.9"}, "crop_pct: expected a number, found '0.9' .str.; set data.eval_crop"),
         ({"input_size": [224, 224]}, "input_size: expected .*; set model.image_size"),
-        ({"input_size": [3, 0, 224]}, "input_size.1.: must be above 0, found 0; set model.image_size"),
+        (
+            {"input_size": [3, 0, 224]},
+            "input_size.1.: must be above 0 and at most 65536, found 0; set model.image_size",
+        ),
         ({"mean": {"r": 1}}, "mean: expected a number or a list of a number, .*; set data.mean"),
         ({"std": [0.5, 0, 0.5]}, "std.1.: must be above 0, found 0; set data.std"),
     ],
@@ -179,6 +182,42 @@ def test_a_config_of_another_shape_is_an_error() -> None:
             read([1], "file")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="^file: expected names and values, found 'ViT'$"):
         from_transformers({"image_processor": "ViT"}, "file")
+
+
+WRONG = (
+    *(
+        True,
+        0,
+        -1,
+        0.5,
+        1e300,
+        float("nan"),
+        10**400,
+        "",
+        "x" * 5000,
+        "a b " * 5000,
+        "\n\033[2J",
+        [],
+        [[]],
+        [1e300] * 3,
+    ),
+    *(["a"] * 3, {}, {"": 1}, {"height": 10**400, "width": 1}, {"height": 1, "width": 1}, {"shortest_edge": {}}),
+)
+
+
+def test_a_value_of_any_type_is_taken_or_is_an_error_of_one_short_line() -> None:
+    readers = [(from_timm, TIMM), *((from_transformers, processor) for processor in PROCESSORS.values())]
+    readers.append((lambda values, source: from_open_clip(values, 224, source), OPEN_CLIP))
+    messages = []
+    for read, stated in readers:
+        for name in (*stated, "image_processor", "do_center_crop", "do_pad"):
+            for value in WRONG:
+                try:
+                    read(stated | {name: value}, "file")
+                except ConfigError as error:
+                    messages.append(str(error))
+    assert len(messages) > 1000
+    assert all(message.isprintable() and len(message) < 400 for message in messages)
 
 
 def test_what_we_cannot_do_of_open_clips_config_names_the_key_to_set() -> None:

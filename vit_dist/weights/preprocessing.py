@@ -8,12 +8,13 @@ one that `data/` cannot do, the error names the key to set. A key that the user 
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from vit_dist.config import Size
-from vit_dist.schema import PositiveFloat, PositiveFraction, PositiveInt
+from vit_dist.schema import Bound, PositiveFloat, PositiveFraction, PositiveInt
 from vit_dist.weights.said import Said
 
+Side = Annotated[int, Bound("above 0 and at most 65536", lambda value: 0 < value <= 65_536)]  # pixels
 Readers = dict[str, Callable[[], Any]]  # key -> what reads its value
 _MEAN = float | tuple[float, ...]  # one number, or one for each channel
 _STD = PositiveFloat | tuple[PositiveFloat, ...]
@@ -43,7 +44,7 @@ def from_timm(pretrained_cfg: Mapping[str, Any], source: str, given: Collection[
       ConfigError: a value is missing, of the wrong type, or one that `data/` cannot do.
     """
     said = Said(pretrained_cfg, source)
-    sizes = tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
+    sizes = tuple[PositiveInt, Side, Side]  # channels, height, width
     readers: Readers = {
         "model.image_size": lambda: said.read("input_size", sizes, "model.image_size")[1:],
         "model.channels": lambda: said.read("input_size", sizes, "model.channels")[0],
@@ -180,14 +181,14 @@ def _size(said: Said, name: str, key: str, one_number: str) -> int | tuple[int, 
     """Returns the short side, or (height, width); `one_number` says which of them a size of one number is."""
     size = said.stated(name, key)
     if not isinstance(size, Mapping):
-        side = said.read(name, PositiveInt, key)
+        side = said.read(name, Side, key)
         return side if one_number == "shortest_edge" else (side, side)
     stated = {side: value for side, value in size.items() if value is not None}
     sides = Said(stated, f"{said.source}: {name}")
     if stated.keys() == {"shortest_edge"}:
-        return sides.read("shortest_edge", PositiveInt, key)
+        return sides.read("shortest_edge", Side, key)
     if stated.keys() == {"height", "width"}:
-        return sides.read("height", PositiveInt, key), sides.read("width", PositiveInt, key)
+        return sides.read("height", Side, key), sides.read("width", Side, key)
     raise said.refusal(name, "shortest_edge, or height and width", key)
 
 

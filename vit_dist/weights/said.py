@@ -3,6 +3,7 @@ a way that we cannot do, is an error that names the key of ours to set.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ class Said:
         try:
             return build(hint, value, name)
         except ConfigError as error:
-            raise ConfigError(f"{self.source}: {error}; set {key}") from None
+            # What the file holds may be long, or meant for a terminal.
+            problem = textwrap.shorten("".join(filter(str.isprintable, str(error))), 200, placeholder=" ...")
+            raise ConfigError(f"{self.source}: {problem}; set {key}") from None
 
     def choice(self, name: str, options: Mapping[Any, str], key: str) -> str:
         """Returns the option that a value stands for."""

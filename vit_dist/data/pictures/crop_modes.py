@@ -16,7 +16,7 @@ from vit_dist.data.pictures.resize import Interpolation, resize_by_pillow
 CropMode = Literal["center", "squash", "border"]
 Rounding = Literal["timm", "transformers"]
 
-_MOST = 64  # times the pixels that are kept: if the whole image would have more, as thin ones do, it is not resized
+_MOST = 2**24  # pixels: a thin image that would have more is not resized whole
 
 
 class Side(NamedTuple):
@@ -84,7 +84,7 @@ def fit(
     """
     height, width = place((image.shape[0], image.shape[1]), size, mode, ratio, rounding)
     resized = (height.resized, width.resized)
-    if rounding == "timm" and math.prod(resized) <= _MOST * math.prod(size):
+    if rounding == "timm" and math.prod(resized) <= max(_MOST, 4 * math.prod(size)):
         whole = resize_by_pillow(image, resized, (0, 0, *image.shape[:2]), interpolation)
         kept = whole[height.cut : height.cut + height.kept, width.cut : width.cut + width.kept]
     else:
