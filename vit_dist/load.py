@@ -82,7 +82,8 @@ class Loaded:
                 raise ConfigError(f"{path}: {error}; give files that hold an image") from error
         else:
             pixels = evaluation_pixels(_pixels(picture, channels), data, size)
-        return ((pixels / np.float32(255) - np.float32(data.mean)) / np.float32(data.std)).astype(np.float32)
+        mean, std = (np.asarray(value, np.float32) for value in (data.mean, data.std))
+        return (pixels / np.float32(255) - mean) / std
 
     def predict(self, pictures: Iterable[Picture], top: int = 5) -> list[list[tuple[str, float]]]:
         """Returns the most probable classes of each picture, with their probabilities, the first first.

@@ -82,7 +82,8 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
         lazy = _at(parameters, path, leaf.shape)
         read: dict[tuple, np.ndarray] = {}  # devices that hold the same share
 
-        def of(index: Index) -> np.ndarray:
+        def of(index: Index | None) -> np.ndarray:
+            assert index is not None
             key = tuple((one.start, one.stop) for one in index)
             if key not in read:
                 read[key] = lazy.read(index)

@@ -5,6 +5,7 @@ from typing import Any
 
 from vit_dist.config import ConfigError, Size
 from vit_dist.schema import PositiveFloat, PositiveInt
+from vit_dist.weights.config_defaults import config_defaults
 from vit_dist.weights.description import Description
 from vit_dist.weights.naming import Entry, Naming, Part
 from vit_dist.weights.origin import Origin
@@ -13,28 +14,13 @@ from vit_dist.weights.said import Said
 
 FILE = "open_clip_config.json"
 _BLOCKS = "visual.transformer.resblocks.#"
-# What a vision_cfg may say that changes a plain ViT, and the values that ours is. What is not among them, such as the
-# rate of dropped patches, changes training only or is not read.
-_FIXED: dict[str, tuple] = {
-    "ls_init_value": (None,),
-    "attentional_pool": (False,),
-    "timm_model_name": (None,),
-    "no_ln_pre": (False,),
-    "pos_embed_type": ("learnable",),
-    "final_ln_after_pool": (False,),
-    "pool_type": ("tok",),
-    "output_tokens": (False,),
-    "act_kwargs": (None,),
-    "norm_kwargs": (None,),
-    "block_type": (None,),
-    "qk_norm": (False,),
-    "scaled_cosine_attn": (False,),
-    "scale_heads": (False,),
-    "scale_attn": (False,),
-    "scale_attn_inner": (False,),
-    "scale_fc": (False,),
-    "input_patchnorm": (False,),
-}
+# What a vision_cfg may say that changes a plain ViT; ours is what its default says. What is neither here nor read
+# below, such as the rate of dropped patches, matters in training only.
+_FIXED = (
+    "ls_init_value", "attentional_pool", "no_ln_pre", "pos_embed_type", "final_ln_after_pool", "pool_type",
+    "output_tokens", "act_kwargs", "norm_kwargs", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads",
+    "scale_attn", "scale_attn_inner", "scale_fc", "timm_model_name",
+)  # fmt: skip
 # The text tower, and what compares texts with images.
 _LEFT_OUT = (
     "transformer\\.", "token_embedding\\.", "positional_embedding$", "ln_final\\.", "text_projection", "text\\.",
@@ -67,23 +53,23 @@ def describe(origin: Origin) -> Description:
         raise ConfigError(f"{source}: is not there, which says what OpenCLIP's weights are; fetch it too")
     whole = Said(origin.configs[FILE], source)
     cfg = Said(whole.stated("model_cfg", "init.weights"), f"{source}: model_cfg")
-    said = Said(cfg.stated("vision_cfg", "init.weights"), f"{source}: vision_cfg")
-    for name, allowed in _FIXED.items():
-        if said.values.get(name, allowed[0]) not in allowed:
-            raise said.refusal(name, f"{allowed[0]!r}, as our model is", "init.weights")
+    defaults = config_defaults("open_clip")
+    values = Said(cfg.stated("vision_cfg", "init.weights"), f"{source}: vision_cfg").values
+    said = Said({**defaults, **values}, f"{source}: vision_cfg")
+    for name in _FIXED:
+        if said.values[name] != defaults[name]:
+            raise said.refusal(name, f"{defaults[name]!r}, as our model is", "init.weights")
     width = said.read("width", PositiveInt, "model.width")
-    head = said.read("head_width", PositiveInt, "model.heads") if "head_width" in said.values else 64
-    ratio = said.read("mlp_ratio", PositiveFloat, "model.mlp") if "mlp_ratio" in said.values else 4.0
     image_size = said.read("image_size", Size, "model.image_size")
     model: dict[str, Any] = {
         "width": width,
         "depth": said.read("layers", PositiveInt, "model.depth"),
-        "heads": width // head,
-        "mlp": int(width * ratio),
+        "heads": width // said.read("head_width", PositiveInt, "model.heads"),
+        "mlp": int(width * said.read("mlp_ratio", PositiveFloat, "model.mlp")),
         "image_size": image_size,
         "patch_size": said.read("patch_size", Size, "model.patch_size"),
-        "norm_epsilon": 1e-5,  # of torch.nn.LayerNorm, which OpenCLIP takes as it is
-        "activation": "quick_gelu" if cfg.flag("quick_gelu", False, "model.activation") else "gelu",
+        "norm_epsilon": defaults["norm_epsilon"],
+        "activation": "quick_gelu" if cfg.flag("quick_gelu", False, "model.activation") else defaults["activation"],
         "embedding_norm": "tokens",
         "output_projection": cfg.read("embed_dim", PositiveInt, "model.output_projection"),
         "num_classes": 0,

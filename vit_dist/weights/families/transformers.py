@@ -10,6 +10,7 @@ from typing import Any
 
 from vit_dist.config import ConfigError, Size
 from vit_dist.schema import NonNegativeInt, PositiveFloat, PositiveInt
+from vit_dist.weights.config_defaults import config_defaults
 from vit_dist.weights.description import Description
 from vit_dist.weights.naming import Entry, Naming, Part
 from vit_dist.weights.origin import Origin
@@ -50,6 +51,8 @@ def describe(origin: Origin) -> Description:
         raise ConfigError(f"{source}: model_type: {kind!r} is none of {', '.join(TYPES)}, which are read")
     own = Said(said.stated("vision_config", "init.weights"), f"{source}: vision_config") if kind in _TOWERS else said
     kind = kind.removesuffix("_vision_model")
+    defaults = config_defaults("transformers")[f"{kind}_vision_model" if kind in _TOWERS else kind]
+    own = Said({**defaults, **own.values}, own.source)  # where a config says nothing, the class's own value holds
     names = set(origin.tensors)
     head = "classifier.weight" in names
     model, table = _model(kind, own, names), _TABLES[kind](names)
