@@ -29,6 +29,10 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
     options.overrides, options.launched = overrides, launched
     if options.run is verbs["plan"] and not options.targets and None in (options.config, options.target):
         options.parser.error("--config and --target are both required, or --targets alone")
+    if options.run is verbs["inspect"] and options.config is None is options.weights:
+        options.parser.error("--config or --weights is required")
+    if overrides and hasattr(options, "config") and options.config is None and not getattr(options, "targets", False):
+        options.parser.error(f"--config.{overrides[0].partition('=')[0]} changes a recipe; name one by --config")
     return options
 
 
@@ -62,7 +66,7 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
         subparser.set_defaults(run=functions[name], parser=subparser)
         if "config" in options:
             subparser.add_argument(
-                "--config", required=name != "plan", metavar="RECIPE", help="a recipe's name or file"
+                "--config", required=name not in ("plan", "inspect"), metavar="RECIPE", help="a recipe's name or file"
             )
         if "workdir" in options:
             subparser.add_argument(
@@ -82,7 +86,8 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
     predict = verb("predict", "workdir", "checkpoint", "json", help="classify image files")
     predict.add_argument("paths", nargs="+", metavar="IMAGE", type=_path)
     predict.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
-    verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config")
+    inspect = verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config; or weights")
+    inspect.add_argument("--weights", metavar="PATH", help="what weights are; with --config, what a run takes of them")
     plan = verb("plan", "config", "json", help="compile a config for hardware that is not attached: memory and speed")
     plan.add_argument("--target", metavar="KIND:SHAPE", help="such as v5e:16x16, h200:8x4 (4 nodes of 8), cpu:8")
     plan.add_argument("--targets", action="store_true", help="list the kinds of targets, and nothing else")

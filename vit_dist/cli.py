@@ -157,6 +157,9 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    if options.weights is not None:
+        _inspect_weights(options)
+        return
     settings = recipes.load(options.config, options.overrides)
     from vit_dist.describe import inspect, spec_text
 
@@ -178,6 +181,37 @@ def _inspect(options: argparse.Namespace) -> None:
     sums = {"parameters": description["parameters"], "FLOPs of training on an image": description["flops_per_image"]}
     sums |= {f"bytes per device, {tree}": size for tree, size in description["bytes_per_device"].items()}
     _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
+
+
+def _inspect_weights(options: argparse.Namespace) -> None:
+    from vit_dist.describe import inspect_weights
+
+    described = inspect_weights(options.weights, options.config, options.overrides)
+    if options.json:
+        _print_json(described)
+        return
+    rows = [
+        (
+            tensor["name"],
+            " x ".join(map(str, tensor["shape"])),
+            tensor["dtype"],
+            ", ".join(tensor["becomes"]) or "not used",
+        )
+        for tensor in described["tensors"]
+    ]
+    _print_table(("tensor", "shape", "dtype", "becomes"), rows)
+    values = {
+        "family": described["family"],
+        "parameters": f"{described['parameters']:,}",
+        "digest": described["digest"],
+    }
+    for section in ("model", "data"):
+        values |= {f"{section}.{key}": str(value) for key, value in described[section].items()}
+    classes = described["classes"]
+    values["classes"] = "no names" if classes is None else f"{len(classes):,}, from {classes[0]} to {classes[-1]}"
+    _print_table(("", ""), list(values.items()))
+    for change in described["changes"]:
+        print(change)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -185,6 +185,17 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Init:
+    """What a fresh run starts from. Of `model` and `data`, what has its default is then taken from the weights."""
+
+    weights: str | None = None  # a folder, a .safetensors or .npz file, a name on the Hugging Face hub, or the workdir
+    # of an earlier run; null: random numbers
+    step: NonNegativeInt | Literal["newest", "best"] = "newest"  # which checkpoint of an earlier run
+    head: Literal["auto", "new", "keep"] = "auto"  # keep: the weights' own, for the classes whose names agree; new:
+    # another; auto: kept if all classes agree
+
+
+@dataclasses.dataclass(frozen=True)
 class Rule:
     """How to train the parameters whose path, such as `blocks/mlp/up/kernel`, matches a regular expression."""
 
@@ -283,6 +294,7 @@ class Config:
     mesh: Mesh = Mesh()
     model: Model = Model()
     data: Data = Data()
+    init: Init = Init()
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()

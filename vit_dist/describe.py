@@ -1,8 +1,10 @@
-"""`inspect`: the parameters, layout, arithmetic and memory of a config, without data and without training."""
+"""`inspect`: the parameters, layout, arithmetic and memory of a config; what weights are, and what becomes of them."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,10 +12,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vit_dist.config import ConfigError, Init
+from vit_dist.initial import open_weights, with_traits
 from vit_dist.job import processes
 from vit_dist.model import flops
 from vit_dist.program import UNUSED, Program
 from vit_dist.recipes import Overrides, Recipe, load_config
+from vit_dist.weights.adapted import adapted
 
 CLASSES = 1000  # assumed where the config leaves it to the data, which is not opened here
 
@@ -49,6 +54,53 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
         "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()},
         "mesh": dict(program.mesh.shape),
         "tensors": list(tensors(state.parameters)),
+    }
+
+
+def inspect_weights(weights: str | Path, config: Recipe | None = None, overrides: Overrides = ()) -> dict[str, Any]:
+    """Describes weights, and what a run that starts from them would do with each tensor; reads no tensor.
+
+    Args:
+      weights: as for `init.weights`.
+      config: of such a run; None: what they are without one.
+      overrides: changes of the config.
+
+    Returns:
+      family, files, digest, model (keys of `model` that the weights say), data (keys of `data` likewise, or `error`),
+      classes (their names, or None), parameters (their number), tensors: a list of {name, shape, dtype, becomes: the
+      parameters of ours that are made of it}, and changes, sentences.
+
+    Raises:
+      ConfigError: as `train` with these weights.
+    """
+    settings = load_config(config, overrides) if config is not None else None
+    published = open_weights(dataclasses.replace(settings.init if settings else Init(), weights=str(weights)))
+    try:
+        data = published.description.preprocessing(())
+    except ConfigError as error:
+        data = {"error": str(error)}
+    changes: tuple[str, ...] = ()
+    if settings is not None:
+        init = dataclasses.replace(settings.init, weights=str(weights))
+        settings = with_traits(dataclasses.replace(settings, init=init), published)
+        model = dataclasses.replace(settings.model, num_classes=settings.model.num_classes or CLASSES)
+        changes = adapted(published, model, settings.init.head).notes
+    stored = [(name, one.shape, one.dtype.name) for name, one in published.origin.tensors.items()]
+    if not stored:  # an earlier run of ours
+        stored = [(name, one.shape, "float32") for name, one in published.parameters.items()]
+    return {
+        "family": published.description.family,
+        "files": [str(file) for file in published.origin.files],
+        "digest": published.origin.digest(),
+        "model": dict(published.description.model),
+        "data": {key.removeprefix("data."): value for key, value in data.items() if not key.startswith("model.")},
+        "classes": None if published.description.classes is None else list(published.description.classes),
+        "parameters": sum(math.prod(lazy.shape) for lazy in published.parameters.values()),
+        "tensors": [
+            {"name": name, "shape": list(shape), "dtype": dtype, "becomes": published.taken.get(name, [])}
+            for name, shape, dtype in stored
+        ],
+        "changes": list(changes),
     }
 
 

@@ -139,7 +139,7 @@ def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Ove
     values = override(config.to_dict(config.typed({"total_steps": 1})), described)
     settings = config.resolve(override(values, overrides))
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=False, remat="none"))
-    fitted = adapted(published, settings.model)
+    fitted = adapted(published, settings.model, "keep")
     if (settings.model.num_classes or 0) and "head/kernel" not in fitted.parameters:
         raise ConfigError(f"model.num_classes: {settings.model.num_classes}, but the weights have no such head")
     devices = _mesh(settings, mesh)
@@ -177,7 +177,6 @@ def _pixels(picture: Image.Image | np.ndarray, channels: int) -> np.ndarray:
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in CHANNELS
     if not fits or not convertible(pixels.shape[2], channels):
-        raise ConfigError(
-            f"picture: expected pixels uint8 [H, W, 1 or 3], found {list(pixels.shape)} of {pixels.dtype}"
-        )
+        found = f"{list(pixels.shape)} of {pixels.dtype}"
+        raise ConfigError(f"picture: expected pixels uint8 [H, W, 1 or 3], found {found}; convert them first")
     return convert_channels(pixels, channels)

@@ -23,6 +23,7 @@ from vit_dist.data.stream.loader import Batches
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
+from vit_dist.initial import open_weights, record, started, with_traits
 from vit_dist.job import processes
 from vit_dist.job.preemption import StopRequest
 from vit_dist.mesh.feed import Prefetch
@@ -39,6 +40,8 @@ from vit_dist.run.failures import BadExampleList
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
 from vit_dist.step.state import State
+from vit_dist.weights.adapted import Adapted, adapted
+from vit_dist.weights.published import Published
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +88,14 @@ def train(
     settings = load_config(config, overrides)
     workdir = expanded(workdir, "workdir")
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
+    # Process 0 looks for all: a network file system may show the others an older state.
+    saved_settings = run_files.read_config(workdir) if processes.gather(run_files.holds_run(workdir))[0] else None
+    weights: Published | None = None
+    if saved_settings is not None:
+        settings = run_files.with_scan_of(saved_settings, run_files.with_weights_of(saved_settings, settings))
+    elif settings.init.weights is not None:
+        weights = open_weights(settings.init)
+        settings = with_traits(settings, weights)
     source = open_split(settings, "train")
     settings = in_steps(settings, len(source))
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}
@@ -95,10 +106,6 @@ def train(
                 f"evaluate.splits: of {name} and train one is image files and the other pixels in memory, but both "
                 "must be augmented alike; set data.in_memory=true, or give both in the same format"
             )
-    # Process 0 looks for all: a network file system may show the others an older state.
-    saved_settings = run_files.read_config(workdir) if processes.gather(run_files.holds_run(workdir))[0] else None
-    if saved_settings is not None:
-        settings = run_files.with_scan_of(saved_settings, settings)
     steps = settings.total_steps
     assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
@@ -117,14 +124,18 @@ def train(
             )
         if summary is not None and summary["step"] == steps:
             return summary
+    start = None
+    if weights is not None:
+        start = adapted(weights, program.settings.model, settings.init.head, source.class_names)
     with program.in_use():
         program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
-            environment.write(workdir, environment.describe(program.mesh, fingerprints))
+            started_from = None if weights is None else record(settings.init, weights)
+            environment.write(workdir, environment.describe(program.mesh, fingerprints, started_from))
         run_files.check_shared(workdir)
         with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
-            session = Session(program, workdir, source, splits, opened)
+            session = Session(program, workdir, source, splits, opened, start)
             try:
                 return session.run(stop)
             except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
@@ -137,16 +148,25 @@ class Session:
     """One process's work from the start of a run, or its resume, to its end or preemption."""
 
     def __init__(
-        self, program: Program, workdir: Path, source: Source, splits: dict[str, Source], opened: contextlib.ExitStack
+        self,
+        program: Program,
+        workdir: Path,
+        source: Source,
+        splits: dict[str, Source],
+        opened: contextlib.ExitStack,
+        start: Adapted | None,
     ):
-        """Restores the newest checkpoint or makes a new state; `opened` closes checkpoints, logs and progress bar."""
+        """Restores the newest checkpoint, or makes a new state, with the parameters of `start` if there are any.
+
+        `opened` closes checkpoints, logs and progress bar.
+        """
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits = source, splits
         keep, profile = self.settings.checkpoint, self.settings.profile
         keep_best = keep.keep_best if splits else 0
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best)
         opened.enter_context(contextlib.closing(self.checkpoints))
-        self.state, self.seconds_before = self._restore()
+        self.state, self.seconds_before = self._restore(start)
         self.step = self.resumed_step = int(self.state.step)
         self.bad_examples = BadExampleList(workdir, resume_step=self.step)
         self.log: MetricLog | None = None
@@ -219,10 +239,11 @@ class Session:
                     raise stopped(f"saved step {self.step} of {program.steps} in {self.workdir}")
         return self._finish()
 
-    def _restore(self) -> tuple[State, float]:
+    def _restore(self, start: Adapted | None) -> tuple[State, float]:
         latest = self.checkpoints.latest()
         if latest is None:
-            return self.program.new_state(), 0.0
+            state = self.program.new_state()
+            return state if start is None else started(state, start, self.program.mesh), 0.0
         _, trees = self.checkpoints.restore(_trees(self.program.abstract_state()), latest)
         seconds = float(self.checkpoints.metadata(latest)["seconds"])
         return State(**{"ema": None, **trees}), seconds

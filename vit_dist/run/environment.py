@@ -26,16 +26,19 @@ PACKAGES = ("vit-dist", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkp
 _log = logging.getLogger(__name__)
 
 
-def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def describe(
+    mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str], weights: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Describes this session.
 
     Args:
       mesh: the mesh of the run, if it has one.
       data_fingerprints: split -> digest.
+      weights: what the session started from, if it opened `init.weights`.
 
     Returns:
-      Values for JSON: `time, host, python, versions, devices, mesh, git, data, xla_flags`. A version is None for a
-      package that runs from a folder without being installed.
+      Values for JSON: `time, host, python, versions, devices, mesh, git, data, weights, xla_flags`. A version is None
+      for a package that runs from a folder without being installed.
     """
     device = jax.devices()[0]
     return {
@@ -52,6 +55,7 @@ def describe(mesh: jax.sharding.Mesh | None, data_fingerprints: Mapping[str, str
         "mesh": None if mesh is None else dict(mesh.shape),
         "git": _git(Path(__file__)),
         "data": dict(data_fingerprints),
+        "weights": None if weights is None else dict(weights),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -17,6 +17,7 @@ from vit_dist.config import Config, ConfigError
 from vit_dist.job import processes
 from vit_dist.run.files import read_json, write_atomically
 from vit_dist.schema import flatten
+from vit_dist.weights.earlier_run import PREPARED, TRAITS
 
 # Keys that a resumed run may change: where and how it runs, what it writes and when. Its curve stays the same up to
 # rounding, with two exceptions: a new length changes the rest of the schedule, and another number of micro-batches
@@ -80,6 +81,23 @@ def with_scan_of(saved: Config, wanted: Config) -> Config:
     """
     scan = saved.model.scan if wanted.model.scan == "auto" else wanted.model.scan
     return dataclasses.replace(wanted, model=dataclasses.replace(wanted.model, scan=scan))
+
+
+def with_weights_of(saved: Config, wanted: Config) -> Config:
+    """Returns the config `wanted` with what a saved run took from `init.weights`, if it names the same weights.
+
+    These are the keys that have their defaults; a run that goes on does not open the weights again.
+    """
+    if wanted.init.weights is None or wanted.init != saved.init:
+        return wanted
+
+    def taken(old: Any, new: Any, default: Any, keys: tuple[str, ...]) -> Any:
+        return dataclasses.replace(
+            new, **{key: getattr(old, key) for key in keys if getattr(new, key) == getattr(default, key)}
+        )
+
+    model = taken(saved.model, wanted.model, config.Model(), TRAITS)
+    return dataclasses.replace(wanted, model=model, data=taken(saved.data, wanted.data, config.Data(), PREPARED))
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:

@@ -37,8 +37,8 @@ def adapted(
     Args:
       published: the weights.
       model: ours; only image, patch, channels and classes may differ from the published one in shape.
-      head: "keep" takes the published head, for the classes whose names agree, or for as many as it has; "new" leaves
-        it out; "auto" keeps it if all names or, without names, the numbers agree.
+      head: "keep" takes the published head, by the names of classes, or without names if their numbers agree; "new"
+        leaves it out; "auto" keeps it if it has all of our classes by name.
       classes: the names of ours, if they are known.
 
     Raises:
@@ -66,6 +66,9 @@ def adapted(
                 f"init.weights: {path} has the shape {list(found[path].shape)} in {published.origin.files[0]}, "
                 f"expected {list(shape)}; change the model, see inspect"
             )
+    left_out = published.left_out
+    if left_out:
+        notes.append(f"not used: {', '.join(left_out[:6])}{', ...' if len(left_out) > 6 else ''}")
     return Adapted(found, tuple(notes))
 
 
@@ -74,11 +77,14 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
 
     Args:
       parameters: by path, the blocks one by one.
-      like: nested dicts of arrays or their shapes, of those parameters; blocks may be stacked.
+      like: nested dicts of arrays or their shapes; blocks may be stacked. An array whose path `parameters` does not
+        have, such as one of a new head, is returned as it is.
       mesh: the mesh that their shardings are of.
     """
 
     def place(path: str, leaf: Any) -> jax.Array:
+        if path.startswith("head/") and path not in parameters:
+            return leaf
         lazy = _at(parameters, path, leaf.shape)
         read: dict[tuple, np.ndarray] = {}  # devices that hold the same share
 
@@ -89,7 +95,7 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
                 read[key] = lazy.read(index)
             return read[key]
 
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), of)
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, jax.typeof(leaf).sharding.spec), of)
 
     placed = {path: place(path, leaf) for path, leaf in by_path(like).items()}
     return jax.tree.unflatten(jax.tree.structure(like), placed.values())
@@ -129,13 +135,15 @@ def _take_head(
         if count:
             del found["head/kernel"], found["head/bias"]
         return [f"head: new, for {new.classes} classes"] if new.classes else []
+    named = classes is not None and names is not None
     rows = list(range(count))
     if classes is not None and names is not None:
         rows = [names.index(name) if name in names else -1 for name in classes]
-    fits = len(rows) == new.classes and -1 not in rows
+    fits = len(rows) == new.classes and -1 not in rows and (named or head == "keep")
     if not fits and head == "auto":
         del found["head/kernel"], found["head/bias"]
-        return [f"head: new, for {new.classes} classes; that of the weights has {count}"]
+        known = f"has {count} others" if named else f"has {count}, without names"
+        return [f"head: new, for {new.classes} classes; that of the weights {known}"]
     if not fits:
         raise ConfigError(
             f"init.head: keep, but the weights' head of {count} classes has not the {new.classes} of this model; set "

@@ -66,11 +66,11 @@ class Naming:
 
 
 class Tensors:
-    """The tensors of a file; `taken` are those that a parameter of ours was made of."""
+    """The tensors of a file; `taken` has for each that was used the paths of our parameters that are made of it."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
-        self.taken: set[str] = set()
+        self.taken: dict[str, list[str]] = {}
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -79,12 +79,12 @@ class Tensors:
         """Returns a tensor, of which our parameter `path` is made; raises `ConfigError` if it is missing."""
         if name not in self._tensors:
             raise ConfigError(f"init.weights: tensor {name} is missing, of which {path} is made; fetch the file again")
-        self.taken.add(name)
+        self.taken.setdefault(name, []).append(path)
         return stored(self._tensors[name])
 
     def check_all_taken(self, left_out: Iterable[str]) -> list[str]:
         """Returns the tensors that are left out on purpose; raises `ConfigError` if others were not taken."""
-        rest = sorted(set(self._tensors) - self.taken)
+        rest = sorted(self._tensors.keys() - self.taken.keys())
         patterns = [re.compile(pattern) for pattern in left_out]
         unknown = [name for name in rest if not any(pattern.match(name) for pattern in patterns)]
         if unknown:

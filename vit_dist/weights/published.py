@@ -33,6 +33,7 @@ class Published:
       description: what their family tells of them.
       model: the model that they are.
       parameters: ours by path, of this model, the blocks one by one.
+      taken: for each tensor that is used, the paths of those that are made of it.
       left_out: the names of tensors that are not used, on purpose.
     """
 
@@ -40,6 +41,7 @@ class Published:
     description: Description
     model: config.Model
     parameters: Mapping[str, Lazy]
+    taken: Mapping[str, list[str]]
     left_out: tuple[str, ...]
 
 
@@ -76,7 +78,7 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
         raise ConfigError(
             f"{origin.files[0]}: {wrong[0]} would have the shape {found}, expected {shapes[wrong[0]]}; fetch it again"
         )
-    return Published(origin, described, model, parameters, tuple(left_out))
+    return Published(origin, described, model, parameters, tensors.taken, tuple(left_out))
 
 
 def shapes_of(model: config.Model) -> dict[str, tuple[int, ...]]:

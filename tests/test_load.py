@@ -1,0 +1,124 @@
+"""`vit_dist.load`: a run of ours, or weights of others, to be used in a few lines."""
+
+import json
+
+import golden_weights
+import jax
+import numpy as np
+import pytest
+from golden_weights import fixture
+from PIL import Image
+from system import train_here
+
+import vit_dist
+from vit_dist.config import ConfigError
+
+# What the config.json of timm's fixture says of its images.
+MEAN, STD = 0.5, 0.5
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 48, "width": 48}, "resample": 2,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.4, 0.5, 0.6],
+    "image_std": [0.2, 0.25, 0.3],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def timm(tmp_path_factory):
+    return golden_weights.write(fixture("timm_vit_cls"), tmp_path_factory.mktemp("timm")).parent
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "one.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(path)
+    return path
+
+
+def test_five_lines(timm, picture):
+    """As in the README."""
+    model = vit_dist.load(timm)
+    images = np.stack([model.preprocess(picture)])
+    logits = model.model(images)
+    (best,) = model.predict([picture], top=3)
+    features = model.features(images)
+    assert logits.shape == (1, 10) and features.shape == (1, 64)
+    chances = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    assert [name for name, _ in best] == [f"class {index}" for index in np.argsort(-chances)[:3]]
+    np.testing.assert_allclose([chance for _, chance in best], np.sort(chances)[::-1][:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
+def test_logits_are_those_of_timm_on_any_mesh(mesh, timm):
+    golden = fixture("timm_vit_cls")
+    model = vit_dist.load(timm, mesh)
+    images = golden_weights.images(golden)  # two, which do not divide over eight devices
+    expected = golden_weights.outputs(golden)
+    np.testing.assert_allclose(model.model(images), expected["logits"], atol=1e-4 * expected["logits"].std())
+    np.testing.assert_allclose(model.features(images), expected["features"], atol=1e-4 * expected["features"].std())
+
+
+def test_pictures_are_taken_as_files_images_and_pixels(timm, picture):
+    model = vit_dist.load(timm)
+    image = Image.open(picture)
+    from_file = model.preprocess(picture)
+    assert from_file.dtype == np.float32 and from_file.shape == (48, 48, 3)
+    for other in (str(picture), image, np.asarray(image)):
+        np.testing.assert_array_equal(model.preprocess(other), from_file)
+    gray = model.preprocess(image.convert("L"))
+    np.testing.assert_array_equal(gray[..., 0], gray[..., 2])
+    np.testing.assert_array_equal(gray, model.preprocess(np.asarray(image.convert("L"))))
+    resized = np.asarray(image.resize((70, 53), Image.Resampling.BICUBIC))[2:50, 11:59]  # 48 / 0.9 = 53, its centre
+    assert np.abs((from_file * STD + MEAN) * 255 - resized).max() <= 1 + 1e-3
+
+
+def test_transformers_says_classes_and_how_images_are_prepared(tmp_path, picture):
+    folder = golden_weights.write(fixture("hf_vit"), tmp_path).parent
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json: does not say .*; set "):
+        vit_dist.load(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    model = vit_dist.load(folder)
+    assert model.classes == tuple(f"LABEL_{number}" for number in range(10))
+    pixels = np.asarray(Image.open(picture).resize((48, 48), Image.Resampling.BILINEAR)) / 255
+    expected = (pixels - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    np.testing.assert_allclose(model.preprocess(picture), expected, atol=1.01 / 255 / 0.2)
+
+
+def test_another_image_size_is_asked_for_by_its_key(timm):
+    model = vit_dist.load(timm, overrides={"model.image_size": 64})
+    assert model.notes == ("position: resampled from 3x3 to 4x4 patches",)
+    assert model.model(np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 10)
+
+
+def test_a_run_is_loaded_with_its_average_and_its_classes(tmp_path):
+    train_here(tmp_path, "total_steps=3", "ema_decay=0.5", "mesh.data=2")
+    run = next(path for path in (tmp_path, tmp_path / "run") if (path / "config.json").exists())
+    model = vit_dist.load(run, {"data": 4})
+    digit = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+    file = tmp_path / "digit.png"
+    Image.fromarray(digit).save(file)
+    (expected,) = vit_dist.predict(run, [file])
+    (found,) = model.predict([file])
+    assert [name for name, _ in found] == [one["name"] for one in expected["classes"]]
+    np.testing.assert_allclose(
+        [chance for _, chance in found], [one["probability"] for one in expected["classes"]], rtol=1e-4
+    )
+
+
+def test_what_cannot_be_loaded_or_used_is_said(timm, tmp_path, picture):
+    with pytest.raises(ConfigError, match="load: there is no file or folder .*nothing-here"):
+        vit_dist.load(tmp_path / "nothing-here")
+    with pytest.raises(ConfigError, match=r"init.head: keep, but the weights' head of 10 classes"):
+        vit_dist.load(timm, overrides={"model.num_classes": 7})
+    model = vit_dist.load(timm, overrides={"model.num_classes": 0})
+    with pytest.raises(ConfigError, match="these weights have no head"):
+        model.predict([picture])
+    with pytest.raises(ConfigError, match=r"picture: expected pixels uint8 .*, found \[4, 4, 3\] of float64"):
+        model.preprocess(np.zeros((4, 4, 3)))
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ConfigError, match="text.png: no known image format"):
+        model.preprocess(tmp_path / "text.png")
+    with pytest.raises(ConfigError, match=r"images: expected \[B, 48, 48, 3\]"):
+        model.model(np.zeros((1, 32, 32, 3), np.float32))
+    assert jax.device_count() == 8
+    with pytest.raises(ConfigError, match="mesh: .* needs 16 devices, found 8"):
+        vit_dist.load(timm, {"fsdp": 16})

@@ -1,0 +1,72 @@
+"""Opens a checkpoint of an earlier run of ours as weights, of which a process reads what it needs (tensorstore)."""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from vit_dist.config import Config, ConfigError
+from vit_dist.weights.description import Description
+from vit_dist.weights.lazy import Index, Lazy
+from vit_dist.weights.naming import Naming
+from vit_dist.weights.origin import Origin
+from vit_dist.weights.published import Published, shapes_of
+
+# The keys of `config.Model` that say what a model computes; the others are of its training and its arithmetic.
+TRAITS = (
+    "width", "depth", "mlp", "heads", "image_size", "patch_size", "channels", "num_classes", "pool", "pool_norm",
+    "output_projection", "class_token", "position", "cls_position", "registers", "rope_base", "layer_scale", "qk_norm",
+    "qk_norm_bias", "norm", "norm_epsilon", "embedding_norm", "qkv_bias", "projection_bias", "parallel", "activation",
+    "pre_logits", "variant",
+)  # fmt: skip
+PREPARED = ("mean", "std", "interpolation", "eval_crop", "eval_crop_mode", "eval_rounding")
+
+
+def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: int) -> Published:
+    """Returns the parameters of a checkpoint, their moving average where the run keeps one.
+
+    Args:
+      workdir: the directory of the run.
+      settings: its config.
+      classes: the names of its classes.
+      step: that of the checkpoint.
+    """
+    tree = (workdir / "checkpoints" / str(step) / ("ema" if settings.ema_decay else "parameters")).resolve()
+    stacked, shapes = settings.model.scan, shapes_of(dataclasses.replace(settings.model, scan=False))
+    parameters = {path: _parameter(tree, path, shape, bool(stacked)) for path, shape in shapes.items()}
+    model = {key: getattr(settings.model, key) for key in TRAITS}
+    data = {f"data.{key}": getattr(settings.data, key) for key in PREPARED}
+
+    def preprocessing(given: Collection[str]) -> dict[str, Any]:
+        return {key: value for key, value in data.items() if key not in given}
+
+    described = Description(f"an earlier run, step {step}", model, Naming({}), preprocessing, classes=classes)
+    files = tuple(sorted(file for file in tree.rglob("*") if file.is_file()))
+    source = dataclasses.replace(settings.model, scan=False)
+    return Published(Origin({}, {}, files), described, source, parameters, {path: [path] for path in parameters}, ())
+
+
+def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> Lazy:
+    parts = path.split("/")
+    in_stack = stacked and parts[0] == "blocks"
+    name = ".".join([parts[0], *parts[2:]] if in_stack else parts)
+    number = int(parts[1]) if in_stack else None
+
+    def compute(index: Index) -> np.ndarray:
+        whole = _open(tree, name)
+        return whole[index if number is None else (number, *index)].read().result()
+
+    return Lazy(shape, compute)
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(tree: Path, name: str) -> Any:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{tree}/", "path": f"{name}/"}}
+    try:
+        return tensorstore.open(spec, open=True, read=True).result()
+    except ValueError as error:
+        raise ConfigError(f"{tree}: {name} cannot be read ({str(error).partition(' [')[0][:200]})") from error
