@@ -15,7 +15,15 @@ from vit_dist.weights.origin import Origin
 from vit_dist.weights.stored_tensor import StoredTensor
 
 _EMBEDDING = "embedding/kernel"
-_PREFIXES = ("", "params/", "params/img/", "img/")
+_PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
+# Of a checkpoint of training, whose parameters are under `params/` or, as Flax's old optimizers have it, `opt/target/`:
+# moments and counts of the optimizer, clocks. Of a model of images and texts: the other tower, and what compares both.
+_LEFT_OUT = {
+    "params/": ("opt/", "chrono/"),
+    "params/img/": ("params/txt/", "params/t$", "params/b$", "opt/", "chrono/"),
+    "img/": ("txt/", "t$", "b$"),
+    "opt/target/": ("opt/state/",),
+}
 
 
 def recognises(origin: Origin) -> bool:
@@ -59,15 +67,13 @@ def describe(origin: Origin) -> Description:
         "pre_logits": f"{prefix}pre_logits/{{}}",
         "head": f"{prefix}head/{{}}",
     }
-    # Of a model of images and texts: the other tower, and what compares both.
-    left_out = ("params/txt/", "params/t$", "params/b$") if prefix.endswith("img/") else ()
     query, up = (f"{name.replace('#', '0')}/kernel" for name in (f"{attention}/query", f"{mlp}/Dense_0"))
     model = _model(tensors, prefix, query, up, stacked)
     model |= _positions(tensors, position, model)
     return Description(
         "vision_transformer" if old else "big_vision",
         model,
-        Naming(table, manner="flax", left_out=left_out, stacked=stacked),
+        Naming(table, manner="flax", left_out=_LEFT_OUT.get(prefix, ()), stacked=stacked),
         _preprocessing,
         position=position,
         cls=f"{prefix}cls" if model["class_token"] else None,
