@@ -10,8 +10,10 @@ the standard deviation of the library's. The exit code is 1 if a file that shoul
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -132,15 +134,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what peers.golden wrote")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    pins = [line.strip() for line in (HERE / "requirements.txt").read_text().splitlines() if "==" in line]
-    print("# Our outputs beside those of the libraries whose weights they are made of\n")
-    print(f"On a CPU ({os.cpu_count()} cores), jax {jax.__version__}; theirs: {', '.join(pins)}. By `make peers`.\n")
-    print("Models of depth 3 with random weights. An error is the largest difference of any number over the standard")
-    print(f"deviation of the library's; {TOLERANCE:.0e} is allowed.\n")
+    pins = [line.replace("==", " ") for line in (HERE / "requirements.txt").read_text().split() if "==" in line]
+    print(f"# Our outputs beside those of other libraries, from their files, {datetime.date.today()}\n")
+    cores, python = os.cpu_count(), platform.python_version()
+    print(f"A CPU ({platform.machine()}, {cores} cores), Python {python}, jax {jax.__version__};")
+    print(f"theirs: {', '.join(pins)}. By\n\n    make peers\n")
+    print("Models of depth 3 with random weights, opened by `vit_dist.load` and run in float32. An error is the")
+    print("largest difference of any number over the standard deviation of theirs;", f"{TOLERANCE:.0e} is allowed.\n")
     folders = sorted(file.parent for file in options.folder.glob("*/expected.npz"))
     wrong = report({folder.name: compare(folder) for folder in folders})
     if wrong:
-        sys.exit(f"error: not loaded, or above {TOLERANCE:.0e}: {', '.join(wrong)}")
+        shown = ", ".join(wrong[:8]) + (" ..." if len(wrong) > 8 else "")
+        sys.exit(f"error: {len(wrong)} are not there, not opened, or above {TOLERANCE:.0e}: {shown}")
 
 
 if __name__ == "__main__":

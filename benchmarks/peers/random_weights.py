@@ -52,7 +52,7 @@ def weight(name: str, shape: tuple[int, ...], embedding: float = 0.01, branch: f
     """
     x = normal(name, shape)
     if PERIODS.search(name):
-        return np.float32(100 ** (np.arange(shape[0]) / shape[0]))
+        return np.asarray(100 ** (np.arange(shape[0]) / shape[0]), np.float32)
     if not shape or NORM_SCALE.search(name):
         scaled = 1 + 0.1 * x
     elif LAYER_SCALE.search(name):
