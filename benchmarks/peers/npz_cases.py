@@ -83,9 +83,14 @@ def checkpoint(shapes: Shapes, parameters: str, state: str) -> Shapes:
     return {f"{parameters}{name}": shape for name, shape in shapes.items()} | kept
 
 
-def big_vision(pool: str, stacked: bool = False, head: bool = True, prefix: str = "params/") -> Shapes:
-    """Returns the arrays of big_vision's ViT; `stacked`: blocks are one loop, their arrays have a leading axis."""
-    shapes = embedding() | {"pos_embedding": (1, GRID**2, WIDTH)}
+def big_vision(
+    pool: str, stacked: bool = False, head: bool = True, prefix: str = "params/", positions: bool = True
+) -> Shapes:
+    """Returns the arrays of big_vision's ViT.
+
+    `stacked`: blocks are one loop, their arrays have a leading axis. `positions`: they are learned.
+    """
+    shapes = embedding() | ({"pos_embedding": (1, GRID**2, WIDTH)} if positions else {})
     if pool == "tok":
         shapes["cls"] = (1, 1, WIDTH)
     if stacked:
@@ -123,6 +128,7 @@ CASES: dict[str, tuple[str, Shapes, bool]] = {
     ),
     "npz_big_vision_checkpoint": ("gap", checkpoint(big_vision("gap", prefix=""), "params/", "opt/0/mu/"), False),
     "npz_big_vision_map": ("map", big_vision("map"), False),
+    "npz_big_vision_sincos": ("map", big_vision("map", prefix="", positions=False), False),
     "npz_big_vision_gap": ("gap", big_vision("gap"), False),
     "npz_big_vision_tok_stacked": ("tok", big_vision("tok", stacked=True), False),
     "npz_big_vision_siglip_bf16": ("map", big_vision("map", head=False, prefix="params/img/"), True),
@@ -174,11 +180,23 @@ def load(kind: str, classes: int, folder: pathlib.Path) -> nn.Module:
         torch.nn.init.constant_(parameter, torch.nan)
     plain = folder / "float32.npz"
     file = plain if plain.exists() else folder / "model.npz"
+    with np.load(file) as arrays:
+        if not any("pos_embedding" in name for name in arrays):
+            file = folder / "with_positions.npz"
+            np.savez(file, **arrays, pos_embedding=computed_positions())
     model.load_pretrained(str(file))
     with np.load(file) as arrays:
         if "pre_logits/kernel" in arrays:
             model.further = nn.ModuleDict({name: linear(arrays, name) for name in ("pre_logits", "head")})
     return model
+
+
+def computed_positions() -> np.ndarray:
+    """Returns the positions that big_vision computes where it learns none, which timm knows only as learned."""
+    rates = 10_000 ** -np.linspace(0, 1, WIDTH // 4)
+    rows, columns = np.divmod(np.arange(GRID**2), GRID)
+    x, y = np.outer(columns, rates), np.outer(rows, rates)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)[None].astype(np.float32)
 
 
 def linear(arrays: Mapping[str, np.ndarray], path: str) -> nn.Linear:

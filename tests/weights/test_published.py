@@ -25,16 +25,10 @@ def test_outputs_are_those_of_their_own_library(name, tmp_path):
     [
         ("hf_vit_model", ["pooler.dense.bias", "pooler.dense.weight"]),
         ("hf_clip_classifier", ["vision_model.post_layernorm.bias", "vision_model.post_layernorm.weight"]),
-        (
-            "npz_augreg_checkpoint",
-            [f"opt/state/param_states/embedding/{kind}" for kind in ("bias", "kernel")],
-        ),
+        ("npz_augreg_checkpoint", [f"opt/state/param_states/embedding/{kind}" for kind in ("bias", "kernel")]),
         ("npz_big_vision_checkpoint", [f"opt/0/mu/embedding/{kind}" for kind in ("bias", "kernel")]),
         ("npz_big_vision_siglip_bf16", ["params/b", "params/t", "params/txt/head/kernel"]),
-        (
-            "meta_dinov3",
-            [*(f"blocks.{i}.attn.qkv.bias_mask" for i in range(3)), "mask_token", "rope_embed.periods"],
-        ),
+        ("meta_dinov3", [*(f"blocks.{i}.attn.qkv.bias_mask" for i in range(3)), "mask_token", "rope_embed.periods"]),
         ("npz_augreg_in21k", []),
     ],
 )
@@ -55,6 +49,22 @@ def test_what_meta_does_not_say_names_the_key_to_set(key, tmp_path):
     given = {name: value for name, value in ({"model.image_size": 48} | PREPARED).items() if name != key}
     with pytest.raises(ConfigError, match=f"model.safetensors: does not say .*; set {key}$"):
         load(file, overrides=given)
+
+
+@pytest.mark.parametrize("path", ["pos_embedding", "Transformer/pos_embedding"])
+def test_older_code_has_a_position_for_the_class_token_under_other_names(path, tmp_path):
+    golden = fixture("npz_augreg")
+    tensors = golden_weights.tensors(golden)
+    tensors[path] = tensors.pop("Transformer/posembed_input/pos_embedding")
+    file = golden_weights.write(golden, tmp_path, tensors)
+    found = errors(file, golden_weights.images(golden), golden_weights.outputs(golden))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def test_computed_positions_need_the_size_of_images(tmp_path):
+    file = golden_weights.write(fixture("npz_big_vision_sincos"), tmp_path)
+    with pytest.raises(ConfigError, match=r"model.npz: does not say the size of its images; set model.image_size$"):
+        load(file)
 
 
 @pytest.mark.parametrize(
