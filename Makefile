@@ -31,7 +31,7 @@ help:
 	@echo 'make bench-plan how long the deployed configs take to plan, and what the plans say'
 	@echo 'make bench-compiled memory, traffic, kernels, collectives of compiled steps beside the committed figures; no hardware'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
-	@echo 'make peers      the architectures, files and outputs of timm, transformers and OpenCLIP, which the tests read'
+	@echo 'make peers      the architectures, files and outputs of timm, transformers and OpenCLIP, which the tests read; ours beside them'
 	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
 	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
 	@echo 'make visit-proof the dry run as on the GPU machine: its jax, the kit'"'"'s wheels (MACHINE_PYTHON=python3.12)'
@@ -134,7 +134,7 @@ visit-kit: compilers
 PEERS := .cache/peers
 PEER = PYTHONPATH=benchmarks HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m
 
-peers:
+peers: setup
 	@made_from=$$({ $(PYTHON) -VV && echo '$(CURDIR)' && cat benchmarks/peers/requirements.txt; } | cksum); \
 	if [ "$$made_from" != "$$(cat $(PEERS)/made-from 2>/dev/null)" ]; then \
 	  set -e; \
@@ -146,6 +146,8 @@ peers:
 	@$(PEER) peers.architectures
 	@$(PEER) peers.defaults
 	@$(PEER) peers.golden --all --out=$(PEERS)/files
+	@results=benchmarks/results/$$(date +%F)-peers-cpu.md; \
+	$(RUN)/python benchmarks/peers/compare.py $(PEERS)/files > $$results && echo "$$results"
 
 # A kit for this machine: without wheels, and with plans for the CPU of a dry run.
 KIT := .cache/visit-kit

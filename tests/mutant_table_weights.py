@@ -1,4 +1,4 @@
-"""Mutants of the modules that fit published weights and prepare images for them; see `mutant_table.py`."""
+"""Mutants of the modules that read and fit published weights, and prepare images for them; see `mutant_table.py`."""
 
 TIMM_FITTING = "weights/test_fitting.py::test_a_fitted_tensor_is_timms"
 PIXELS = "weights/test_preprocessing.py::test_pixels_are_those_of_the_peer_within_a_grey_level"
@@ -6,6 +6,7 @@ ORIENTED = "weights/test_preprocessing.py::test_an_image_stored_in_any_orientati
 PROCESSOR = "weights/test_preprocessing.py::test_a_processors_config_becomes_keys"
 PLACES = "data/pictures/test_crop_modes.py::test_sizes_are_rounded_as_in_timm"
 REFUSED = "weights/test_preprocessing.py::test_what_a_processor_does_not_say_or_we_cannot_do_names_the_key_to_set"
+OUTPUTS = "weights/test_published.py::test_outputs_are_those_of_their_own_library"
 
 WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
     "weights/fitting.py": [
@@ -110,6 +111,42 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
             "}",
             "weights/test_preprocessing.py::test_a_key_that_the_user_has_set_is_not_read",
             "ConfigError",
+        ),
+    ],
+    "weights/families/dinov3.py": [
+        ("gate and value exchanged", '("w1", "w2", "w3")', '("w2", "w1", "w3")', OUTPUTS + "[meta_dinov3_plus]"),
+        ("the epsilon of others", '"norm_epsilon": 1e-5', '"norm_epsilon": 1e-6', OUTPUTS + "[meta_dinov3]"),
+        ("keys with a bias", "(qkv[0], None, qkv[2])", "qkv", OUTPUTS + "[meta_dinov3]"),
+        (
+            "any periods",
+            "rtol=0.01",
+            "rtol=1e9",
+            "weights/test_published.py::test_periods_that_are_not_dinov3s_are_an_error",
+        ),
+    ],
+    "weights/families/flax_npz.py": [
+        ("computed positions left out", '"sincos2d"', '"none"', OUTPUTS + "[npz_big_vision_sincos]"),
+        ("GELU of others", '"gelu_tanh"', '"gelu"', OUTPUTS + "[npz_augreg_in21k]"),
+        (
+            "no position for the class token",
+            'model["class_token"] and math.isqrt(count)',
+            'position.endswith("input/pos_embedding") and math.isqrt(count)',
+            "weights/test_published.py::test_older_code_has_a_position_for_the_class_token_under_other_names",
+            "ConfigError",
+        ),
+        (
+            "no size of images is an error",
+            'if not has_size and "model.image_size" not in given',
+            "if False",
+            "weights/test_published.py::test_computed_positions_need_the_size_of_images",
+        ),
+    ],
+    "weights/families/transformers.py": [
+        (
+            "CLIP classifies normalised patches",
+            '{"pool": "mean", "pool_norm": "none"}',
+            '{"pool": "mean"}',
+            OUTPUTS + "[hf_clip_classifier]",
         ),
     ],
 }

@@ -8,7 +8,7 @@ given the same numbers in float32.
 
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from peers import random_weights
-from peers.case import Case
+from peers.case import Case, Outputs
 from peers.timm_cases import outputs
 
 WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID, CLASSES = 64, 3, 4, 128, 16, 3, 10
+REPRESENTATION = 32
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -59,20 +60,37 @@ def embedding() -> Shapes:
     return {"embedding/kernel": (PATCH, PATCH, 3, WIDTH), "embedding/bias": (WIDTH,)}
 
 
-def vision_transformer() -> Shapes:
-    """Returns the arrays of vision_transformer's ViT with a class token, as AugReg's."""
+def vision_transformer(pre_logits: bool = False) -> Shapes:
+    """Returns the arrays of vision_transformer's ViT with a class token, as AugReg's.
+
+    `pre_logits`: with a layer before the head, as the older files of ImageNet-21k have it.
+    """
     shapes = embedding() | {
         "cls": (1, 1, WIDTH),
         "Transformer/posembed_input/pos_embedding": (1, GRID**2 + 1, WIDTH),
     }
     for index in range(DEPTH):
         shapes |= block(f"Transformer/encoderblock_{index}", (1, 2, 3))
-    return shapes | norm("Transformer/encoder_norm") | dense("head", WIDTH, CLASSES)
+    shapes |= norm("Transformer/encoder_norm")
+    if pre_logits:
+        shapes |= dense("pre_logits", WIDTH, REPRESENTATION)
+    return shapes | dense("head", REPRESENTATION if pre_logits else WIDTH, CLASSES)
 
 
-def big_vision(pool: str, stacked: bool = False, head: bool = True, prefix: str = "params/") -> Shapes:
-    """Returns the arrays of big_vision's ViT; `stacked`: blocks are one loop, their arrays have a leading axis."""
-    shapes = embedding() | {"pos_embedding": (1, GRID**2, WIDTH)}
+def checkpoint(shapes: Shapes, parameters: str, state: str) -> Shapes:
+    """Returns the arrays of a checkpoint of training; some of what its optimizer keeps is under `state`."""
+    kept = {f"{state}{name}": shape for name, shape in shapes.items() if name.startswith("embedding/")}
+    return {f"{parameters}{name}": shape for name, shape in shapes.items()} | kept
+
+
+def big_vision(
+    pool: str, stacked: bool = False, head: bool = True, prefix: str = "params/", positions: bool = True
+) -> Shapes:
+    """Returns the arrays of big_vision's ViT.
+
+    `stacked`: blocks are one loop, their arrays have a leading axis. `positions`: they are learned.
+    """
+    shapes = embedding() | ({"pos_embedding": (1, GRID**2, WIDTH)} if positions else {})
     if pool == "tok":
         shapes["cls"] = (1, 1, WIDTH)
     if stacked:
@@ -102,7 +120,15 @@ TIMM_ARGUMENTS: dict[str, dict[str, Any]] = {
 # name of the fixture: (key of TIMM_ARGUMENTS, arrays, whether they are bfloat16)
 CASES: dict[str, tuple[str, Shapes, bool]] = {
     "npz_augreg": ("vision_transformer", vision_transformer(), False),
+    "npz_augreg_in21k": ("vision_transformer", vision_transformer(pre_logits=True), False),
+    "npz_augreg_checkpoint": (
+        "vision_transformer",
+        checkpoint(vision_transformer(), "opt/target/", "opt/state/param_states/"),
+        False,
+    ),
+    "npz_big_vision_checkpoint": ("gap", checkpoint(big_vision("gap", prefix=""), "params/", "opt/0/mu/"), False),
     "npz_big_vision_map": ("map", big_vision("map"), False),
+    "npz_big_vision_sincos": ("map", big_vision("map", prefix="", positions=False), False),
     "npz_big_vision_gap": ("gap", big_vision("gap"), False),
     "npz_big_vision_tok_stacked": ("tok", big_vision("tok", stacked=True), False),
     "npz_big_vision_siglip_bf16": ("map", big_vision("map", head=False, prefix="params/img/"), True),
@@ -114,13 +140,14 @@ def golden() -> Iterator[Case]:
     """Yields the files of both libraries."""
     for name, (kind, shapes, half) in CASES.items():
         classes = CLASSES if any(path.endswith("head/kernel") and "txt" not in path for path in shapes) else 0
+        classifies_twice = "pre_logits/kernel" in shapes
         yield Case(
             name,
             f"timm {timm.__version__}, its reader of .npz with act_layer='gelu_tanh'",
             (GRID * PATCH, GRID * PATCH, 3),
             functools.partial(save, shapes, half),
-            functools.partial(load, kind, classes),
-            outputs,
+            functools.partial(load, kind, 0 if classifies_twice else classes),
+            further_outputs if classifies_twice else outputs,
             config="",
             weights="model.npz",
         )
@@ -152,5 +179,36 @@ def load(kind: str, classes: int, folder: pathlib.Path) -> nn.Module:
     for parameter in model.parameters():  # what the file does not set would show
         torch.nn.init.constant_(parameter, torch.nan)
     plain = folder / "float32.npz"
-    model.load_pretrained(str(plain if plain.exists() else folder / "model.npz"))
+    file = plain if plain.exists() else folder / "model.npz"
+    with np.load(file) as arrays:
+        if not any("pos_embedding" in name for name in arrays):
+            file = folder / "with_positions.npz"
+            np.savez(file, **arrays, pos_embedding=computed_positions())
+    model.load_pretrained(str(file))
+    with np.load(file) as arrays:
+        if "pre_logits/kernel" in arrays:
+            model.further = nn.ModuleDict({name: linear(arrays, name) for name in ("pre_logits", "head")})
     return model
+
+
+def computed_positions() -> np.ndarray:
+    """Returns the positions that big_vision computes where it learns none, which timm knows only as learned."""
+    rates = 10_000 ** -np.linspace(0, 1, WIDTH // 4)
+    rows, columns = np.divmod(np.arange(GRID**2), GRID)
+    x, y = np.outer(columns, rates), np.outer(rows, rates)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], 1)[None].astype(np.float32)
+
+
+def linear(arrays: Mapping[str, np.ndarray], path: str) -> nn.Linear:
+    """Returns a layer of a file; timm has dropped `pre_logits`, and with it reads no head of another width."""
+    kernel, bias = (torch.from_numpy(arrays[f"{path}/{kind}"]) for kind in ("kernel", "bias"))
+    layer = nn.Linear(*kernel.shape)
+    layer.weight.copy_(kernel.T)
+    layer.bias.copy_(bias)
+    return layer
+
+
+def further_outputs(model: Any, images: torch.Tensor) -> Outputs:
+    """Returns the outputs where a layer with tanh stands before the head."""
+    features = torch.tanh(model.further["pre_logits"](outputs(model, images)["features"]))
+    return {"logits": model.further["head"](features), "features": features}

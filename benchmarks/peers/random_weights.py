@@ -25,15 +25,16 @@ TABLE = re.compile(
 )
 PATCH = re.compile(r"(patch_embed\.proj|patch_embeddings|\bprojection|patch_embedding|conv1|\bembedding)[./]\w+$")
 BRANCH = re.compile(
-    r"(attn\.proj|attn_pool\.proj|(attn|mlp)_out_proj|out_proj|o_proj|\boutput\.dense|fc2|c_proj|down_proj|weights_out"
+    r"(attn\.proj|attn_pool\.proj|(attn|mlp)_out_proj|out_proj|o_proj|\boutput\.dense|fc2|w3|c_proj|down_proj|weights_out"
     r"|/out|/Dense_1)[./]\w+$"
 )
 DOWN = re.compile(
-    r"(mlp_out_proj|(?<!attention\.)output\.dense|fc2|c_proj|down_proj|weights_out|/Dense_1)[./](weight|kernel)$"
+    r"(mlp_out_proj|(?<!attention\.)output\.dense|fc2|w3|c_proj|down_proj|weights_out|/Dense_1)[./](weight|kernel)$"
 )
 HIDDEN = re.compile(
-    r"(mlp_bias|(fc1|fc1_\w|c_fc|up_proj|gate_proj|weights_in|intermediate\.dense|/Dense_0|in_proj)[./]\w+)$"
+    r"(mlp_bias|(fc1|fc1_\w|w1|w2|c_fc|up_proj|gate_proj|weights_in|intermediate\.dense|/Dense_0|in_proj)[./]\w+)$"
 )
+PERIODS = re.compile(r"rope_embed\.periods$")  # of rotated positions: no weights, and always these
 HEAD = re.compile(r"(head|head_dist|classifier|\w+_classifier)[./]bias$")
 
 
@@ -50,6 +51,8 @@ def weight(name: str, shape: tuple[int, ...], embedding: float = 0.01, branch: f
       float32 of this shape.
     """
     x = normal(name, shape)
+    if PERIODS.search(name):
+        return np.asarray(100 ** (np.arange(shape[0]) / shape[0]), np.float32)
     if not shape or NORM_SCALE.search(name):
         scaled = 1 + 0.1 * x
     elif LAYER_SCALE.search(name):

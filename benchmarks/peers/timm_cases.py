@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import eva, save_for_hf
 from torch import nn
 
 from peers.case import Case, Outputs
@@ -50,6 +50,53 @@ def golden() -> Iterator[Case]:
     """Yields a case of each form."""
     for name, (architecture, arguments, sizes) in GOLDEN.items():
         yield case(name, architecture, SMALL | arguments, sizes)
+    yield from meta()
+
+
+def meta() -> Iterator[Case]:
+    """Yields DINOv3 under Meta's names, without a config; what they mean is said by timm, which reads such files."""
+    for ending, architecture in (("", "vit_small_patch16_dinov3_qkvb"), ("_plus", "vit_small_plus_patch16_dinov3")):
+        arguments = SMALL | {"img_size": 48, "num_classes": 0, "global_pool": "token"}
+        yield Case(
+            f"meta_dinov3{ending}",
+            f"timm {timm.__version__}, its filter of Meta's names",
+            (48, 48, 3),
+            functools.partial(save_as_meta, architecture, arguments),
+            functools.partial(load_of_meta, architecture, arguments),
+            outputs,
+            config="",
+        )
+
+
+META = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"} | {
+    "fc1_g": "w1", "fc1_x": "w2", "fc2": "w3",
+}  # fmt: skip
+
+
+def save_as_meta(architecture: str, arguments: dict[str, Any], folder: pathlib.Path) -> None:
+    """Writes timm's model under Meta's names, with the further tensors of Meta's files."""
+    model = timm.create_model(architecture, **arguments)
+    tensors, width = {}, arguments["embed_dim"]
+    gated = any("fc1_g" in name for name in model.state_dict())
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in META.items():
+            name = name.replace(ours, theirs) if gated or not theirs.startswith("w") else name
+        if name.endswith("q_bias"):
+            name, tensor = name.replace("q_bias", "qkv.bias"), torch.zeros(3 * width)
+        if not name.endswith("v_bias"):
+            tensors[name] = tensor.contiguous()
+    for index in range(arguments["depth"]) if "blocks.0.attn.qkv.bias" in tensors else ():
+        tensors[f"blocks.{index}.attn.qkv.bias_mask"] = torch.zeros(3 * width)
+    tensors["mask_token"] = torch.zeros(1, width)
+    tensors["rope_embed.periods"] = torch.zeros(width // arguments["num_heads"] // 4)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+def load_of_meta(architecture: str, arguments: dict[str, Any], folder: pathlib.Path) -> nn.Module:
+    model = timm.create_model(architecture, **arguments)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    model.load_state_dict(eva.checkpoint_filter_fn(tensors, model))
+    return model
 
 
 def every() -> Iterator[Case]:

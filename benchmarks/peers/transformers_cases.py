@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import (
     CLIPConfig,
+    CLIPForImageClassification,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -150,6 +151,12 @@ CASES: dict[str, tuple[Any, Callable[[], Any], Callable, dict[str, Any]]] = {
         CLIPVisionModelWithProjection,
         lambda: CLIPVisionConfig(**SMALL, **MLP, projection_dim=24, hidden_act="gelu"),
         projected,
+        NORMED,
+    ),
+    "hf_clip_classifier": (
+        CLIPForImageClassification,
+        lambda: CLIPConfig(vision_config={**SMALL, **MLP}, text_config=TEXT, **LABELS),
+        classifier,
         NORMED,
     ),
     "hf_clip_full": (

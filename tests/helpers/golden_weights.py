@@ -57,7 +57,7 @@ def write_safetensors(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
-        kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[array.dtype.name]
+        kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}[array.dtype.name]
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -8,7 +8,6 @@ from typing import Any
 
 @functools.cache
 def config_defaults(library: str) -> dict[str, Any]:
-    """Returns the defaults of "transformers", by `model_type`, or of "open_clip"; `benchmarks/peers` asks for them."""
-    return json.loads(importlib.resources.files("vit_dist.weights").joinpath("config_defaults.json").read_text())[
-        library
-    ]
+    """Returns the defaults of "transformers", by `model_type`, or "open_clip"; see `benchmarks/peers/defaults.py`."""
+    file = importlib.resources.files("vit_dist.weights").joinpath("config_defaults.json")
+    return json.loads(file.read_text())[library]

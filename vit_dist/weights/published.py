@@ -15,13 +15,13 @@ from vit_dist.model.shape import shape_of
 from vit_dist.model.vit import ViT
 from vit_dist.weights import naming
 from vit_dist.weights.description import Description
-from vit_dist.weights.families import flax_npz, open_clip, timm, transformers
+from vit_dist.weights.families import dinov3, flax_npz, open_clip, timm, transformers
 from vit_dist.weights.lazy import Lazy
 from vit_dist.weights.naming import Tensors
 from vit_dist.weights.origin import Origin, open_origin
 from vit_dist.weights.stored_tensor import printed
 
-FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, flax_npz)
+FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, dinov3, flax_npz)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ The code of both is the same for all their models, so the file's names tell the 
 the approximation by tanh.
 """
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,7 +16,16 @@ from vit_dist.weights.origin import Origin
 from vit_dist.weights.stored_tensor import StoredTensor
 
 _EMBEDDING = "embedding/kernel"
-_PREFIXES = ("", "params/", "params/img/", "img/")
+_PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
+_POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")  # old: the last
+# Of a checkpoint of training, whose parameters are under `params/` or, as Flax's old optimizers have it, `opt/target/`:
+# moments and counts of the optimizer, clocks. Of a model of images and texts: the other tower, and what compares both.
+_LEFT_OUT = {
+    "params/": ("opt/", "chrono/"),
+    "params/img/": ("params/txt/", "params/t$", "params/b$", "opt/", "chrono/"),
+    "img/": ("txt/", "t$", "b$"),
+    "opt/target/": ("opt/state/",),
+}
 
 
 def recognises(origin: Origin) -> bool:
@@ -36,10 +46,7 @@ def describe(origin: Origin) -> Description:
         (f"{block}/LayerNorm_2", f"{block}/MlpBlock_3") if old else (f"{block}/LayerNorm_1", f"{block}/MlpBlock_0")
     )
     pool = f"{prefix}MAPHead_0"
-    position = next(
-        (n for n in (f"{prefix}pos_embedding", f"{prefix}Transformer/posembed_input/pos_embedding") if n in tensors),
-        None,
-    )
+    position = next((f"{prefix}{name}" for name in _POSITIONS if f"{prefix}{name}" in tensors), None)
     table: dict[str, Entry] = {
         "patch": f"{prefix}embedding/{{}}",
         "norm": f"{prefix}Transformer/encoder_norm/{{}}",
@@ -59,16 +66,14 @@ def describe(origin: Origin) -> Description:
         "pre_logits": f"{prefix}pre_logits/{{}}",
         "head": f"{prefix}head/{{}}",
     }
-    # Of a model of images and texts: the other tower, and what compares both.
-    left_out = ("params/txt/", "params/t$", "params/b$") if prefix.endswith("img/") else ()
     query, up = (f"{name.replace('#', '0')}/kernel" for name in (f"{attention}/query", f"{mlp}/Dense_0"))
     model = _model(tensors, prefix, query, up, stacked)
     model |= _positions(tensors, position, model)
     return Description(
         "vision_transformer" if old else "big_vision",
         model,
-        Naming(table, manner="flax", left_out=left_out, stacked=stacked),
-        _preprocessing,
+        Naming(table, manner="flax", left_out=_LEFT_OUT.get(prefix, ()), stacked=stacked),
+        functools.partial(_preprocessing, str(origin.files[0]), position is not None),
         position=position,
         cls=f"{prefix}cls" if model["class_token"] else None,
     )
@@ -107,21 +112,20 @@ def _model(tensors: Mapping[str, StoredTensor], prefix: str, query: str, up: str
 
 def _positions(tensors: Mapping[str, StoredTensor], position: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of positions, and of the image's size, which is square if their number is."""
-    if position is None:
-        raise ConfigError(
-            "init.weights: the file holds no positions, so nothing says their kind; set model.position and "
-            "model.image_size"
-        )
-    count, has_cls = tensors[position].shape[-2], model["class_token"]
-    own = has_cls and "posembed_input" in position  # vision_transformer adds positions after the class token
+    high, wide = model["patch_size"]
+    if position is None:  # big_vision computes them for an image of any size, on which no parameter depends
+        return {"position": "sincos2d", "cls_position": False, "image_size": (14 * high, 14 * wide)}
+    count = tensors[position].shape[-2]
+    own = model["class_token"] and math.isqrt(count) ** 2 != count  # older code added them after the class token
     side = math.isqrt(count - own)
     if side**2 != count - own:
-        raise ConfigError(f"init.weights: {count} positions of an image that is not square; set model.image_size")
-    high, wide = model["patch_size"]
+        raise ConfigError(f"init.weights: tensor {position} has {count} positions, which are of no square image")
     return {"position": "learned", "cls_position": bool(own), "image_size": (side * high, side * wide)}
 
 
-def _preprocessing(given: Collection[str]) -> dict[str, Any]:
+def _preprocessing(source: str, has_size: bool, given: Collection[str]) -> dict[str, Any]:
     """Returns what both train and evaluate with: pixels from -1 to 1, the image resized to a square without a crop."""
+    if not has_size and "model.image_size" not in given:
+        raise ConfigError(f"{source}: does not say the size of its images; set model.image_size")
     keys = {"data.mean": 0.5, "data.std": 0.5, "data.interpolation": "bilinear", "data.eval_crop": None}
     return {key: value for key, value in keys.items() if key not in given}

@@ -60,6 +60,10 @@ def describe(origin: Origin) -> Description:
     prefix = _prefix(names)
     if kind in _DINO and head:
         model["pool"] = "cls_mean"
+    left_out = (*_LEFT_OUT, "pooler\\.") if kind in _VIT and not head else _LEFT_OUT
+    if kind == "clip" and head:  # it classifies the mean of the patches as the last block leaves them
+        model |= {"pool": "mean", "pool_norm": "none"}
+        left_out = (*_LEFT_OUT, ".*post_layernorm\\.")
     if "visual_projection.weight" in names:
         model["output_projection"] = origin.tensors["visual_projection.weight"].shape[0]
     entries = {path: _prefixed(prefix, entry) for path, entry in table.items()}
@@ -71,7 +75,7 @@ def describe(origin: Origin) -> Description:
     return Description(
         f"transformers, {kind}",
         model,
-        Naming(entries, left_out=(*_LEFT_OUT, "pooler\\.") if kind in _VIT and not head else _LEFT_OUT),
+        Naming(entries, left_out=left_out),
         functools.partial(from_transformers, preprocessor, str(origin.folder / "preprocessor_config.json")),
         position=f"{prefix}{tokens[0]}" if model["position"] == "learned" else None,
         cls=f"{prefix}{tokens[1]}" if model["class_token"] else None,
