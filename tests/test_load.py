@@ -1,6 +1,7 @@
 """`vit_dist.load`: a run of ours, or weights of others, to be used in a few lines."""
 
 import json
+from pathlib import Path
 
 import golden_weights
 import jax
@@ -34,13 +35,20 @@ def picture(tmp_path_factory):
     return path
 
 
-def test_five_lines(timm, picture):
-    """As in the README."""
-    model = vit_dist.load(timm)
-    images = np.stack([model.preprocess(picture)])
-    logits = model.model(images)
-    (best,) = model.predict([picture], top=3)
-    features = model.features(images)
+def test_the_five_lines_of_the_readme_run(timm, picture, monkeypatch):
+    section = (Path(__file__).parents[1] / "README.md").read_text().partition("## Weights of others")[2]
+    lines = [
+        line.removeprefix("    ") for line in section.partition("\n## ")[0].splitlines() if line.startswith("    ")
+    ]
+    assert len(lines) == 5
+    monkeypatch.chdir(picture.parent)
+    names = {"vit_base": str(timm), "photo.jpg": picture.name}
+    code = "\n".join(lines)
+    for name, own in names.items():
+        code = code.replace(f'"{name}"', repr(own))
+    found = {}
+    exec(code, found)
+    logits, features, (best,) = found["logits"], found["features"], found["best"]
     assert logits.shape == (1, 10) and features.shape == (1, 64)
     chances = np.exp(logits[0]) / np.exp(logits[0]).sum()
     assert [name for name, _ in best] == [f"class {index}" for index in np.argsort(-chances)[:3]]

@@ -22,8 +22,8 @@ FLOORS = (
     ("step",),
     ("run",),
     ("program",),
-    ("rates",),
-    ("train", "evaluate", "predict", "describe", "plan", "bench"),
+    ("rates", "initial"),
+    ("train", "evaluate", "predict", "load", "describe", "plan", "bench"),
     ("arguments",),
     ("cli",),
     ("__main__",),
@@ -174,7 +174,7 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "load_config", "plan", "predict", "prepare", "train"], True
+        ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"], True
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

@@ -66,18 +66,17 @@ class Model:
     # mean of all patches; cls_mean: both, one after the other; map: attention pooling with one learned query
     pool_norm: Literal["before", "after", "both", "none"] = "before"  # whether tokens are normalised before pooling, or
     # what is pooled
-    output_projection: PositiveInt | None = None  # width to which what is pooled is projected, without a bias, as in
-    # CLIP (Radford et al. 2021, arXiv:2103.00020); null: it is not
+    output_projection: PositiveInt | None = None  # width of a layer without bias after the pooling, as in CLIP
+    # (Radford et al. 2021, arXiv:2103.00020); null: none
     class_token: bool | None = None  # whether there is one, even if it is not pooled; null: where `pool` takes it
     position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"  # kind of position embeddings; rope2d:
     # queries and keys are turned by angles of row and column (Siméoni et al. 2025, DINOv3, arXiv:2508.10104)
     rope_base: PositiveFloat = 100.0  # ratio of the longest and the shortest period of rope2d
-    rope_jitter: AtLeastOne = 1.0  # in training, rows and columns are stretched by two random factors between this and
-    # its inverse; 1: neither is
-    rope_rescale: AtLeastOne = 1.0  # likewise, both by the same factor
+    rope_jitter: AtLeastOne = 1.0  # largest factor by which rows and columns are stretched or shrunk in training
+    rope_rescale: AtLeastOne = 1.0  # largest factor likewise, of both together
     position_std: NonNegativeFloat = 0.02  # standard deviation of learned position embeddings at the start
-    cls_position: bool = True  # with learned positions: the class token has one and starts at zero, as in the paper; in
-    # DeiT-III it has none, and is drawn with `position_std` itself
+    cls_position: bool = True  # of learned positions the class token has one and starts at zero; false: it has none, as
+    # in DeiT-III, and is drawn with `position_std`
     registers: NonNegativeInt = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
     dropout: FractionBelowOne = 0.0  # rate after each of the MLP's two layers and after the attention's projection
     projection_dropout: FractionBelowOne | None = None  # rate after the attention's projection alone; null: as
@@ -88,14 +87,14 @@ class Model:
     # block
     drop_path_schedule: Literal["linear", "constant"] = "linear"  # rising from 0 at the first block, or equal in all
     layer_scale: float | None = None  # initial value (Touvron et al. 2021, arXiv:2103.17239); null: no LayerScale
-    qk_norm: bool | None = None  # a norm on queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the
-    # variant's
+    qk_norm: bool | None = None  # of queries and keys (Dehghani et al. 2023, arXiv:2302.05442); null: the variant's
     qk_norm_bias: bool = False  # of these two norms
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of every norm; rmsnorm: without mean and bias (Zhang &
-    # Sennrich 2019, arXiv:1910.07467)
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of every norm (RMSNorm: Zhang & Sennrich, arXiv:1910.07467)
     norm_epsilon: PositiveFloat = 1e-6  # added to the variance in every norm
-    embedding_norm: Literal["none", "patches", "tokens"] = "none"  # a norm before the blocks; patches: of the patches
-    # alone, before positions are added; tokens: of all tokens, after it
+    embedding_norm: Literal["none", "patches", "tokens"] = (
+        "none"  # a norm before the blocks: of patches before positions
+    )
+    # are added, or of all tokens after it
     qkv_bias: bool = True  # of the queries, keys and values
     projection_bias: bool = True  # of the attention's output projection
     parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B; null: the variant's
@@ -177,22 +176,19 @@ class Data:
     shear: ShearAngle = 0.0  # largest shear, in degrees
     eval_crop: PositiveFraction | None = None  # centre crop of an evaluation, as a share of the short side; null: the
     # whole image
-    eval_crop_mode: Literal["fast", "center", "squash", "border"] = "fast"  # fast: the crop is cut first, and a JPEG is
-    # decoded no larger than needed; others resize first, the short side, both sides or the long side to image_size /
-    # eval_crop, and then cut the centre, or fill a border with the mean, as timm's crop_mode and crop_pct say
-    eval_rounding: Literal["timm", "transformers"] = "timm"  # of sizes and grey levels where eval_crop_mode is not
-    # fast, so that pixels are those of timm's, OpenCLIP's or transformers' preprocessing
+    eval_crop_mode: Literal["fast", "center", "squash", "border"] = "fast"  # fast: cut, then resize; others, as timm's
+    # crop_mode: resize the short side, both, or the long one to image_size / eval_crop, then cut, or fill with the mean
+    eval_rounding: Literal["timm", "transformers"] = "timm"  # whose pixels they are, unless eval_crop_mode is fast
 
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """What a fresh run starts from. Of `model` and `data`, what has its default is then taken from the weights."""
+    """What a fresh run starts from. What has its default in `model` and `data` is then taken from the weights."""
 
     weights: str | None = None  # a folder, a .safetensors or .npz file, a name on the Hugging Face hub, or the workdir
     # of an earlier run; null: random numbers
     step: NonNegativeInt | Literal["newest", "best"] = "newest"  # which checkpoint of an earlier run
-    head: Literal["auto", "new", "keep"] = "auto"  # keep: the weights' own, for the classes whose names agree; new:
-    # another; auto: kept if all classes agree
+    head: Literal["auto", "new", "keep"] = "auto"  # keep: that of the weights; auto: if it has all classes by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +332,7 @@ def pair(size: Size) -> tuple[int, int]:
 
 
 def nearest_multiples(value: int, of: int) -> str:
-    """Returns the multiples of `of` on either side of `value` as text for an error message: '24 or 32' for 30 and 8."""
+    """Returns the multiples of `of` on either side of `value` as text for an error: '24 or 32' for 30 and 8."""
     below = value // of * of
     return f"{below} or {below + of}" if below else str(of)
 

@@ -124,18 +124,17 @@ def train(
             )
         if summary is not None and summary["step"] == steps:
             return summary
-    start = None
-    if weights is not None:
-        start = adapted(weights, program.settings.model, settings.init.head, source.class_names)
+    head, model = settings.init.head, program.settings.model
+    start = adapted(weights, model, head, source.class_names) if weights else None
     with program.in_use():
         program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
-            started_from = None if weights is None else record(settings.init, weights)
-            environment.write(workdir, environment.describe(program.mesh, fingerprints, started_from))
+            opened = record(settings.init, weights) if weights else None
+            environment.write(workdir, environment.describe(program.mesh, fingerprints, opened))
         run_files.check_shared(workdir)
-        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
-            session = Session(program, workdir, source, splits, opened, start)
+        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as stack:
+            session = Session(program, workdir, source, splits, stack, start)
             try:
                 return session.run(stop)
             except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
@@ -156,10 +155,7 @@ class Session:
         opened: contextlib.ExitStack,
         start: Adapted | None,
     ):
-        """Restores the newest checkpoint, or makes a new state, with the parameters of `start` if there are any.
-
-        `opened` closes checkpoints, logs and progress bar.
-        """
+        """Restores the newest checkpoint or makes a new state, of `start`; `opened` closes files and progress bar."""
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits = source, splits
         keep, profile = self.settings.checkpoint, self.settings.profile
