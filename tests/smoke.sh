@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A minute of vit-dist as a user runs it, in an empty folder: plans and trains twenty steps, asks again, evaluates,
-# classifies a picture, trains from prepared records, and trains a recipe of the user's own.
+# classifies a picture, trains from prepared records, trains a recipe of the user's own, and loads the run in Python.
 # The one argument is the command to try; `make smoke` gives that of the environment that holds the wheel.
 set -euo pipefail
 command=$(realpath -s "$1")
@@ -51,4 +51,16 @@ def get_config():
 PY
 "$command" train --config=mine.py --workdir="$folder/mine" |
   check "a recipe of one's own imports the package's" "result['step'] == 3"
+"$command" inspect --weights="$folder/run" --json |
+  check "inspect says what an earlier run holds" "result['family'] == 'an earlier run, step 20' and result['tensors']"
+"$python" - "$folder/run" "$folder/digit.png" <<'PY' | check "load classifies as predict does; what timm says is in the wheel" "len(result) == 5"
+import json
+import sys
+
+import vit_dist
+from vit_dist.weights.timm_architectures import table
+
+assert table()["architectures"]
+print(json.dumps(vit_dist.load(sys.argv[1]).predict([sys.argv[2]])[0]))
+PY
 echo "smoke: passed with $("$python" --version)"

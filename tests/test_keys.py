@@ -22,7 +22,7 @@ def test_a_meaning_goes_on_in_the_lines_below_and_a_type_has_its_bounds():
     rows = {row["key"]: row for row in keys.rows()}
     assert rows["model.context_attention"]["meaning"].endswith("before and after, as DeepSpeed-Ulysses does")
     assert rows["optimizer.clip"]["type"] == "a number above 0 or null"
-    assert rows["model.pool"]["type"] == "cls | mean | map"
+    assert rows["model.pool"]["type"] == "cls | mean | cls_mean | map"
 
 
 def test_sources_and_optimizers_are_all_named():
