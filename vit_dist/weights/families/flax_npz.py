@@ -1,7 +1,7 @@
 """big_vision and vision_transformer: npz files of Flax's parameters, without a config.
 
 The code of both is the same for all their models, so the file's names tell the rest: LayerNorm adds 1e-6, GELU is the
-approximation by tanh, and positions that are not in the file are computed.
+approximation by tanh, and big_vision computes the positions that are not in the file.
 """
 
 import functools
@@ -48,6 +48,8 @@ def describe(origin: Origin) -> Description:
     )
     pool = f"{prefix}MAPHead_0"
     position = next((f"{prefix}{name}" for name in _POSITIONS if f"{prefix}{name}" in tensors), None)
+    if position is None and old:
+        raise ConfigError(f"init.weights: tensor {prefix}{_POSITIONS[-1]} is missing; fetch the file again")
     table: dict[str, Entry] = {
         "patch": f"{prefix}embedding/{{}}",
         "norm": f"{prefix}Transformer/encoder_norm/{{}}",
