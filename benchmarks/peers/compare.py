@@ -38,6 +38,7 @@ PREPARED = {
 }
 
 Errors = dict[str, float]
+Result = Errors | str  # of a case: its errors, or why there are none
 
 
 def errors(weights: Path, images: np.ndarray, expected: Mapping[str, np.ndarray]) -> Errors:
@@ -57,8 +58,10 @@ def errors(weights: Path, images: np.ndarray, expected: Mapping[str, np.ndarray]
     return {name: float(np.abs(found[name] - value).max() / value.std()) for name, value in expected.items()}
 
 
-def compare(folder: Path) -> Errors | ConfigError:
-    """Returns the errors of a case, or why its file was not opened."""
+def compare(folder: Path) -> Result:
+    """Returns the errors of a case, or why there are none."""
+    if not folder.exists():
+        return "not there"
     with np.load(folder / "expected.npz") as arrays:
         # `pooler_output`, of a layer that follows ViTModel's features, is left out.
         expected = {name: arrays[name] for name in ("features", "logits") if name in arrays.files}
@@ -67,66 +70,65 @@ def compare(folder: Path) -> Errors | ConfigError:
     try:
         return errors(weights, images, expected)
     except ConfigError as error:
-        return error
+        return f"not opened: {error}"
     finally:
         jax.clear_caches()  # hundreds of compiled models would fill the memory
 
 
-def is_good(result: Errors | ConfigError | None) -> bool:
+def is_good(result: Result) -> bool:
     """Returns whether a case was compared and agrees."""
     return isinstance(result, dict) and max(result.values()) <= TOLERANCE
 
 
-def cells(result: Errors | ConfigError) -> str:
+def cells(result: Result) -> str:
     """Returns the errors of features and logits as cells of a row, or why there are none."""
-    if isinstance(result, ConfigError):
-        return f"not opened: {result} | |"
+    if isinstance(result, str):
+        return f"{result} | |"
     return " | ".join(f"{result[name]:.1e}" if name in result else "" for name in ("features", "logits")) + " |"
 
 
-def worst(results: Iterable[Errors | ConfigError]) -> str:
+def worst(results: Iterable[Result]) -> str:
     """Returns the largest error of those that were compared."""
-    return f"{max(max(result.values()) for result in results if isinstance(result, dict)):.1e}"
+    return f"{max((max(result.values()) for result in results if isinstance(result, dict)), default=0):.1e}"
 
 
-def entry_points() -> dict[str, list[str]]:
-    """Returns timm's plain ViTs by where timm defines them."""
+def families(folder: Path) -> list[str]:
+    """Prints the table of the golden fixtures' files; returns the names of those that do not agree."""
+    fixtures = sorted(file for file in GOLDEN.glob("*.json") if file.stem != "timm_keys")
+    print(f"## {len(fixtures)} files of all families\n")
+    print("| case | written by | features | logits |\n|---|---|---|---|")
+    results: dict[str, Result] = {}
+    for file in fixtures:
+        results[file.stem] = compare(folder / file.stem)
+        library = json.loads(file.read_text())["library"]
+        print(f"| {file.stem} | {library} | {cells(results[file.stem])}", flush=True)
+    print(f"\nThe largest error is {worst(results.values())}.\n")
+    return [name for name, result in results.items() if not is_good(result)]
+
+
+def entry_points(folder: Path) -> list[str]:
+    """Prints the tables of timm's plain ViTs; returns the names of those that should agree and do not."""
+    table = timm_architectures.table()
     groups: dict[str, list[str]] = {}
-    for cls, rows in timm_architectures.table()["architectures"].items():
+    for cls, rows in table["architectures"].items():
         for name in rows:
             module = "eva.py" if cls == "Eva" else "deit.py" if name.startswith("deit") else "vision_transformer.py"
             groups.setdefault(f"`{module}`, {cls}", []).append(name)
-    return groups
-
-
-def report(results: Mapping[str, Errors | ConfigError]) -> list[str]:
-    """Prints the tables; returns the names of what should agree and does not."""
-    golden = {name: result for name, result in results.items() if not name.startswith("all_")}
-    print(f"## {len(golden)} files of all families\n")
-    print("| case | written by | features | logits |\n|---|---|---|---|")
-    for name, result in golden.items():
-        library = json.loads((GOLDEN / f"{name}.json").read_text())["library"]
-        print(f"| {name} | {library} | {cells(result)}")
-    print(f"\nThe largest error is {worst(golden.values())}.\n")
-
-    table = timm_architectures.table()
     print(f"## Every plain ViT of timm {table['timm']}\n")
     print("| defined in | entry points | ours agrees | largest error |\n|---|---|---|---|")
-    wrong = [name for name, result in golden.items() if not is_good(result)]
-    for group, names in entry_points().items():
-        own = {name: results.get(f"all_{name}") for name in names}
-        good = [name for name, result in own.items() if is_good(result)]
-        wrong += [name for name in names if name not in good and name not in table["unsupported"]]
-        largest = worst([result for result in own.values() if result is not None]) if good else ""
-        print(f"| {group} | {len(names)} | {len(good)} | {largest} |")
+    results: dict[str, Result] = {}
+    for group, names in groups.items():
+        own = {name: compare(folder / f"all_{name}") for name in names if name not in table["unsupported"]}
+        good = sum(map(is_good, own.values()))
+        print(f"| {group} | {len(names)} | {good} | {worst(own.values()) if own else ''} |", flush=True)
+        results |= own
     print("\nOur model cannot be the others, which have:\n\n| entry point | what |\n|---|---|")
     for name, lacking in table["unsupported"].items():
         print(f"| {name} | {', '.join(lacking)} |")
     print("\n| entry point | features | logits |\n|---|---|---|")
     for name, result in results.items():
-        if name not in golden:
-            print(f"| {name.removeprefix('all_')} | {cells(result)}")
-    return wrong
+        print(f"| {name} | {cells(result)}")
+    return [name for name, result in results.items() if not is_good(result)]
 
 
 def main() -> None:
@@ -141,8 +143,7 @@ def main() -> None:
     print(f"theirs: {', '.join(pins)}. By\n\n    make peers\n")
     print("Models of depth 3 with random weights, opened by `vit_dist.load` and run in float32. An error is the")
     print("largest difference of any number over the standard deviation of theirs;", f"{TOLERANCE:.0e} is allowed.\n")
-    folders = sorted(file.parent for file in options.folder.glob("*/expected.npz"))
-    wrong = report({folder.name: compare(folder) for folder in folders})
+    wrong = families(options.folder) + entry_points(options.folder)
     if wrong:
         shown = ", ".join(wrong[:8]) + (" ..." if len(wrong) > 8 else "")
         sys.exit(f"error: {len(wrong)} are not there, not opened, or above {TOLERANCE:.0e}: {shown}")

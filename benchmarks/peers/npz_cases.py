@@ -141,9 +141,11 @@ def golden() -> Iterator[Case]:
     for name, (kind, shapes, half) in CASES.items():
         classes = CLASSES if any(path.endswith("head/kernel") and "txt" not in path for path in shapes) else 0
         classifies_twice = "pre_logits/kernel" in shapes
+        further = "; pre_logits and head by PyTorch" if classifies_twice else ""
+        further += "" if any("pos_embedding" in path for path in shapes) else "; positions by NumPy"
         yield Case(
             name,
-            f"timm {timm.__version__}, its reader of .npz with act_layer='gelu_tanh'",
+            f"timm {timm.__version__}, its reader of .npz with act_layer='gelu_tanh'{further}",
             (GRID * PATCH, GRID * PATCH, 3),
             functools.partial(save, shapes, half),
             functools.partial(load, kind, 0 if classifies_twice else classes),

@@ -61,6 +61,14 @@ def test_older_code_has_a_position_for_the_class_token_under_other_names(path, t
     assert max(found.values()) <= TOLERANCE, found
 
 
+def test_vision_transformer_computes_no_positions(tmp_path):
+    golden = fixture("npz_augreg")
+    tensors = golden_weights.tensors(golden)
+    del tensors["Transformer/posembed_input/pos_embedding"]
+    with pytest.raises(ConfigError, match="tensor Transformer/posembed_input/pos_embedding is missing"):
+        open_published(golden_weights.write(golden, tmp_path, tensors))
+
+
 def test_computed_positions_need_the_size_of_images(tmp_path):
     file = golden_weights.write(fixture("npz_big_vision_sincos"), tmp_path)
     with pytest.raises(ConfigError, match=r"model.npz: does not say the size of its images; set model.image_size$"):

@@ -1,7 +1,7 @@
 """big_vision and vision_transformer: npz files of Flax's parameters, without a config.
 
-The code of both is the same for all their models, so the file's names tell the rest: LayerNorm adds 1e-6, and GELU is
-the approximation by tanh.
+The code of both is the same for all their models, so the file's names tell the rest: LayerNorm adds 1e-6, GELU is the
+approximation by tanh, and big_vision computes the positions that are not in the file.
 """
 
 import functools
@@ -17,7 +17,8 @@ from vit_dist.weights.stored_tensor import StoredTensor
 
 _EMBEDDING = "embedding/kernel"
 _PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
-_POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")  # old: the last
+# Where learned positions are; only the first is in files of today's code.
+_POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")
 # Of a checkpoint of training, whose parameters are under `params/` or, as Flax's old optimizers have it, `opt/target/`:
 # moments and counts of the optimizer, clocks. Of a model of images and texts: the other tower, and what compares both.
 _LEFT_OUT = {
@@ -47,6 +48,8 @@ def describe(origin: Origin) -> Description:
     )
     pool = f"{prefix}MAPHead_0"
     position = next((f"{prefix}{name}" for name in _POSITIONS if f"{prefix}{name}" in tensors), None)
+    if position is None and old:
+        raise ConfigError(f"init.weights: tensor {prefix}{_POSITIONS[-1]} is missing; fetch the file again")
     table: dict[str, Entry] = {
         "patch": f"{prefix}embedding/{{}}",
         "norm": f"{prefix}Transformer/encoder_norm/{{}}",
