@@ -8,7 +8,7 @@ from typing import Any
 
 @functools.cache
 def config_defaults(library: str) -> dict[str, Any]:
-    """Returns the defaults of "transformers", by `model_type`, or of "open_clip"; see `benchmarks/peers/defaults.py`."""
+    """Returns defaults of "transformers", by `model_type`, or of "open_clip"; see `benchmarks/peers/defaults.py`."""
     return json.loads(importlib.resources.files("vit_dist.weights").joinpath("config_defaults.json").read_text())[
         library
     ]

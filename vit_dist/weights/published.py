@@ -65,17 +65,14 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
         model = config.resolve(values).model
         shapes = shapes_of(model)
     except ConfigError as error:
-        raise ConfigError(f"{origin.files[0]}: its model is not one of ours: {error}") from error
-    tensors = Tensors(origin.tensors)
-    parameters = naming.parameters(described.naming, tensors, shapes)
-    parameters |= _tokens(described, tensors, shapes, shape_of(model).patches)
+        told_by = described.naming.told_by
+        raise ConfigError(f"{origin.files[0]}: its model is not one of ours{told_by}: {error}") from error
+    tensors, shape = Tensors(origin.tensors, origin.files[0]), shape_of(model)
+    parameters = naming.parameters(described.naming, tensors, shapes, (*shape.patch, shape.channels))
+    special = described.position, described.cls, described.registers
+    parameters |= naming.tokens(described.naming, tensors, special, shapes, shape.patches)
     left_out = tensors.check_all_taken(described.naming.left_out)
-    wrong = [path for path in shapes if path not in parameters or parameters[path].shape != shapes[path]]
-    if wrong:
-        found = parameters[wrong[0]].shape if wrong[0] in parameters else "none"
-        raise ConfigError(
-            f"{origin.files[0]}: {wrong[0]} would have the shape {found}, expected {shapes[wrong[0]]}; fetch it again"
-        )
+    assert {path: lazy.shape for path, lazy in parameters.items()} == shapes
     return Published(origin, described, model, parameters, tuple(left_out))
 
 
@@ -90,14 +87,3 @@ def by_path(tree: Any) -> dict[str, Any]:
     """Returns the leaves of nested dicts by path, such as `blocks/0/norm1/scale`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def _tokens(
-    described: Description, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], patches: int
-) -> dict[str, Lazy]:
-    def take(name: str | None, path: str) -> Lazy | None:
-        return None if name is None else tensors.take(name, path)
-
-    registers = [tensors.take(name, "registers") for name in described.registers]
-    position, cls = take(described.position, "position"), take(described.cls, "cls")
-    return naming.tokens(position, cls, registers, shapes, patches)
