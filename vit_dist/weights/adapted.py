@@ -56,7 +56,7 @@ def adapted(
             f"{new.channels}"
         )
     notes += _take_head(found, published, new, head, classes)
-    for path, shape in shapes_of(dataclasses.replace(model, scan=False)).items():
+    for path, shape in shapes_of(model).items():
         if path not in found:
             if path.startswith("head/"):
                 continue

@@ -91,7 +91,7 @@ class Tensors:
             raise ConfigError(f"{self._file}: tensor {name} is missing, of which {path} is made; fetch the file again")
         found = self._tensors[name].shape
         if found not in allowed:
-            expected = " or ".join(str(list(shape)) for shape in allowed)
+            expected = " or ".join(printed(list(shape)) for shape in allowed)
             raise ConfigError(
                 f"{self._file}: tensor {name} has the shape {printed(list(found))}, expected {expected}{told_by}; "
                 f"{path} is made of it; fetch the file and what lies beside it again"

@@ -21,6 +21,7 @@ from vit_dist.weights.naming import Tensors
 from vit_dist.weights.origin import Origin, open_origin
 from vit_dist.weights.stored_tensor import printed
 
+_MOST_BLOCKS = 1000
 FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, flax_npz)
 
 
@@ -63,10 +64,12 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
     values = {"total_steps": 1, "model": {**described.model, "scan": False}}
     try:
         model = config.resolve(values).model
+        if shape_of(model).depth > _MOST_BLOCKS:
+            raise ConfigError(f"model.depth: {model.depth} blocks, more than {_MOST_BLOCKS}, which no such model has")
         shapes = shapes_of(model)
     except ConfigError as error:
         told_by = described.naming.told_by
-        raise ConfigError(f"{origin.files[0]}: its model is not one of ours{told_by}: {error}") from error
+        raise ConfigError(f"{origin.files[0]}: its model is not one of ours{told_by}: {printed(error, 300)}") from error
     tensors, shape = Tensors(origin.tensors, origin.files[0]), shape_of(model)
     parameters = naming.parameters(described.naming, tensors, shapes, (*shape.patch, shape.channels))
     special = described.position, described.cls, described.registers
@@ -77,10 +80,15 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
 
 
 def shapes_of(model: config.Model) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of our parameters by path, as they are without a mesh."""
+    """Returns the shapes of our parameters by path, the blocks one by one, as they are without a mesh."""
     keywords = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**keywords, rngs=nnx.Rngs(0)))))
-    return {path: leaf.shape for path, leaf in by_path(tree).items()}
+    stacked = {**keywords, "scan": True}  # however many blocks there are, one is traced
+    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**stacked, rngs=nnx.Rngs(0)))))
+    shapes = {path: leaf.shape for path, leaf in by_path(tree).items()}
+    ends = {path: shape for path, shape in shapes.items() if not path.startswith("blocks/")}
+    of_blocks = {path.removeprefix("blocks/"): shape for path, shape in shapes.items() if path not in ends}
+    depth = next(iter(of_blocks.values()))[0]
+    return ends | {f"blocks/{i}/{path}": shape[1:] for i in range(depth) for path, shape in of_blocks.items()}
 
 
 def by_path(tree: Any) -> dict[str, Any]:

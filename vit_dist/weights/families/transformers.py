@@ -48,7 +48,7 @@ def describe(origin: Origin) -> Description:
     said = Said(origin.config, source)
     kind = said.read("model_type", str, "init.weights")
     if kind not in TYPES:
-        raise ConfigError(f"{source}: model_type: {kind!r} is none of {', '.join(TYPES)}, which are read")
+        raise ConfigError(f"{source}: model_type: {kind!r:.60} is none of {', '.join(TYPES)}, which are read")
     own = Said(said.stated("vision_config", "init.weights"), f"{source}: vision_config") if kind in _TOWERS else said
     kind = kind.removesuffix("_vision_model")
     defaults = config_defaults("transformers")[f"{kind}_vision_model" if kind in _TOWERS else kind]
