@@ -51,7 +51,11 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
       ConfigError: there are none, their family is not known, our model cannot be theirs, or a tensor is missing,
         unexpected or of another shape.
     """
-    origin = open_origin(name, key)
+    return understood(open_origin(name, key))
+
+
+def understood(origin: Origin) -> Published:
+    """Returns the weights that these files hold; raises `ConfigError` as `open_published`."""
     family = next((family for family in FAMILIES if family.recognises(origin)), None)
     if family is None:
         names = ", ".join(printed(name, 60) for name in list(origin.tensors)[:3])

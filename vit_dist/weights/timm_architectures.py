@@ -163,7 +163,10 @@ def _eva(arguments: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Returns the keys of an Eva, the class of DINOv3."""
     rotated, learned = arguments["use_rot_pos_emb"], arguments["use_abs_pos_emb"]
     if rotated and (arguments["rope_type"] != "dinov3" or not arguments["rope_rotate_half"] or learned):
-        raise ConfigError(f"{file}: model_args.rope_type: our model rotates positions as DINOv3 does, or not at all")
+        raise ConfigError(
+            f"{file}: model_args.rope_type: our model rotates positions as DINOv3 does (rope_type=dinov3, "
+            "rope_rotate_half, without use_abs_pos_emb), or not at all"
+        )
     keys = _common(arguments, arguments["num_reg_tokens"], learned, file)
     if rotated:
         keys |= {"position": "rope2d", "rope_base": float(arguments["rope_temperature"])}

@@ -79,7 +79,7 @@ def describe(origin: Origin) -> Description:
         "OpenCLIP",
         model,
         Naming(_TABLE, left_out=_LEFT_OUT, as_stored=("output_projection/kernel",), batched_tokens=False),
-        functools.partial(_preprocessing, preprocess, image_size, source),
+        functools.partial(_preprocessing, preprocess, image_size, f"{source}: preprocess_cfg"),
         position="visual.positional_embedding",
         cls="visual.class_embedding",
     )

@@ -267,7 +267,7 @@ def _biases(said: Said, qkv: Entry) -> Entry:
 def _classes(said: Said) -> tuple[str, ...] | None:
     """Returns the names of the classes in `id2label`, in the order of their numbers."""
     labels = said.values.get("id2label")
-    if not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(len(labels))}:
+    if not labels or not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(len(labels))}:
         return None
     return tuple(str(labels[str(number)]) for number in range(len(labels)))
 
