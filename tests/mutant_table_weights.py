@@ -1,4 +1,4 @@
-"""Mutants of the modules that read and fit published weights, and prepare images for them; see `mutant_table.py`."""
+"""Mutants of the modules that read published weights, fit them and prepare images for them; see `mutant_table.py`."""
 
 TIMM_FITTING = "weights/test_fitting.py::test_a_fitted_tensor_is_timms"
 PIXELS = "weights/test_preprocessing.py::test_pixels_are_those_of_the_peer_within_a_grey_level"
@@ -7,8 +7,125 @@ PROCESSOR = "weights/test_preprocessing.py::test_a_processors_config_becomes_key
 PLACES = "data/pictures/test_crop_modes.py::test_sizes_are_rounded_as_in_timm"
 REFUSED = "weights/test_preprocessing.py::test_what_a_processor_does_not_say_or_we_cannot_do_names_the_key_to_set"
 OUTPUTS = "weights/test_published.py::test_outputs_are_those_of_their_own_library"
+OTHER_SHAPE = "weights/test_broken_tensors.py::test_a_tensor_of_another_shape_is_named[timm_vit_cls]"
+NOBODYS = "weights/test_broken_tensors.py::test_a_tensor_of_nobody_is_named[hf_vit]"
+SHARE = "weights/test_lazy.py::test_a_share_of_the_heads_reads_their_rows_alone"
+CHAIN = "weights/test_lazy.py::test_any_slice_of_a_random_chain_is_that_of_the_whole"
+OTHER_GRID = "weights/test_adapted.py::test_positions_are_resampled_after_those_of_special_tokens"
+HEAD = "weights/test_adapted.py::test_the_head_is_taken_by_the_names_of_classes"
 
 WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
+    "weights/naming.py": [
+        (
+            "rows and columns of a patch exchanged",
+            "tensor.transposed(2, 3, 1, 0)",
+            "tensor.transposed(3, 2, 1, 0)",
+            f"{OUTPUTS}[timm_vit_cls]",
+        ),
+        (
+            "a square kernel is not transposed",
+            "tensor = tensor.transposed(1, 0)",
+            "tensor = tensor.transposed(1, 0) if tensor.shape[0] != tensor.shape[1] else tensor",
+            f"{OUTPUTS}[hf_vit]",
+        ),
+        (
+            "queries, keys and values are all queries",
+            "part.start * share, part.stop * share",
+            "0, (part.stop - part.start) * share",
+            f"{OUTPUTS}[timm_vit_cls]",
+        ),
+        (
+            "a position that ours has no row for is lost",
+            "lambda a, b: a + b",
+            "lambda a, b: a",
+            f"{OUTPUTS}[hf_deit]",
+        ),
+        (
+            "as many numbers in another shape are taken",
+            "if found not in allowed:",
+            "if math.prod(found) != math.prod(allowed[0]):",
+            OTHER_SHAPE,
+        ),
+        ("a tensor of nobody is not looked at", "        if unknown:\n", "        if False:\n", NOBODYS),
+    ],
+    "weights/lazy.py": [
+        ("a part begins at 0", "slice(start + index[axis].start,", "slice(index[axis].start,", CHAIN, "ValueError"),
+        (
+            "all is read to transpose a share",
+            "self.read(tuple(index[axis] for axis in inverse)).transpose(axes)",
+            "self.read().transpose(axes)[index]",
+            SHARE,
+        ),
+        (
+            "all blocks are read for one",
+            "chosen = parts[index[axis]]",
+            "chosen = [part for part in parts if part.read().size][index[axis]]",
+            "weights/test_lazy.py::test_one_block_of_stacked_blocks_reads_that_block_alone",
+        ),
+    ],
+    "weights/adapted.py": [
+        (
+            "rows and columns of the new grid exchanged",
+            "old.grid, new.grid, before",
+            "old.grid, new.grid[::-1], before",
+            OTHER_GRID,
+        ),
+        (
+            "a share is read for each device",
+            "if key not in read:",
+            "if True:",
+            "weights/test_adapted.py::test_a_share_that_several_devices_hold_is_read_once",
+        ),
+        ("the bias of a head in the old order", "lambda whole: whole[rows]", "lambda whole: whole[: len(rows)]", HEAD),
+        (
+            "two classes of one name are one",
+            "if times[name] == 1",
+            "if True",
+            "weights/test_adapted.py::test_two_classes_of_one_name_are_not_confused",
+        ),
+    ],
+    "weights/families/transformers.py": [
+        (
+            "CLIP classifies normalised patches",
+            '{"pool": "mean", "pool_norm": "none"}',
+            '{"pool": "mean"}',
+            f"{OUTPUTS}[hf_clip_classifier]",
+        ),
+        (
+            "queries and keys exchanged",
+            '("query", "key", "value"))',
+            '("key", "query", "value"))',
+            f"{OUTPUTS}[hf_vit]",
+        ),
+        (
+            "the gate is taken for the values it gates",
+            '"mlp/gate": Part("mlp.weights_in.{}", 0, 1, 2)',
+            '"mlp/gate": Part("mlp.weights_in.{}", 1, 2, 2)',
+            f"{OUTPUTS}[hf_dinov2_giant]",
+        ),
+        ("everything may be left out", '".*mask_token$"', '".*"', NOBODYS),
+        ("quick GELU is GELU", '"quick_gelu": "quick_gelu"', '"quick_gelu": "gelu"', f"{OUTPUTS}[hf_clip]"),
+        (
+            "the epsilon of timm",
+            'key("layer_norm_eps", PositiveFloat, "norm_epsilon")',
+            "1e-6",
+            f"{OUTPUTS}[hf_vit]",
+        ),
+        (
+            "labels in the order of the file",
+            "tuple(str(labels[str(number)]) for number in range(len(labels)))",
+            "tuple(map(str, labels.values()))",
+            "weights/test_broken_configs.py::test_labels_stand_in_the_order_of_their_numbers",
+        ),
+    ],
+    "weights/families/timm.py": [
+        (
+            "the biases of queries and values exchanged",
+            '("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias")',
+            '("blocks.#.attn.v_bias", None, "blocks.#.attn.q_bias")',
+            f"{OUTPUTS}[timm_dinov3]",
+        ),
+    ],
     "weights/fitting.py": [
         ("prefix tokens are lost", "np.concatenate([kept, resized", "np.concatenate([kept * 0, resized", TIMM_FITTING),
         (
@@ -114,9 +231,9 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "weights/families/dinov3.py": [
-        ("gate and value exchanged", '("w1", "w2", "w3")', '("w2", "w1", "w3")', OUTPUTS + "[meta_dinov3_plus]"),
-        ("the epsilon of others", '"norm_epsilon": 1e-5', '"norm_epsilon": 1e-6', OUTPUTS + "[meta_dinov3]"),
-        ("keys with a bias", "(qkv[0], None, qkv[2])", "qkv", OUTPUTS + "[meta_dinov3]"),
+        ("gate and value exchanged", '("w1", "w2", "w3")', '("w2", "w1", "w3")', f"{OUTPUTS}[meta_dinov3_plus]"),
+        ("the epsilon of others", '"norm_epsilon": 1e-5', '"norm_epsilon": 1e-6', f"{OUTPUTS}[meta_dinov3]"),
+        ("keys with a bias", "(qkv[0], None, qkv[2])", "qkv", f"{OUTPUTS}[meta_dinov3]"),
         (
             "any periods",
             "rtol=0.01",
@@ -125,11 +242,11 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "weights/families/flax_npz.py": [
-        ("computed positions left out", '"sincos2d"', '"none"', OUTPUTS + "[npz_big_vision_sincos]"),
-        ("GELU of others", '"gelu_tanh"', '"gelu"', OUTPUTS + "[npz_augreg_in21k]"),
+        ("computed positions left out", '"sincos2d"', '"none"', f"{OUTPUTS}[npz_big_vision_sincos]"),
+        ("GELU of others", '"gelu_tanh"', '"gelu"', f"{OUTPUTS}[npz_augreg_in21k]"),
         (
             "no position for the class token",
-            'model["class_token"] and math.isqrt(count)',
+            "has_cls and math.isqrt(count)",
             'position.endswith("input/pos_embedding") and math.isqrt(count)',
             "weights/test_published.py::test_older_code_has_a_position_for_the_class_token_under_other_names",
             "ConfigError",
@@ -139,14 +256,6 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
             'if not has_size and "model.image_size" not in given',
             "if False",
             "weights/test_published.py::test_computed_positions_need_the_size_of_images",
-        ),
-    ],
-    "weights/families/transformers.py": [
-        (
-            "CLIP classifies normalised patches",
-            '{"pool": "mean", "pool_norm": "none"}',
-            '{"pool": "mean"}',
-            OUTPUTS + "[hf_clip_classifier]",
         ),
     ],
 }

@@ -2,6 +2,7 @@
 classes, its blocks stacked or not, its parameters split over a mesh.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from vit_dist.model.shape import Shape, shape_of
 from vit_dist.weights import fitting
 from vit_dist.weights.lazy import Index, Lazy, computed, stacked
 from vit_dist.weights.published import Published, by_path, shapes_of
+from vit_dist.weights.stored_tensor import printed
 
 Head = Literal["auto", "new", "keep"]
 
@@ -37,12 +39,12 @@ def adapted(
     Args:
       published: the weights.
       model: ours; only image, patch, channels and classes may differ from the published one in shape.
-      head: "keep" takes the published head, by the names of classes, or without names if their numbers agree; "new"
-        leaves it out; "auto" keeps it if it has all of our classes by name.
+      head: "keep" takes the published head, of the classes that have the names of ours, or without names all; "new"
+        leaves it out; "auto" keeps it if it has all our classes by name.
       classes: the names of ours, if they are known.
 
     Raises:
-      ConfigError: names a parameter that cannot be made of the weights.
+      ConfigError: names a parameter that cannot be made of the weights, or classes that a head to keep has not.
     """
     found, notes = dict(published.parameters), []
     old, new = shape_of(published.model), shape_of(model)
@@ -56,7 +58,7 @@ def adapted(
             f"{new.channels}"
         )
     notes += _take_head(found, published, new, head, classes)
-    for path, shape in shapes_of(dataclasses.replace(model, scan=False)).items():
+    for path, shape in shapes_of(model).items():
         if path not in found:
             if path.startswith("head/"):
                 continue
@@ -131,27 +133,31 @@ def _take_head(
 ) -> list[str]:
     """Leaves the head's parameters in `found`, takes them out, or takes some of its classes; returns what was done."""
     names, count = published.description.classes, published.model.num_classes or 0
-    if head == "new" or not count or not new.classes:
-        if count:
-            del found["head/kernel"], found["head/bias"]
-        return [f"head: new, for {new.classes} classes"] if new.classes else []
-    named = classes is not None and names is not None
-    rows = list(range(count))
-    if classes is not None and names is not None:
-        rows = [names.index(name) if name in names else -1 for name in classes]
-    fits = len(rows) == new.classes and -1 not in rows and (named or head == "keep")
-    if not fits and head == "auto":
-        del found["head/kernel"], found["head/bias"]
-        known = f"has {count} others" if named else f"has {count}, without names"
-        return [f"head: new, for {new.classes} classes; that of the weights {known}"]
-    if not fits:
+    kernel, bias = (found.pop(f"head/{name}", None) for name in ("kernel", "bias"))
+    if not new.classes:
+        return ["head: left out"] if count else []
+    # Classes of ours without a row of their own: ImageNet has two kinds of crane.
+    rows, lacking = list(range(count)), list[str]()
+    if classes is not None and names is not None and list(classes) != list(names):
+        times = collections.Counter(names)
+        place = {name: row for row, name in enumerate(names) if times[name] == 1}
+        rows = [place[name] for name in classes if name in place]
+        lacking = [name for name in classes if name not in place]
+    if head == "keep" and (lacking or len(rows) != new.classes):
+        problem = "there is none" if not count else f"it has {count} classes and the model {new.classes}"
+        if lacking:
+            problem = f"it has no class of its own named {printed(', '.join(lacking))}"
         raise ConfigError(
-            f"init.head: keep, but the weights' head of {count} classes has not the {new.classes} of this model; set "
-            "init.head=new"
+            f"init.head: keep, but of the head of {published.origin.files[0]}, {problem}; set init.head=new"
         )
+    unnamed = classes is None or names is None
+    if head == "new" or lacking or len(rows) != new.classes or (head == "auto" and unnamed):
+        theirs = f"; that of the weights has {count}{', without names' if names is None else ''}" if count else ""
+        return [f"head: new, for {new.classes} classes{theirs}"]
+    assert kernel is not None and bias is not None
+    found |= {"head/kernel": kernel, "head/bias": bias}
     if rows == list(range(count)):
         return []
-    kernel, bias = found["head/kernel"], found["head/bias"]
     found["head/kernel"] = computed((kernel.shape[0], len(rows)), lambda whole: whole[:, rows], kernel)
     found["head/bias"] = computed((len(rows),), lambda whole: whole[rows], bias)
     return [f"head: {len(rows)} of its {count} classes, by name"]

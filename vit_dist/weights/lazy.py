@@ -81,7 +81,7 @@ def stored(tensor: StoredTensor) -> Lazy:
 
 def zeros(*shape: int) -> Lazy:
     """Returns an array of zeros."""
-    return Lazy(shape, lambda index: np.zeros([one.stop - one.start for one in index], np.float32))
+    return Lazy(shape, lambda index: np.zeros(_sizes(index), np.float32))
 
 
 def stacked(parts: Sequence[Lazy], axis: int) -> Lazy:
@@ -92,13 +92,13 @@ def stacked(parts: Sequence[Lazy], axis: int) -> Lazy:
     def compute(index: Index) -> np.ndarray:
         rest = (*index[:axis], *index[axis + 1 :])
         chosen = parts[index[axis]]
-        return (
-            np.stack([part.read(rest) for part in chosen], axis)
-            if chosen
-            else np.zeros((*shape[:axis], 0, *shape[axis:]))
-        )
+        return np.stack([part.read(rest) for part in chosen], axis) if chosen else np.empty(_sizes(index), np.float32)
 
     return Lazy((*shape[:axis], len(parts), *shape[axis:]), compute)
+
+
+def _sizes(index: Index) -> list[int]:
+    return [one.stop - one.start for one in index]
 
 
 def computed(shape: Sequence[int], function: Callable[..., np.ndarray], *sources: Lazy) -> Lazy:

@@ -8,7 +8,8 @@ that names it.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -56,6 +57,8 @@ class Naming:
       left_out: what matches one of these is not needed: text towers, tokens that mask patches in training.
       as_stored: paths of kernels that lie as ours do in spite of the manner.
       stacked: blocks are stored as one tensor for all, along the first axis.
+      batched_tokens: tokens and positions have a leading axis of size 1.
+      sizes_from: tensors whose shapes tell sizes of the model, for errors; of the others a config tells.
     """
 
     table: Table
@@ -63,22 +66,36 @@ class Naming:
     left_out: tuple[str, ...] = ()
     as_stored: tuple[str, ...] = ()
     stacked: bool = False
+    batched_tokens: bool = True
+    sizes_from: tuple[str, ...] = ()
+
+    @property
+    def told_by(self) -> str:
+        """What tells the model's sizes, as a part of an error: nothing, where it is a config."""
+        return f", as {' and '.join(self.sizes_from)} would have it" if self.sizes_from else ""
 
 
 class Tensors:
-    """The tensors of a file; `taken` has for each that was used the paths of our parameters that are made of it."""
+    """The tensors of `file`; `taken` has for each that was used the paths of our parameters that are made of it."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]):
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, StoredTensor], file: Path):
+        self._tensors, self._file = tensors, file
         self.taken: dict[str, list[str]] = {}
 
-    def has(self, name: str) -> bool:
-        return name in self._tensors
+    def take(self, name: str, path: str, allowed: Sequence[Shape], told_by: str = "") -> Lazy:
+        """Returns a tensor, of which our parameter `path` is made; `told_by` says why its shape must be one of these.
 
-    def take(self, name: str, path: str) -> Lazy:
-        """Returns a tensor, of which our parameter `path` is made; raises `ConfigError` if it is missing."""
+        Raises `ConfigError` if it is missing or has another shape.
+        """
         if name not in self._tensors:
-            raise ConfigError(f"init.weights: tensor {name} is missing, of which {path} is made; fetch the file again")
+            raise ConfigError(f"{self._file}: tensor {name} is missing, of which {path} is made; fetch the file again")
+        found = self._tensors[name].shape
+        if found not in allowed:
+            expected = " or ".join(printed(list(shape)) for shape in allowed)
+            raise ConfigError(
+                f"{self._file}: tensor {name} has the shape {printed(list(found))}, expected {expected}{told_by}; "
+                f"{path} is made of it; fetch the file and what lies beside it again"
+            )
         self.taken.setdefault(name, []).append(path)
         return stored(self._tensors[name])
 
@@ -88,29 +105,35 @@ class Tensors:
         patterns = [re.compile(pattern) for pattern in left_out]
         unknown = [name for name in rest if not any(pattern.match(name) for pattern in patterns)]
         if unknown:
-            shown = ", ".join(f"{printed(name)} {list(self._tensors[name].shape)}" for name in unknown[:4])
+            shown = ", ".join(f"{printed(name)} {printed(list(self._tensors[name].shape))}" for name in unknown[:4])
             more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
             raise ConfigError(
-                f"init.weights: the model has no place for tensor {shown}{more}; remove what is not its own"
+                f"{self._file}: the model has no place for tensor {shown}{more}; remove what is not its own"
             )
         return rest
 
 
-def parameters(naming: Naming, tensors: Tensors, shapes: Mapping[str, Shape]) -> dict[str, Lazy]:
-    """Returns our parameters by path, except the tokens (`TOKENS`), which a family makes itself.
+def parameters(naming: Naming, tensors: Tensors, shapes: Mapping[str, Shape], pixels: Shape) -> dict[str, Lazy]:
+    """Returns our parameters by path, except the tokens (`TOKENS`); see `tokens`.
 
     Args:
       naming: the family's.
       tensors: those of the file.
       shapes: of our parameters by path, the blocks' one by one: `blocks/0/norm1/scale`.
+      pixels: (height, width, channels) of a patch.
 
     Raises:
       ConfigError: names a tensor that is missing or has another shape.
     """
-    return {path: _parameter(naming, tensors, path, shape) for path, shape in shapes.items() if path not in TOKENS}
+    depth = len({block[1] for path in shapes if (block := _BLOCK.match(path))})
+    return {
+        path: _parameter(naming, tensors, path, shape, pixels, depth)
+        for path, shape in shapes.items()
+        if path not in TOKENS
+    }
 
 
-def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape) -> Lazy:
+def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape, pixels: Shape, depth: int) -> Lazy:
     block = _BLOCK.match(path)
     number, own = (int(block[1]), path[block.end() :]) if block else (0, path)
     module, _, kind = own.rpartition("/")
@@ -121,21 +144,18 @@ def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape) -> Laz
             return zeros(*shape)
         part = entry if isinstance(entry, Part) else Part(entry, 0, 1, 1)
         name = part.name.replace("{}", KINDS[naming.manner].get(kind, kind)).replace("#", str(number))
-        tensor = tensors.take(name, path)
-        if block and naming.stacked:
+        as_ours = naming.manner == "flax" or own in naming.as_stored
+        expected = rows, *rest = _stored_shape(own, shape, pixels, as_ours)
+        share = rows // (part.stop - part.start)
+        if part.of > 1:
+            expected = (share * part.of, *rest)
+        in_blocks = block and naming.stacked
+        tensor = tensors.take(name, path, [(depth, *expected) if in_blocks else tuple(expected)], naming.told_by)
+        if in_blocks:
             tensor = tensor.at(number)
         if part.of > 1:
-            rows = tensor.shape[0] // part.of
-            tensor = tensor.part(0, part.start * rows, part.stop * rows)
-        ours = naming.manner == "flax" or own in naming.as_stored
-        turned = tensor if ours else _as_ours(tensor, own, kind)
-        fitted = _split(turned, shape)
-        if fitted is None:
-            wanted = f"{shape}, as {path}"
-            raise ConfigError(
-                f"init.weights: tensor {name} has the shape {list(tensor.shape)}, expected that of {wanted}"
-            )
-        return fitted
+            tensor = tensor.part(0, part.start * share, part.stop * share)
+        return _as_ours(tensor, own, shape, as_ours)
 
     if not isinstance(entry, tuple):
         return one(entry, shape)
@@ -143,78 +163,93 @@ def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape) -> Laz
     return stacked([one(each, (*shape[:axis], *shape[axis + 1 :])) for each in entry], axis)
 
 
-def _as_ours(tensor: Lazy, own: str, kind: str) -> Lazy:
-    """Returns a tensor of PyTorch with the axes of ours in our order."""
-    if kind != "kernel" or len(tensor.shape) < 2:
-        return tensor
-    if own == "patch/kernel" and len(tensor.shape) == 4:
-        return tensor.transposed(2, 3, 1, 0)
-    return tensor.transposed(1, 0)
+def _stored_shape(own: str, shape: Shape, pixels: Shape, as_ours: bool) -> Shape:
+    """Returns the shape of the tensor that a parameter of ours is made of."""
+    if own == "patch/kernel":
+        height, width, channels = pixels
+        return (height, width, channels, shape[1]) if as_ours else (shape[1], channels, height, width)
+    if own == "pool/probe":
+        return (1, *shape)
+    if as_ours:
+        return shape
+    if not own.endswith("kernel"):
+        return (math.prod(shape),)
+    inputs = 2 if own in ("attention/projection/kernel", "pool/projection/kernel") else 1  # axes, such as heads
+    return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
 
 
-def _split(tensor: Lazy, shape: Shape) -> Lazy | None:
-    """Returns the tensor in a shape of ours: axes are split into heads, or pixels joined; None if it cannot be."""
-    if math.prod(tensor.shape) != math.prod(shape):
-        return None
-    if len(tensor.shape) > len(shape):
-        return tensor.shaped(*shape) if tensor.shape[-1] == shape[-1] else None
-    for axis, size in enumerate(shape):
-        if axis == len(tensor.shape) or tensor.shape[axis] % size:
-            return None
-        if tensor.shape[axis] != size:
-            tensor = tensor.split(axis, size, tensor.shape[axis] // size)
+def _as_ours(tensor: Lazy, own: str, shape: Shape, as_ours: bool) -> Lazy:
+    """Returns a tensor of `_stored_shape` as the parameter of ours."""
+    if own == "patch/kernel":
+        return (tensor if as_ours else tensor.transposed(2, 3, 1, 0)).shaped(*shape)
+    if own == "pool/probe":
+        return tensor.at(0)
+    if own.endswith("kernel") and not as_ours:
+        tensor = tensor.transposed(1, 0)
+    if len(tensor.shape) < len(shape):  # one axis holds the channels of all heads
+        axes = range(len(tensor.shape))
+        axis = next((axis for axis in axes if tensor.shape[axis] != shape[axis]), axes[-1])
+        tensor = tensor.split(axis, *shape[axis : axis + 2])
     return tensor
 
 
 def tokens(
-    position: Lazy | None, cls: Lazy | None, registers: list[Lazy], shapes: Mapping[str, Shape], patches: int
+    naming: Naming,
+    tensors: Tensors,
+    names: tuple[str | None, str | None, Sequence[str]],
+    shapes: Mapping[str, Shape],
+    patches: int,
 ) -> dict[str, Lazy]:
     """Returns our tokens and learned positions by path.
 
-    The positions of a file may be those of the patches alone, or begin with those of the class token, or of all special
-    tokens. A position for which we have no row is added to its token.
+    The positions of a file begin with that of the class token if ours do, and with those of the registers or without. A
+    position for which we have no row is added to its token.
 
     Args:
-      position: [1, N, D] or [N, D]; None: the model has none to learn.
-      cls: the class token, of D elements; None: there is none.
-      registers: the other special tokens, in their order, each of R D elements.
+      naming: the family's.
+      tensors: those of the file.
+      names: of the positions, of the class token, and of the other special tokens; None or nothing: there are none.
       shapes: those of our parameters by path.
       patches: the number of patches.
 
     Raises:
-      ConfigError: the number of positions fits none of these.
+      ConfigError: names a tensor that is missing or has another shape.
     """
-    width = shapes["patch/bias"][0]
-    special = [] if cls is None else [cls.shaped(1, width)]
-    special += [token.shaped(math.prod(token.shape) // width, width) for token in registers]
+    (width,), registers = shapes["patch/bias"], shapes.get("registers", (0,))[0]
+
+    def take(name: str, path: str, *counts: int) -> Lazy:
+        """Returns tokens [N, D], of which there may be so many."""
+        lead = (1,) if naming.batched_tokens else ()
+        allowed = [(*lead, count, width) for count in counts]
+        if path == "cls" and not lead:
+            allowed = [(width,)]
+        token = tensors.take(name, path, allowed, naming.told_by)
+        return token.shaped(math.prod(token.shape) // width, width)
+
+    position, cls, others = names
+    special = [take(cls, "cls", 1)] if cls else []
+    special += [take(name, "registers", registers // len(others)) for name in others]
     counts = [token.shape[0] for token in special]
     found: dict[str, Lazy] = {}
-    if position is not None:
-        rows = math.prod(position.shape) // width
-        position = position.shaped(rows, width)
-        before = rows - patches
-        allowed = {0, 1 if cls is not None else 0, sum(counts)}
-        if before not in allowed:
-            raise ConfigError(
-                f"init.weights: {rows} positions, but the model has {patches} patches and {sum(counts)} other tokens; "
-                "set model.image_size to that of the weights"
-            )
-        own = shapes["position"][0] - patches if "position" in shapes else 0
+    if position:
+        own = shapes["position"][0] - patches  # 1: the class token has a position
+        possible = {own, own if cls and not own else sum(counts)}
+        rows = take(position, "position", *(patches + before for before in sorted(possible)))
+        before = rows.shape[0] - patches
         # What ours keeps: the class token's row, if it has one, and those of the patches.
         added, place = [], 0
         for token, count in zip(special, counts, strict=True):
             keeps = place == 0 and own == 1
-            extra = position.part(0, place, place + count) if place + count <= before and not keeps else None
+            extra = rows.part(0, place, place + count) if place + count <= before and not keeps else None
             added.append(token if extra is None else computed(token.shape, lambda a, b: a + b, token, extra))
             place += count
         special = added
-        found["position"] = position.part(0, before, rows)
+        found["position"] = rows.part(0, before, rows.shape[0])
         if own:
-            first = position.part(0, 0, 1) if before else zeros(1, width)
-            found["position"] = joined([first, found["position"]])
-    if cls is not None:
+            found["position"] = joined([rows.part(0, 0, 1), found["position"]])
+    if cls:
         found["cls"] = special.pop(0).shaped(width)
-    if special:
+    if registers:
         found["registers"] = joined(special)
     return found
 

@@ -21,6 +21,7 @@ from vit_dist.weights.naming import Tensors
 from vit_dist.weights.origin import Origin, open_origin
 from vit_dist.weights.stored_tensor import printed
 
+_MOST_BLOCKS = 1000
 FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, dinov3, flax_npz)
 
 
@@ -52,7 +53,11 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
       ConfigError: there are none, their family is not known, our model cannot be theirs, or a tensor is missing,
         unexpected or of another shape.
     """
-    origin = open_origin(name, key)
+    return understood(open_origin(name, key))
+
+
+def understood(origin: Origin) -> Published:
+    """Returns the weights that these files hold; raises `ConfigError` as `open_published`."""
     family = next((family for family in FAMILIES if family.recognises(origin)), None)
     if family is None:
         names = ", ".join(printed(name, 60) for name in list(origin.tensors)[:3])
@@ -65,41 +70,34 @@ def open_published(name: str | Path, key: str = "init.weights") -> Published:
     values = {"total_steps": 1, "model": {**described.model, "scan": False}}
     try:
         model = config.resolve(values).model
+        if shape_of(model).depth > _MOST_BLOCKS:
+            raise ConfigError(f"model.depth: {model.depth} blocks, more than {_MOST_BLOCKS}, which no such model has")
         shapes = shapes_of(model)
     except ConfigError as error:
-        raise ConfigError(f"{origin.files[0]}: its model is not one of ours: {error}") from error
-    tensors = Tensors(origin.tensors)
-    parameters = naming.parameters(described.naming, tensors, shapes)
-    parameters |= _tokens(described, tensors, shapes, shape_of(model).patches)
+        told_by = described.naming.told_by
+        raise ConfigError(f"{origin.files[0]}: its model is not one of ours{told_by}: {printed(error, 300)}") from error
+    tensors, shape = Tensors(origin.tensors, origin.files[0]), shape_of(model)
+    parameters = naming.parameters(described.naming, tensors, shapes, (*shape.patch, shape.channels))
+    special = described.position, described.cls, described.registers
+    parameters |= naming.tokens(described.naming, tensors, special, shapes, shape.patches)
     left_out = tensors.check_all_taken(described.naming.left_out)
-    wrong = [path for path in shapes if path not in parameters or parameters[path].shape != shapes[path]]
-    if wrong:
-        found = parameters[wrong[0]].shape if wrong[0] in parameters else "none"
-        raise ConfigError(
-            f"{origin.files[0]}: {wrong[0]} would have the shape {found}, expected {shapes[wrong[0]]}; fetch it again"
-        )
+    assert {path: lazy.shape for path, lazy in parameters.items()} == shapes
     return Published(origin, described, model, parameters, tensors.taken, tuple(left_out))
 
 
 def shapes_of(model: config.Model) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of our parameters by path, as they are without a mesh."""
+    """Returns the shapes of our parameters by path, the blocks one by one, as they are without a mesh."""
     keywords = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**keywords, rngs=nnx.Rngs(0)))))
-    return {path: leaf.shape for path, leaf in by_path(tree).items()}
+    stacked = {**keywords, "scan": True}  # however many blocks there are, one is traced
+    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**stacked, rngs=nnx.Rngs(0)))))
+    shapes = {path: leaf.shape for path, leaf in by_path(tree).items()}
+    ends = {path: shape for path, shape in shapes.items() if not path.startswith("blocks/")}
+    of_blocks = {path.removeprefix("blocks/"): shape for path, shape in shapes.items() if path not in ends}
+    depth = next(iter(of_blocks.values()))[0]
+    return ends | {f"blocks/{i}/{path}": shape[1:] for i in range(depth) for path, shape in of_blocks.items()}
 
 
 def by_path(tree: Any) -> dict[str, Any]:
     """Returns the leaves of nested dicts by path, such as `blocks/0/norm1/scale`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def _tokens(
-    described: Description, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], patches: int
-) -> dict[str, Lazy]:
-    def take(name: str | None, path: str) -> Lazy | None:
-        return None if name is None else tensors.take(name, path)
-
-    registers = [tensors.take(name, "registers") for name in described.registers]
-    position, cls = take(described.position, "position"), take(described.cls, "cls")
-    return naming.tokens(position, cls, registers, shapes, patches)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_dist.config import ConfigError, pair
+from vit_dist.weights.stored_tensor import printed
 
 SIZES = ("img_size", "patch_size")
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
@@ -64,7 +65,9 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
     cls = next((cls for cls in rows if isinstance(name, str) and name in rows[cls]), None)
     if cls is None:
         known = sum(map(len, rows.values()))
-        raise ConfigError(f"{file}: architecture: {name!r} is none of the {known} of timm {table()['timm']} known here")
+        raise ConfigError(
+            f"{file}: architecture: {name!r:.60} is none of the {known} of timm {table()['timm']} known here"
+        )
     if name in table()["unsupported"]:
         lacking = ", ".join(table()["unsupported"][name])
         raise ConfigError(f"{file}: architecture: our model cannot be {name}, which has: {lacking}")
@@ -72,14 +75,14 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
         raise ConfigError(f"{file}: model_args: expected an object, found {type(given).__name__}")
     defaults = table()["defaults"][cls]
     checked = {
-        key: _checked(key, value, defaults, f"{file}: model_args.{key}")
+        key: _checked(key, value, defaults, f"{file}: model_args.{printed(key)}")
         for key, value in given.items()
         if key not in table()["ignored"]
     }
     arguments = {**defaults, **_implied(config, defaults, file), **rows[cls][name], **checked}
     for key, allowed in FIXED.items():
         if key in arguments and arguments[key] not in allowed:
-            raise ConfigError(f"{file}: model_args.{key}: our model cannot be {arguments[key]!r}")
+            raise ConfigError(f"{file}: model_args.{key}: our model cannot be {arguments[key]!r:.60}")
     return _eva(arguments, file) if cls == "Eva" else _plain(arguments, file)
 
 
@@ -93,7 +96,7 @@ def _checked(key: str, value: Any, defaults: Mapping[str, Any], where: str) -> A
             return defaults[key]
         text = str(value) if key == "act_layer" else str(value).replace("_", "").lower()
         if text not in layers:
-            raise ConfigError(f"{where}: {value!r} is none of {', '.join(layers)}")
+            raise ConfigError(f"{where}: {value!r:.60} is none of {', '.join(layers)}")
         return layers[text]
     default = defaults[key]
     if key in SIZES:
@@ -107,7 +110,7 @@ def _checked(key: str, value: Any, defaults: Mapping[str, Any], where: str) -> A
         fits = type(value) is int or (isinstance(default, float) and isinstance(value, float) and math.isfinite(value))
     if not fits:
         expected = "a size" if key in SIZES else f"a value like {default!r}"
-        raise ConfigError(f"{where}: expected {expected}, found {value!r}")
+        raise ConfigError(f"{where}: expected {expected}, found {value!r:.60}")
     return value
 
 
@@ -122,7 +125,9 @@ def _implied(config: Mapping[str, Any], defaults: Mapping[str, Any], file: str) 
     size = source.get("input_size")
     if size is not None:
         if not isinstance(size, list) or len(size) != 3:
-            raise ConfigError(f"{file}: pretrained_cfg.input_size: expected [channels, height, width], found {size!r}")
+            raise ConfigError(
+                f"{file}: pretrained_cfg.input_size: expected [channels, height, width], found {size!r:.60}"
+            )
         values["in_chans"] = size[0]
         if source.get("fixed_input_size"):
             values["img_size"] = size[1:]
@@ -158,7 +163,10 @@ def _eva(arguments: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Returns the keys of an Eva, the class of DINOv3."""
     rotated, learned = arguments["use_rot_pos_emb"], arguments["use_abs_pos_emb"]
     if rotated and (arguments["rope_type"] != "dinov3" or not arguments["rope_rotate_half"] or learned):
-        raise ConfigError(f"{file}: model_args.rope_type: our model rotates positions as DINOv3 does, or not at all")
+        raise ConfigError(
+            f"{file}: model_args.rope_type: our model rotates positions as DINOv3 does (rope_type=dinov3, "
+            "rope_rotate_half, without use_abs_pos_emb), or not at all"
+        )
     keys = _common(arguments, arguments["num_reg_tokens"], learned, file)
     if rotated:
         keys |= {"position": "rope2d", "rope_base": float(arguments["rope_temperature"])}
@@ -179,7 +187,7 @@ def _eva(arguments: Mapping[str, Any], file: str) -> dict[str, Any]:
 def _common(arguments: Mapping[str, Any], registers: int, learned: bool, file: str) -> dict[str, Any]:
     """Returns the keys that both classes have the same arguments for."""
     if arguments["global_pool"] not in POOLS:
-        raise ConfigError(f"{file}: global_pool: {arguments['global_pool']!r} is none of {', '.join(POOLS)}")
+        raise ConfigError(f"{file}: global_pool: {arguments['global_pool']!r:.60} is none of {', '.join(POOLS)}")
     pool = POOLS[arguments["global_pool"]]
     norm, epsilon = arguments["norm_layer"]
     return {

@@ -7,6 +7,7 @@ approximation by tanh, and big_vision computes the positions that are not in the
 import functools
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
@@ -15,7 +16,7 @@ from vit_dist.weights.naming import Entry, Naming
 from vit_dist.weights.origin import Origin
 from vit_dist.weights.stored_tensor import StoredTensor
 
-_EMBEDDING = "embedding/kernel"
+# What stands before the names: of a model, of a checkpoint of training, of a model of images and texts.
 _PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
 # Where learned positions are; only the first is in files of today's code.
 _POSITIONS = ("pos_embedding", "Transformer/pos_embedding", "Transformer/posembed_input/pos_embedding")
@@ -31,13 +32,13 @@ _LEFT_OUT = {
 
 def recognises(origin: Origin) -> bool:
     """Returns whether the names are those of big_vision or vision_transformer."""
-    return any(f"{prefix}{_EMBEDDING}" in origin.tensors for prefix in _PREFIXES)
+    return _prefix(origin.tensors) is not None
 
 
 def describe(origin: Origin) -> Description:
     """Returns the model that the tensors make; raises `ConfigError` where they do not tell."""
-    tensors = origin.tensors
-    prefix = next(prefix for prefix in _PREFIXES if f"{prefix}{_EMBEDDING}" in tensors)
+    tensors, prefix = origin.tensors, _prefix(origin.tensors)
+    assert prefix is not None
     first = next((name for name in tensors if name.startswith(f"{prefix}Transformer/encoderblock")), "")
     stacked = first.startswith(f"{prefix}Transformer/encoderblock/")
     block = f"{prefix}Transformer/encoderblock" if stacked else f"{prefix}Transformer/encoderblock_#"
@@ -49,7 +50,7 @@ def describe(origin: Origin) -> Description:
     pool = f"{prefix}MAPHead_0"
     position = next((f"{prefix}{name}" for name in _POSITIONS if f"{prefix}{name}" in tensors), None)
     if position is None and old:
-        raise ConfigError(f"init.weights: tensor {prefix}{_POSITIONS[-1]} is missing; fetch the file again")
+        raise ConfigError(f"{origin.files[0]}: tensor {prefix}{_POSITIONS[-1]} is missing; fetch the file again")
     table: dict[str, Entry] = {
         "patch": f"{prefix}embedding/{{}}",
         "norm": f"{prefix}Transformer/encoder_norm/{{}}",
@@ -70,33 +71,50 @@ def describe(origin: Origin) -> Description:
         "head": f"{prefix}head/{{}}",
     }
     query, up = (f"{name.replace('#', '0')}/kernel" for name in (f"{attention}/query", f"{mlp}/Dense_0"))
-    model = _model(tensors, prefix, query, up, stacked)
-    model |= _positions(tensors, position, model)
+    size = _Sizes(tensors, origin.files[0])
+    model = _model(size, prefix, query, up, stacked)
+    model |= _positions(size, position, model)
     return Description(
         "vision_transformer" if old else "big_vision",
         model,
-        Naming(table, manner="flax", left_out=_LEFT_OUT.get(prefix, ()), stacked=stacked),
+        Naming(table, "flax", _LEFT_OUT.get(prefix, ()), stacked=stacked, sizes_from=tuple(size.asked)),
         functools.partial(_preprocessing, str(origin.files[0]), position is not None),
         position=position,
         cls=f"{prefix}cls" if model["class_token"] else None,
     )
 
 
-def _model(tensors: Mapping[str, StoredTensor], prefix: str, query: str, up: str, stacked: bool) -> dict[str, Any]:
-    """Returns the keys that shapes and names tell; `query`, `up`: the names of two kernels of the first block."""
+def _prefix(tensors: Mapping[str, StoredTensor]) -> str | None:
+    """Returns what stands before the names of the tower that sees; None if the file is not of this family."""
+    starts = ("Transformer/encoder", "embedding/kernel")
+    return next((one for one in _PREFIXES if any(n.startswith(tuple(one + s for s in starts)) for n in tensors)), None)
 
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        found = tensors[name].shape if name in tensors else None
-        if found is None or len(found) != axes:
+
+class _Sizes:
+    """The shapes of tensors that tell a model's sizes; `asked` are their names so far."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], file: Path):
+        self.tensors, self.file = tensors, file
+        self.asked: list[str] = []
+
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """Returns the shape of a tensor; raises `ConfigError` if it is missing, empty or has not as many axes."""
+        found = self.tensors[name].shape if name in self.tensors else None
+        if found is None or len(found) != axes or 0 in found:
             state = "is missing" if found is None else f"has the shape {list(found)}, expected {axes} axes"
-            raise ConfigError(f"init.weights: tensor {name} {state}; it tells the model's size; fetch the file again")
+            raise ConfigError(f"{self.file}: tensor {name} {state}; it tells the model's size; fetch the file again")
+        self.asked.append(name)
         return found
 
-    kernel, head = shape(f"{prefix}{_EMBEDDING}", 4), f"{prefix}head/kernel"
-    queries, hidden = shape(query, 3 + stacked), shape(up, 2 + stacked)
-    names = {name[len(prefix) :] for name in tensors if name.startswith(prefix)}
+
+def _model(size: _Sizes, prefix: str, query: str, up: str, stacked: bool) -> dict[str, Any]:
+    """Returns the keys that shapes and names tell; `query`, `up`: the names of two kernels of the first block."""
+    kernel = size.shape(f"{prefix}embedding/kernel", 4)
+    queries, hidden = size.shape(query, 3 + stacked), size.shape(up, 2 + stacked)
+    names = {name[len(prefix) :] for name in size.tensors if name.startswith(prefix)}
     blocks = {name.split("/")[1] for name in names if name.startswith("Transformer/encoderblock_")}
     pool = "map" if any(name.startswith("MAPHead_0/") for name in names) else "cls" if "cls" in names else "mean"
+    has_head, has_layer = ({f"{layer}/kernel", f"{layer}/bias"} & names for layer in ("head", "pre_logits"))
     return {
         "width": kernel[3],
         "depth": queries[0] if stacked else len(blocks),
@@ -108,21 +126,25 @@ def _model(tensors: Mapping[str, StoredTensor], prefix: str, query: str, up: str
         "activation": "gelu_tanh",
         "pool": pool,
         "class_token": "cls" in names,
-        "pre_logits": shape(f"{prefix}pre_logits/kernel", 2)[1] if "pre_logits/kernel" in names else None,
-        "num_classes": shape(head, 2)[1] if head in tensors else 0,
+        "pre_logits": size.shape(f"{prefix}pre_logits/kernel", 2)[1] if has_layer else None,
+        "num_classes": size.shape(f"{prefix}head/kernel", 2)[1] if has_head else 0,
     }
 
 
-def _positions(tensors: Mapping[str, StoredTensor], position: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
+def _positions(size: _Sizes, position: str | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of positions, and of the image's size, which is square if their number is."""
     high, wide = model["patch_size"]
     if position is None:  # big_vision computes them for an image of any size, on which no parameter depends
         return {"position": "sincos2d", "cls_position": False, "image_size": (14 * high, 14 * wide)}
-    count = tensors[position].shape[-2]
-    own = model["class_token"] and math.isqrt(count) ** 2 != count  # older code added them after the class token
-    side = math.isqrt(count - own)
-    if side**2 != count - own:
-        raise ConfigError(f"init.weights: tensor {position} has {count} positions, which are of no square image")
+    count, has_cls = size.shape(position, 3)[1], model["class_token"]
+    own = has_cls and math.isqrt(count) ** 2 != count  # older code added them after the class token
+    side = math.isqrt(max(count - own, 0))
+    if side**2 != count - own or not side:
+        missing = "" if has_cls else ", or a tensor cls is missing"
+        raise ConfigError(
+            f"{size.file}: tensor {position} has positions for {count} tokens, {own:d} of them a class token, and the "
+            f"rest is not the number of patches of a square image{missing}; resample it to one, or fetch the file again"
+        )
     return {"position": "learned", "cls_position": bool(own), "image_size": (side * high, side * wide)}
 
 

@@ -43,7 +43,7 @@ _TABLE: dict[str, Entry] = {
 
 def recognises(origin: Origin) -> bool:
     """Returns whether OpenCLIP wrote these files."""
-    return "visual.conv1.weight" in origin.tensors
+    return any(name.startswith(("visual.conv1.", "visual.transformer.resblocks.")) for name in origin.tensors)
 
 
 def describe(origin: Origin) -> Description:
@@ -78,8 +78,8 @@ def describe(origin: Origin) -> Description:
     return Description(
         "OpenCLIP",
         model,
-        Naming(_TABLE, left_out=_LEFT_OUT, as_stored=("output_projection/kernel",)),
-        functools.partial(_preprocessing, preprocess, image_size, source),
+        Naming(_TABLE, left_out=_LEFT_OUT, as_stored=("output_projection/kernel",), batched_tokens=False),
+        functools.partial(_preprocessing, preprocess, image_size, f"{source}: preprocess_cfg"),
         position="visual.positional_embedding",
         cls="visual.class_embedding",
     )

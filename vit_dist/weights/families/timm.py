@@ -49,6 +49,11 @@ def describe(origin: Origin) -> Description:
     )
 
 
+def _any(names: Mapping[str, Any], *ends: str) -> bool:
+    """Returns whether the tensors of some block end so."""
+    return any(name.startswith("blocks.") and name.endswith(ends) for name in names)
+
+
 def _ends(model: Mapping[str, Any]) -> dict[str, Entry]:
     """Returns what stands before and after the blocks."""
     before = model["pool_norm"] in ("before", "both")
@@ -68,11 +73,11 @@ def _ends(model: Mapping[str, Any]) -> dict[str, Entry]:
 def _table(model: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Entry]:
     """Returns the table of a model whose blocks attend first."""
     qkv = tuple(Part("blocks.#.attn.qkv.{}", i, i + 1, 3) for i in range(3))
-    own_biases = "blocks.0.attn.q_bias" in names  # of queries and values; keys have none
-    joined = "blocks.0.mlp.fc1_g.weight" not in names  # gate and value are two halves of one tensor
+    own_biases = _any(names, ".attn.q_bias", ".attn.v_bias")  # of queries and values; keys have none
+    joined = not _any(names, ".mlp.fc1_g.weight", ".mlp.fc1_x.weight")  # gate and value are two halves of one tensor
     halves = (Part("blocks.#.mlp.fc1.{}", 0, 1, 2), Part("blocks.#.mlp.fc1.{}", 1, 2, 2))
     gate, up = halves if joined else ("blocks.#.mlp.fc1_g.{}", "blocks.#.mlp.fc1_x.{}")
-    old = "blocks.0.gamma_1" in names
+    old = _any(names, ".gamma_1", ".gamma_2")
     # timm's `proj_bias` is that of the MLP too; ours has biases, of zero.
     without: dict[str, Entry] = {} if model["projection_bias"] else {f"mlp/{name}/bias": None for name in _MLP}
     return _ends(model) | {
@@ -97,7 +102,7 @@ def _parallel(model: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, E
     width, mlp = model["width"], model["mlp"]
     rows = mlp + 3 * width
     qkv = tuple(Part("blocks.#.in_proj.{}", mlp + i * width, mlp + (i + 1) * width, rows) for i in range(3))
-    bias: Entry = "blocks.#.mlp_bias" if "blocks.0.mlp_bias" in names else Part("blocks.#.in_proj.bias", 0, mlp, rows)
+    bias: Entry = "blocks.#.mlp_bias" if _any(names, ".mlp_bias") else Part("blocks.#.in_proj.bias", 0, mlp, rows)
     return _ends(model) | {
         "norm1": "blocks.#.in_norm.{}",
         "attention/qkv": qkv,

@@ -48,15 +48,16 @@ def describe(origin: Origin) -> Description:
     said = Said(origin.config, source)
     kind = said.read("model_type", str, "init.weights")
     if kind not in TYPES:
-        raise ConfigError(f"{source}: model_type: {kind!r} is none of {', '.join(TYPES)}, which are read")
+        raise ConfigError(f"{source}: model_type: {kind!r:.60} is none of {', '.join(TYPES)}, which are read")
     own = Said(said.stated("vision_config", "init.weights"), f"{source}: vision_config") if kind in _TOWERS else said
     kind = kind.removesuffix("_vision_model")
     defaults = config_defaults("transformers")[f"{kind}_vision_model" if kind in _TOWERS else kind]
     own = Said({**defaults, **own.values}, own.source)  # where a config says nothing, the class's own value holds
     names = set(origin.tensors)
-    head = "classifier.weight" in names
+    head = bool({"classifier.weight", "classifier.bias"} & names)
     model, table = _model(kind, own, names), _TABLES[kind](names)
-    model["num_classes"] = origin.tensors["classifier.weight"].shape[0] if head else 0
+    classes = _classes(said)
+    model["num_classes"] = (len(classes) if classes else _rows(origin, "classifier.weight")) if head else 0
     prefix = _prefix(names)
     if kind in _DINO and head:
         model["pool"] = "cls_mean"
@@ -64,8 +65,9 @@ def describe(origin: Origin) -> Description:
     if kind == "clip" and head:  # it classifies the mean of the patches as the last block leaves them
         model |= {"pool": "mean", "pool_norm": "none"}
         left_out = (*_LEFT_OUT, ".*post_layernorm\\.")
-    if "visual_projection.weight" in names:
-        model["output_projection"] = origin.tensors["visual_projection.weight"].shape[0]
+    if not (kind == "clip" and head) and ("visual_projection.weight" in names or _projects(said)):
+        whole = Said({"projection_dim": defaults.get("projection_dim"), **said.values}, source)
+        model["output_projection"] = whole.read("projection_dim", PositiveInt, "model.output_projection")
     entries = {path: _prefixed(prefix, entry) for path, entry in table.items()}
     entries |= {"head": "classifier.{}", "output_projection": "visual_projection.{}"}
     if model["position"] == "rope2d":
@@ -75,12 +77,17 @@ def describe(origin: Origin) -> Description:
     return Description(
         f"transformers, {kind}",
         model,
-        Naming(entries, left_out=left_out),
+        Naming(
+            entries,
+            left_out=left_out,
+            batched_tokens=kind not in _TOWERS,
+            sizes_from=("classifier.weight",) if head and not classes else (),
+        ),
         functools.partial(from_transformers, preprocessor, str(origin.folder / "preprocessor_config.json")),
         position=f"{prefix}{tokens[0]}" if model["position"] == "learned" else None,
         cls=f"{prefix}{tokens[1]}" if model["class_token"] else None,
         registers=tuple(f"{prefix}{name}" for name in tokens[2:]),
-        classes=_classes(said, model["num_classes"]),
+        classes=classes if head else None,
     )
 
 
@@ -145,7 +152,21 @@ def _gated_units(said: Said, width: int) -> int:
 
 def _prefix(names: set[str]) -> str:
     """Returns what stands before the names of the tower in a model that has more, such as a head."""
-    return next(name.partition("embeddings.")[0] for name in names if "embeddings.patch_embedding" in name)
+    own = (name for name in sorted(names) if "embeddings." in name and not name.startswith("text_model."))
+    return next(own, "").partition("embeddings.")[0]
+
+
+def _rows(origin: Origin, name: str) -> int:
+    """Returns the size of a tensor's first axis; raises `ConfigError` if it is missing or has none."""
+    if name not in origin.tensors or not origin.tensors[name].shape:
+        raise ConfigError(f"{origin.files[0]}: tensor {name}, [classes, D], is missing; fetch the file again")
+    return origin.tensors[name].shape[0]
+
+
+def _projects(said: Said) -> bool:
+    """Returns whether the config is that of a CLIP that projects what it pools."""
+    names = said.values.get("architectures")
+    return isinstance(names, list) and names[:1] in (["CLIPModel"], ["CLIPVisionModelWithProjection"])
 
 
 def _prefixed(prefix: str, entry: Entry) -> Entry:
@@ -243,12 +264,12 @@ def _biases(said: Said, qkv: Entry) -> Entry:
     return tuple(entry if has else None for has, entry in zip(present, qkv, strict=True))
 
 
-def _classes(said: Said, count: int) -> tuple[str, ...] | None:
+def _classes(said: Said) -> tuple[str, ...] | None:
     """Returns the names of the classes in `id2label`, in the order of their numbers."""
     labels = said.values.get("id2label")
-    if not count or not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(count)}:
+    if not labels or not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(len(labels))}:
         return None
-    return tuple(str(labels[str(number)]) for number in range(count))
+    return tuple(str(labels[str(number)]) for number in range(len(labels)))
 
 
 _TABLES = {
