@@ -16,7 +16,7 @@ from PIL import Image
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
-from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, convertible
+from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, convertible, pixels_of
 from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image, evaluation_pixels
 from vit_dist.mesh import layout, topology
@@ -26,7 +26,7 @@ from vit_dist.program import check_model
 from vit_dist.recipes import Overrides, override
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
-from vit_dist.schema import flatten
+from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
 from vit_dist.weights.adapted import adapted, placed
 from vit_dist.weights.published import open_published
@@ -72,6 +72,8 @@ class Loaded:
         """
         model, data = self.settings.model, self.settings.data
         size, channels = pair(model.image_size), model.channels
+        if not isinstance(picture, np.ndarray) and channels not in CHANNELS:
+            raise ConfigError(f"picture: the model takes {channels} channels; give arrays uint8 [H, W, {channels}]")
         if isinstance(picture, str | Path):
             path = expanded(picture, "picture")
             try:
@@ -88,12 +90,18 @@ class Loaded:
     def predict(self, pictures: Iterable[Picture], top: int = 5) -> list[list[tuple[str, float]]]:
         """Returns the most probable classes of each picture, with their probabilities, the first first.
 
-        Raises `ConfigError` for a model without a head.
+        Raises `ConfigError` for a model without a head, for a single picture, and as `preprocess`.
         """
         if not self.settings.model.num_classes:
             raise ConfigError("predict: these weights have no head that classifies; use features instead")
-        images = np.stack([self.preprocess(picture) for picture in pictures])
-        logits = self.model(images).astype(np.float64)
+        if isinstance(pictures, str | Path | Image.Image) or getattr(pictures, "ndim", 4) != 4:
+            raise ConfigError("predict: expected several pictures, found one; give a list, such as [picture]")
+        if not isinstance(top, int) or top < 1:
+            raise ConfigError(f"predict: top is {top!r}, expected how many classes are wanted, 1 or more")
+        images = [self.preprocess(picture) for picture in pictures]
+        if not images:
+            return []
+        logits = self.model(np.stack(images)).astype(np.float64)
         if self.settings.loss == "sigmoid":
             chances = 1 / (1 + np.exp(-logits))
         else:
@@ -166,17 +174,26 @@ def _of_run(workdir: Path, mesh: Mapping[str, int] | None, overrides: Overrides)
 
 
 def _mesh(settings: config.Config, sizes: Mapping[str, int] | None) -> jax.sharding.Mesh:
-    full = topology.axis_sizes(config.Mesh(**({"data": 1} | dict(sizes or {}))), jax.device_count())
+    wanted = build(config.Mesh, {"data": 1, **sizes} if isinstance(sizes, Mapping) else sizes or {"data": 1}, "mesh")
+    full = topology.axis_sizes(wanted, jax.device_count())
     check_model(settings.model, full)
     return topology.make_mesh(full, jax.devices())
 
 
 def _pixels(picture: Image.Image | np.ndarray, channels: int) -> np.ndarray:
     """Returns a picture in memory as uint8 [H, W, channels]."""
-    pixels = np.asarray(picture if isinstance(picture, np.ndarray) else picture.convert("RGB"))
-    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-    fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in CHANNELS
-    if not fits or not convertible(pixels.shape[2], channels):
-        found = f"{list(pixels.shape)} of {pixels.dtype}"
-        raise ConfigError(f"picture: expected pixels uint8 [H, W, 1 or 3], found {found}; convert them first")
+    if isinstance(picture, Image.Image):
+        try:
+            return pixels_of(picture, channels)
+        except BadImage as error:
+            raise ConfigError(f"picture: {error}; give an image that can be read") from error
+    if not isinstance(picture, np.ndarray):
+        raise ConfigError(f"picture: expected a path, an image of Pillow or an array, found {type(picture).__name__}")
+    pixels = picture[:, :, None] if picture.ndim == 2 else picture
+    fits = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size and convertible(pixels.shape[2], channels)
+    if not fits:
+        raise ConfigError(
+            f"picture: expected pixels uint8 [H, W, {channels}] or [H, W, 1], found {list(pixels.shape)} of "
+            f"{pixels.dtype}; convert them first"
+        )
     return convert_channels(pixels, channels)

@@ -40,7 +40,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def fitted(weights: Published, **changes: Any) -> Adapted:
-    return adapted(weights, dataclasses.replace(weights.model, **changes))
+    return adapted(weights, dataclasses.replace(weights.model, **changes), "keep")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['fixture']}-{case['arguments']}")
@@ -50,7 +50,7 @@ def test_outputs_at_another_size_are_those_of_timm(case: Mapping[str, Any], publ
     changes = {keys[name]: tuple(v) if isinstance(v, list) else v for name, v in case["arguments"].items()}
     model = dataclasses.replace(weights.model, **changes)
     images, expected = random_weights.images(*case["images"]), np.asarray(case["output"])
-    found = filled(model, adapted(weights, model).parameters)(images)
+    found = filled(model, adapted(weights, model, "keep").parameters)(images)
     difference = np.abs(found - expected).max() / expected.std()
     assert difference <= TOLERANCE, f"{difference:.1e}"
 
@@ -133,7 +133,7 @@ SOME = ("LABEL_7", "LABEL_2", "LABEL_4")
 @pytest.mark.parametrize(
     ("count", "head", "classes", "rows", "note"),
     [
-        (10, "auto", None, ALL, None),
+        (10, "auto", None, None, "head: new, for 10 classes; that of the weights has 10"),
         (10, "keep", None, ALL, None),
         (10, "auto", LABELS, ALL, None),
         (10, "auto", LABELS[::-1], ALL[::-1], "head: 10 of its 10 classes, by name"),
@@ -154,10 +154,11 @@ def test_the_head_is_taken_by_the_names_of_classes(
     assert found == (rows, () if note is None else (note,))
 
 
-def test_without_names_as_many_classes_are_taken_to_be_the_same(published: Any) -> None:
+def test_without_names_a_head_is_kept_on_request_only(published: Any) -> None:
     assert published("timm_vit_cls").description.classes is None
-    assert of_head(published("timm_vit_cls"), 10, "auto", SOME)[0] == ALL
-    assert of_head(published("timm_vit_cls"), 3, "auto", SOME)[0] is None
+    note = "head: new, for 10 classes; that of the weights has 10, without names"
+    assert of_head(published("timm_vit_cls"), 10, "auto", SOME) == (None, (note,))
+    assert of_head(published("timm_vit_cls"), 10, "keep", SOME)[0] == ALL
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_two_classes_of_one_name_are_not_confused(published: Any) -> None:
 def test_parameters_on_a_mesh_are_those_of_one_device(sizes: dict[str, int], scan: bool, published: Any) -> None:
     weights = published("timm_vit_cls")
     model = dataclasses.replace(weights.model, image_size=64, scan=scan)
-    parameters = adapted(weights, model).parameters
+    parameters = adapted(weights, model, "keep").parameters
     mesh = make_mesh(sizes, jax.devices())
     with jax.set_mesh(mesh):
         like = jax.eval_shape(lambda: ModelFunction(model).initialise(0))

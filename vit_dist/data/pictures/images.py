@@ -179,9 +179,21 @@ def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
     if channels == 1:
         image.draft("L", None)  # a JPEG's stored luma, which `jpeg` returns too
     image.load()
+    return _converted(image, channels)
+
+
+def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
+    """Returns the pixels of an image that Pillow has opened, as `decode` returns them. Raises `BadImage`."""
+    try:
+        return _converted(image, channels)
+    except _PILLOW_ERRORS as error:
+        raise BadImage(str(error) or type(error).__name__) from error
+
+
+def _converted(image: Image.Image, channels: int) -> np.ndarray:
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow assumes that all are stored inverted, as Adobe's are
-    ImageOps.exif_transpose(image, in_place=True)
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # convert() would clip at 255
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
