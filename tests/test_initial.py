@@ -100,7 +100,7 @@ def _sizes():
         (("model.pool=mean",), "model.pool: mean, but the weights .* have cls; leave it out"),
         (
             ("init.head=keep", "model.num_classes=12"),
-            "init.head: keep, but the weights' head of 10 classes has not the 12",
+            "init.head: keep, .* it has 10 classes and the model 12; set init.head=new",
         ),
         (("init.step=3",), "init.step: 3, but .* holds no run of ours"),
         (("init.weights=nowhere/at-all.npz",), "init.weights: there is no file or folder nowhere/at-all.npz"),

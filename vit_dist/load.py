@@ -147,9 +147,10 @@ def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Ove
     values = override(config.to_dict(config.typed({"total_steps": 1})), described)
     settings = config.resolve(override(values, overrides))
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=False, remat="none"))
+    wanted, count = settings.model.num_classes, published.model.num_classes
+    if wanted not in (0, count):
+        raise ConfigError(f"model.num_classes: {wanted}, but {name} has {count}; leave it out, or set 0 for features")
     fitted = adapted(published, settings.model, "keep")
-    if (settings.model.num_classes or 0) and "head/kernel" not in fitted.parameters:
-        raise ConfigError(f"model.num_classes: {settings.model.num_classes}, but the weights have no such head")
     devices = _mesh(settings, mesh)
     with jax.set_mesh(devices):
         function = ModelFunction(settings.model)
