@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 from golden_weights import fixture
-from system import saved_state, settings, train_here
+from system import checkpoint_steps, saved_state, settings, train_here
 
 from vit_dist import load
 from vit_dist.config import ConfigError
 from vit_dist.describe import inspect_weights
+from vit_dist.weights.earlier_run import open_run
 
 # The tiny recipe without the sizes that it sets, which then are those of the weights.
 OPEN = (
@@ -111,6 +112,21 @@ def test_what_contradicts_the_weights_is_refused_before_anything_is_written(chan
     with pytest.raises(ConfigError, match=message):
         train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={timm}", *changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_a_variant_tells_its_numbers(tmp_path):
+    changes = ("model.variant=S+/4", *(f"model.{key}=null" for key in ("width", "depth", "mlp", "heads", "patch_size")))
+    earlier = open_run(tmp_path, settings(*changes), (), 1)
+    told = {key: earlier.description.model[key] for key in ("width", "mlp", "activation", "patch_size", "class_token")}
+    assert told == {"width": 384, "mlp": 1536, "activation": "swiglu", "patch_size": (4, 4), "class_token": False}
+
+
+def test_a_run_that_took_its_jitter_from_the_weights_goes_on(tmp_path):
+    weights = golden_weights.write(fixture("hf_dinov3"), tmp_path / "dinov3").parent
+    train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={weights}")
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["rope_rescale"] == 2.0
+    train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={weights}", "total_steps=2")
+    assert checkpoint_steps(tmp_path / "run") == [2]
 
 
 def test_inspect_says_what_becomes_of_each_tensor(timm, run):

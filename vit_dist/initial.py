@@ -74,8 +74,8 @@ def with_traits(settings: Config, published: Published) -> Config:
     for key, theirs in published.description.model.items():
         ours = getattr(model, key)
         if ours == getattr(default, key):
-            taken |= {} if key in ("num_classes", "variant") else {key: theirs}
-        elif key not in (*FREE, "variant") and ours != theirs:
+            taken |= {} if key == "num_classes" else {key: theirs}
+        elif key not in FREE and ours != theirs:
             raise ConfigError(f"model.{key}: {ours}, but the weights {name} have {theirs}; leave it out")
     data, usual = settings.data, config.Data()
     given = [f"data.{f.name}" for f in dataclasses.fields(data) if getattr(data, f.name) != getattr(usual, f.name)]
