@@ -113,7 +113,7 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "labels in the order of the file",
-            "tuple(str(labels[str(number)]) for number in range(len(labels)))",
+            "tuple(str(labels[number]) for number in numbers)",
             "tuple(map(str, labels.values()))",
             "weights/test_broken_configs.py::test_labels_stand_in_the_order_of_their_numbers",
         ),

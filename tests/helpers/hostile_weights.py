@@ -262,7 +262,7 @@ CASES: dict[str, Case] = {
     "config of 100,000 objects": _config(b'{"a":' * 100_000, "cannot be read as JSON .*recursion"),
     "config of 6 MB": _config(FLAT, "is larger than 4 MiB"),
     "config of 4 MB of lists": _config(DEEP, "has more than 200000 lists and objects"),
-    "config of 380,000 keys": _config(KEYS, "the key '0' occurs twice"),
+    "config of 380,000 keys": _config(KEYS, "has more than 100000 keys"),
     "header of 4 MB of lists": _model(b'{"__metadata__":{},"a":' + DEEP + b"}", "recursion limit"),
     "config with a number of 5,000 digits": _config(b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON .*digits"),
     "config that says all twice": _config(b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),

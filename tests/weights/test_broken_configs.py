@@ -156,7 +156,7 @@ def test_wrong_configs_take_little_memory(tmp_path: Path) -> None:
         }.items()
         for value in values
     ]  # fmt: skip
-    cases += [("hf_vit", ("id2label",), {str(i): "x" for i in range(200_000)})]
+    cases += [("hf_vit", ("id2label",), {str(i): "x" for i in range(count)}) for count in (90_000, 200_000, 10**6)]
     for number, (name, path, value) in enumerate(cases):
         file = golden_weights.write(golden_weights.fixture(name), tmp_path / str(number))
         config = json.loads((file.parent / "config.json").read_text())
@@ -178,4 +178,4 @@ for number in range({len(cases)}):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     grown = list(map(int, done.stdout.split()))
-    assert len(grown) == len(cases) and grown[-1] < 100e6, grown
+    assert len(grown) == len(cases) and grown[-1] < 30e6, grown

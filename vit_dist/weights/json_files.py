@@ -13,6 +13,7 @@ from vit_dist.weights.stored_tensor import FETCH_AGAIN, printed, unreadable
 
 LARGEST = 4 << 20  # bytes; both directions of the names of 21,843 classes take 2 MB, a header of 1,000 tensors 0.1
 _MOST_CONTAINERS = 200_000  # lists and objects; three a tensor
+_MOST_KEYS = 100_000  # two for each of 21,843 classes, five a tensor
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -31,10 +32,12 @@ def parse_json(content: bytes, where: object) -> dict[str, Any]:
     """Returns a JSON object.
 
     Raises `ConfigError`, which begins with `where`, for other JSON, for an object with the same key twice, and for more
-    lists and objects than the files that are read here have.
+    lists, objects and keys than the files that are read here have.
     """
     if content.count(b"[") + content.count(b"{") > _MOST_CONTAINERS:
         raise ConfigError(f"{where}: has more than {_MOST_CONTAINERS} lists and objects; {FETCH_AGAIN}")
+    if content.count(b":") > _MOST_KEYS:
+        raise ConfigError(f"{where}: has more than {_MOST_KEYS} keys; {FETCH_AGAIN}")
     try:
         values = json.loads(content, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -267,9 +267,12 @@ def _biases(said: Said, qkv: Entry) -> Entry:
 def _classes(said: Said) -> tuple[str, ...] | None:
     """Returns the names of the classes in `id2label`, in the order of their numbers."""
     labels = said.values.get("id2label")
-    if not labels or not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(len(labels))}:
+    if not labels or not isinstance(labels, Mapping):
         return None
-    return tuple(str(labels[str(number)]) for number in range(len(labels)))
+    numbers = list(map(str, range(len(labels))))
+    if not all(number in labels for number in numbers):
+        return None
+    return tuple(str(labels[number]) for number in numbers)
 
 
 _TABLES = {
