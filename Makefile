@@ -146,6 +146,9 @@ peers: setup
 	@$(PEER) peers.architectures
 	@$(PEER) peers.defaults
 	@$(PEER) peers.golden --all --out=$(PEERS)/files
+	@$(PEER) peers.adapted_fixtures tests/weights/adapted.json
+	@$(PEER) peers.fitting_fixtures tests/weights/fitting.json
+	@$(PEER) peers.preprocessing_fixtures fixtures tests/weights/preprocessing.json
 	@results=benchmarks/results/$$(date +%F)-peers-cpu.md; \
 	$(RUN)/python benchmarks/peers/compare.py $(PEERS)/files > $$results && echo "$$results"
 

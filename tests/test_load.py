@@ -1,6 +1,7 @@
 """`vit_dist.load`: a run of ours, or weights of others, to be used in a few lines."""
 
 import json
+import sys
 from pathlib import Path
 
 import golden_weights
@@ -81,7 +82,7 @@ def test_pictures_are_taken_as_files_images_and_pixels(timm, picture):
 
 def test_transformers_says_classes_and_how_images_are_prepared(tmp_path, picture):
     folder = golden_weights.write(fixture("hf_vit"), tmp_path).parent
-    with pytest.raises(ConfigError, match=r"preprocessor_config.json: does not say .*; set "):
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json .missing.: does not say .*; set "):
         vit_dist.load(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     model = vit_dist.load(folder)
@@ -106,15 +107,42 @@ def test_a_run_is_loaded_with_its_average_and_its_classes(tmp_path):
     Image.fromarray(digit).save(file)
     (expected,) = vit_dist.predict(run, [file])
     (found,) = model.predict([file])
+    larger = vit_dist.load(run, overrides=["model.image_size=16"])
+    assert larger.notes == ("position: resampled from 2x2 to 4x4 patches",)
+    assert larger.model(np.zeros((1, 16, 16, 1), np.float32)).shape == (1, 10)
     assert [name for name, _ in found] == [one["name"] for one in expected["classes"]]
     np.testing.assert_allclose(
         [chance for _, chance in found], [one["probability"] for one in expected["classes"]], rtol=1e-4
     )
 
 
+def test_many_images_are_run_a_batch_at_a_time(timm, monkeypatch):
+    model, images = vit_dist.load(timm, {"data": 2}), np.random.default_rng(0).normal(size=(7, 48, 48, 3))
+    whole = model.model(images.astype(np.float32))
+    monkeypatch.setattr(sys.modules["vit_dist.load"], "BATCH", 2)
+    np.testing.assert_allclose(model.model(images.astype(np.float32)), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_key_that_is_set_takes_the_place_of_what_the_weights_say(tmp_path):
+    golden = fixture("hf_dinov2")
+    golden["config"]["hidden_act"] = "relu"
+    folder = golden_weights.write(golden, tmp_path).parent
+    given = {"model.image_size": 48, "data.mean": 0.5, "data.std": 0.5, "data.interpolation": "bicubic"}
+    given |= {"data.eval_crop": 1.0, "data.eval_crop_mode": "squash"}
+    with pytest.raises(ConfigError, match="hidden_act is 'relu', expected .*; set model.activation"):
+        vit_dist.load(folder, overrides=given)
+    model = vit_dist.load(folder, overrides=given | {"model.activation": "gelu"})
+    expected = golden_weights.outputs(golden)["features"]
+    np.testing.assert_allclose(model.features(golden_weights.images(golden)), expected, atol=1e-4 * expected.std())
+
+
 def test_what_cannot_be_loaded_or_used_is_said(timm, tmp_path, picture):
     with pytest.raises(ConfigError, match="load: there is no file or folder .*nothing-here"):
         vit_dist.load(tmp_path / "nothing-here")
+    with pytest.raises(ConfigError, match="load: is empty"):
+        vit_dist.load("")
+    with pytest.raises(ConfigError, match="load: expected a folder, a file or a name, found int"):
+        vit_dist.load(3)
     with pytest.raises(ConfigError, match="model.num_classes: 7, but .* has 10; leave it out"):
         vit_dist.load(timm, overrides={"model.num_classes": 7})
     model = vit_dist.load(timm, overrides={"model.num_classes": 0})

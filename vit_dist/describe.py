@@ -74,14 +74,14 @@ def inspect_weights(weights: str | Path, config: Recipe | None = None, overrides
       ConfigError: as `train` with these weights.
     """
     settings = load_config(config, overrides) if config is not None else None
-    published = open_weights(dataclasses.replace(settings.init if settings else Init(), weights=str(weights)))
+    init = dataclasses.replace(settings.init if settings else Init(), weights=str(weights))
+    published = open_weights(init, settings.model if settings else None)
     try:
         data = published.description.preprocessing(())
     except ConfigError as error:
         data = {"error": str(error)}
     changes: tuple[str, ...] = ()
     if settings is not None:
-        init = dataclasses.replace(settings.init, weights=str(weights))
         settings = with_traits(dataclasses.replace(settings, init=init), published)
         model = dataclasses.replace(settings.model, num_classes=settings.model.num_classes or CLASSES)
         changes = adapted(published, model, settings.init.head).notes

@@ -21,22 +21,25 @@ from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, placed
 from vit_dist.weights.earlier_run import open_run
-from vit_dist.weights.published import Published, open_published
+from vit_dist.weights.published import FITTED, Published, open_published
 
-FREE = ("image_size", "patch_size", "channels", "num_classes")  # may differ from those of the weights
 _SIZES = ("width", "depth", "mlp", "heads", "activation", "parallel", "qk_norm")  # what a variant says
 
 _log = logging.getLogger(__name__)
 
 
-def open_weights(settings: config.Init) -> Published:
-    """Returns the weights that `init.weights` names; raises `ConfigError` if there are none."""
+def open_weights(settings: config.Init, model: config.Model | None = None) -> Published:
+    """Returns the weights that `init.weights` names; raises `ConfigError` if there are none.
+
+    What `model` sets, wins over what the weights of others say of themselves.
+    """
     assert settings.weights is not None
     path = expanded(settings.weights, "init.weights")
     if not run_files.holds_run(path):
         if settings.step != "newest":
             raise ConfigError(f"init.step: {settings.step}, but {settings.weights} holds no run of ours; leave it out")
-        return open_published(settings.weights)
+        set_keys = {} if model is None else _set_keys(model, config.Model())
+        return open_published(settings.weights, given={f"model.{key}": value for key, value in set_keys.items()})
     steps = run_files.checkpoint_steps(path)
     step = steps[-1] if settings.step == "newest" else _best(path) if settings.step == "best" else settings.step
     if step not in steps:
@@ -75,12 +78,11 @@ def with_traits(settings: Config, published: Published) -> Config:
         ours = getattr(model, key)
         if ours == getattr(default, key):
             taken |= {} if key == "num_classes" else {key: theirs}
-        elif key not in FREE and ours != theirs:
+        elif key not in FITTED and ours != theirs:
             raise ConfigError(f"model.{key}: {ours}, but the weights {name} have {theirs}; leave it out")
-    data, usual = settings.data, config.Data()
-    given = [f"data.{f.name}" for f in dataclasses.fields(data) if getattr(data, f.name) != getattr(usual, f.name)]
+    data = settings.data
     try:
-        prepared = published.description.preprocessing(given)
+        prepared = published.description.preprocessing([f"data.{key}" for key in _set_keys(data, config.Data())])
     except ConfigError as error:
         _log.warning("init.weights: images are prepared as the config says, for %s", error)
         prepared = {}
@@ -88,6 +90,12 @@ def with_traits(settings: Config, published: Published) -> Config:
     values = {key.removeprefix("data."): value for key, value in prepared.items() if key.startswith("data.")}
     data = dataclasses.replace(data, **_for_channels(values, model.channels))
     return config.resolve(config.to_dict(dataclasses.replace(settings, model=model, data=data)))
+
+
+def _set_keys(section: Any, default: Any) -> dict[str, Any]:
+    """Returns the values of a section of the config that are not its defaults."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {key: value for key, value in values.items() if value != getattr(default, key)}
 
 
 def _for_channels(values: dict[str, Any], channels: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ images = np.stack([model.preprocess(path) for path in paths])
 model.model(images)          # logits
 """
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from vit_dist.paths import expanded
 from vit_dist.program import check_model
 from vit_dist.recipes import Overrides, override
 from vit_dist.run import workdir as run_files
-from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
 from vit_dist.weights.adapted import adapted, placed
+from vit_dist.weights.earlier_run import open_run
 from vit_dist.weights.published import open_published
 
+BATCH = 64  # images at a time on a device
 Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels uint8 [H, W], [H, W, C]
 
 
@@ -116,14 +119,19 @@ class Loaded:
         return self.classes[index] if index < len(self.classes) else f"class {index}"
 
     def _run(self, function: Any, images: Any) -> np.ndarray:
-        """Runs a function on images, padded to a number that divides over the mesh."""
+        """Runs a function on images, in batches padded to a number that divides over the mesh."""
+        if not len(images):
+            raise ConfigError("images: there are none; give [B, H, W, C] with at least one")
         images = np.asarray(images)
         with jax.set_mesh(self._mesh):
-            rows = len(images)
-            padding = -rows % layout.shard_count("batch")
+            shards = layout.shard_count("batch")
+            size = min(math.ceil(len(images) / shards), BATCH) * shards  # so that many images compile one program
+            padding = -len(images) % size
             padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
-            result = function(self._parameters, jax.device_put(padded, batch_sharding(self._mesh)))
-            return np.asarray(jax.device_get(result))[:rows]
+            batches = [padded[start : start + size] for start in range(0, len(padded), size)]
+            sharding = batch_sharding(self._mesh)
+            results = [jax.device_get(function(self._parameters, jax.device_put(one, sharding))) for one in batches]
+            return np.concatenate(results)[: len(images)]
 
 
 def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Overrides = ()) -> Loaded:
@@ -137,15 +145,20 @@ def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Ove
     Raises:
       ConfigError: there is no such model, or nothing says how its images are prepared; the error names the key to set.
     """
+    if not isinstance(name, str | Path):
+        raise ConfigError(f"load: expected a folder, a file or a name, found {type(name).__name__}")
     path = expanded(name, "load")
-    if run_files.holds_run(path):
-        return _of_run(path, mesh, overrides)
-    published = open_published(name, "load")
-    given = flatten(overrides) if isinstance(overrides, Mapping) else [each.partition("=")[0] for each in overrides]
+    values = config.to_dict(config.typed({"total_steps": 1}))
+    given = _given(values, overrides)
+    if str(name) and run_files.holds_run(path):
+        saved = run_files.read_config(path)
+        published = open_run(path, saved, run_files.class_names(path), run_files.checkpoint_steps(path)[-1])
+        values = config.to_dict(saved)
+    else:
+        published = open_published(name, "load", given)
     described = {f"model.{key}": value for key, value in published.description.model.items()}
     described |= published.description.preprocessing(given)
-    values = override(config.to_dict(config.typed({"total_steps": 1})), described)
-    settings = config.resolve(override(values, overrides))
+    settings = config.resolve(override(override(values, described), overrides))
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=False, remat="none"))
     wanted, count = settings.model.num_classes, published.model.num_classes
     if wanted not in (0, count):
@@ -155,23 +168,15 @@ def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Ove
     with jax.set_mesh(devices):
         function = ModelFunction(settings.model)
         parameters = placed(fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), devices)
-    return Loaded(settings, function, parameters, devices, published.description.classes or (), fitted.notes)
+    classes = distinct_names(published.description.classes or ())
+    return Loaded(settings, function, parameters, devices, classes, fitted.notes)
 
 
-def _of_run(workdir: Path, mesh: Mapping[str, int] | None, overrides: Overrides) -> Loaded:
-    settings = run_files.read_config(workdir, overrides)
-    devices = _mesh(settings, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
-    try:
-        with jax.set_mesh(devices):
-            function = ModelFunction(settings.model)
-            like = jax.eval_shape(lambda: function.initialise(settings.seed))
-            name = "ema" if settings.ema_decay else "parameters"
-            _, trees = checkpoints.restore({name: like}, None)
-    finally:
-        checkpoints.close()
-    classes = distinct_names(run_files.class_names(workdir))
-    return Loaded(settings, function, trees[name], devices, classes)
+def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Returns the values of the keys that overrides set, by key; `values` are those of a config."""
+    changed = flatten(override(copy.deepcopy(values), overrides))
+    keys = flatten(overrides) if isinstance(overrides, Mapping) else [each.partition("=")[0] for each in overrides]
+    return {key: changed[key] for key in keys}
 
 
 def _mesh(settings: config.Config, sizes: Mapping[str, int] | None) -> jax.sharding.Mesh:

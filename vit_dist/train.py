@@ -94,7 +94,7 @@ def train(
     if saved_settings is not None:
         settings = run_files.with_scan_of(saved_settings, run_files.with_weights_of(saved_settings, settings))
     elif settings.init.weights is not None:
-        weights = open_weights(settings.init)
+        weights = open_weights(settings.init, settings.model)
         settings = with_traits(settings, weights)
     source = open_split(settings, "train")
     settings = in_steps(settings, len(source))

@@ -55,11 +55,13 @@ class Origin:
       tensors: every tensor, by its name in the file.
       configs: the JSON objects beside the weights, by the name of their file; the values are not checked.
       files: the files that tensors and configs come from.
+      given: keys of ours that the user has set, such as `model.activation`; what the configs say of them is not read.
     """
 
     tensors: Mapping[str, StoredTensor]
     configs: Mapping[str, dict[str, Any]]
     files: tuple[Path, ...]
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -94,6 +96,8 @@ def open_origin(name: str | Path, key: str = "init.weights") -> Origin:
     Raises:
       ConfigError: there are no such weights, or they cannot be read.
     """
+    if not str(name):
+        raise ConfigError(f"{key}: is empty; name a folder, a file or weights on the Hugging Face hub ({_HUB_EXAMPLE})")
     path = expanded(name, key)
     try:
         if not path.exists():

@@ -21,6 +21,10 @@ from vit_dist.weights.naming import Tensors
 from vit_dist.weights.origin import Origin, open_origin
 from vit_dist.weights.stored_tensor import printed
 
+# Keys of `model` in which ours may differ from the weights: their tensors are fitted.
+FITTED = ("image_size", "patch_size", "channels", "num_classes")
+# What no tensor shows, and a user may therefore have to say.
+UNSEEN = ("model.heads", "model.activation", "model.norm_epsilon", "model.rope_base")
 _MOST_BLOCKS = 1000
 FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, dinov3, flax_npz)
 
@@ -46,14 +50,20 @@ class Published:
     left_out: tuple[str, ...]
 
 
-def open_published(name: str | Path, key: str = "init.weights") -> Published:
-    """Returns the weights that `name` names (see `open_origin`).
+def open_published(name: str | Path, key: str = "init.weights", given: Mapping[str, Any] | None = None) -> Published:
+    """Returns the weights that `name` names.
+
+    Args:
+      name: as for `open_origin`.
+      key: what the user set to it, for errors.
+      given: keys that the user has set; those of `UNSEEN` win over what the weights say.
 
     Raises:
       ConfigError: there are none, their family is not known, our model cannot be theirs, or a tensor is missing,
         unexpected or of another shape.
     """
-    return understood(open_origin(name, key))
+    own = {key: value for key, value in (given or {}).items() if key in UNSEEN}
+    return understood(dataclasses.replace(open_origin(name, key), given=own))
 
 
 def understood(origin: Origin) -> Published:

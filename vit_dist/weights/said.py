@@ -12,10 +12,17 @@ from vit_dist.schema import ConfigError, build
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """The values of a file; errors name the file, the value and the key to set instead."""
+    """The values of a file; errors name the file, the value and the key to set instead.
+
+    Attributes:
+      values: by the file's names.
+      source: the file, for errors.
+      given: the keys that the user has set, such as `model.activation`; what the file says of them is not read.
+    """
 
     values: Mapping[str, Any]
     source: str
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.values, Mapping):
@@ -29,6 +36,8 @@ class Said:
 
     def read(self, name: str, hint: Any, key: str) -> Any:
         """Returns a value as the type `hint`."""
+        if key in self.given:
+            return self.given[key]
         value = self.stated(name, key)
         try:
             return build(hint, value, name)
@@ -39,6 +48,8 @@ class Said:
 
     def choice(self, name: str, options: Mapping[Any, str], key: str) -> str:
         """Returns the option that a value stands for."""
+        if key in self.given:
+            return self.given[key]
         value = self.read(name, type(next(iter(options))), key)
         if value not in options:
             raise self.refusal(name, "one of " + ", ".join(map(str, options)), key)
@@ -46,7 +57,9 @@ class Said:
 
     def flag(self, name: str, unless_said: bool, key: str) -> bool:
         """Returns a value that is true or false."""
-        return unless_said if self.values.get(name) is None else self.read(name, bool, key)
+        if self.values.get(name) is None and key not in self.given:
+            return unless_said
+        return self.read(name, bool, key)
 
     def refusal(self, name: str, expected: str, key: str) -> ConfigError:
         """Returns the error for a value that cannot be done."""

@@ -51,11 +51,11 @@ def describe(origin: Origin) -> Description:
     source = str(origin.folder / FILE)
     if FILE not in origin.configs:
         raise ConfigError(f"{source}: is not there, which says what OpenCLIP's weights are; fetch it too")
-    whole = Said(origin.configs[FILE], source)
-    cfg = Said(whole.stated("model_cfg", "init.weights"), f"{source}: model_cfg")
+    whole = Said(origin.configs[FILE], source, origin.given)
+    cfg = Said(whole.stated("model_cfg", "init.weights"), f"{source}: model_cfg", origin.given)
     defaults = config_defaults("open_clip")
     values = Said(cfg.stated("vision_cfg", "init.weights"), f"{source}: vision_cfg").values
-    said = Said({**defaults, **values}, f"{source}: vision_cfg")
+    said = Said({**defaults, **values}, f"{source}: vision_cfg", origin.given)
     for name in _FIXED:
         if said.values[name] != defaults[name]:
             raise said.refusal(name, f"{defaults[name]!r}, as our model is", "init.weights")
@@ -69,7 +69,7 @@ def describe(origin: Origin) -> Description:
         "image_size": image_size,
         "patch_size": said.read("patch_size", Size, "model.patch_size"),
         "norm_epsilon": defaults["norm_epsilon"],
-        "activation": "quick_gelu" if cfg.flag("quick_gelu", False, "model.activation") else defaults["activation"],
+        "activation": "quick_gelu" if cfg.flag("quick_gelu", False, "init.weights") else defaults["activation"],
         "embedding_norm": "tokens",
         "output_projection": cfg.read("embed_dim", PositiveInt, "model.output_projection"),
         "num_classes": 0,

@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
+PREPROCESSOR = "preprocessor_config.json"
 # By `model_type`; of clip and siglip the config of images is a part.
 _VIT, _DINO, _TOWERS = ("vit", "deit"), ("dinov2", "dinov2_with_registers"), ("clip", "siglip")
 TYPES = (*_VIT, *_DINO, "dinov3_vit", *_TOWERS, *(f"{tower}_vision_model" for tower in _TOWERS))
@@ -45,14 +46,16 @@ def describe(origin: Origin) -> Description:
     """Returns the model of transformers' config.json; raises `ConfigError` for one that ours cannot be."""
     assert origin.config is not None
     source = str(origin.folder / "config.json")
-    said = Said(origin.config, source)
+    said = Said(origin.config, source, origin.given)
     kind = said.read("model_type", str, "init.weights")
     if kind not in TYPES:
         raise ConfigError(f"{source}: model_type: {kind!r:.60} is none of {', '.join(TYPES)}, which are read")
     own = Said(said.stated("vision_config", "init.weights"), f"{source}: vision_config") if kind in _TOWERS else said
     kind = kind.removesuffix("_vision_model")
     defaults = config_defaults("transformers")[f"{kind}_vision_model" if kind in _TOWERS else kind]
-    own = Said({**defaults, **own.values}, own.source)  # where a config says nothing, the class's own value holds
+    own = Said(
+        {**defaults, **own.values}, own.source, origin.given
+    )  # where a config says nothing, the class's own value holds
     names = set(origin.tensors)
     head = bool({"classifier.weight", "classifier.bias"} & names)
     model, table = _model(kind, own, names), _TABLES[kind](names)
@@ -72,7 +75,7 @@ def describe(origin: Origin) -> Description:
     entries |= {"head": "classifier.{}", "output_projection": "visual_projection.{}"}
     if model["position"] == "rope2d":
         entries["attention/qkv/bias"] = _biases(own, entries["attention/qkv"])
-    preprocessor = origin.configs.get("preprocessor_config.json", {})
+    preprocessor, missing = origin.configs.get(PREPROCESSOR, {}), "" if PREPROCESSOR in origin.configs else " (missing)"
     tokens = _TOKENS[kind]
     return Description(
         f"transformers, {kind}",
@@ -83,7 +86,7 @@ def describe(origin: Origin) -> Description:
             batched_tokens=kind not in _TOWERS,
             sizes_from=("classifier.weight",) if head and not classes else (),
         ),
-        functools.partial(from_transformers, preprocessor, str(origin.folder / "preprocessor_config.json")),
+        functools.partial(from_transformers, preprocessor, f"{origin.folder / PREPROCESSOR}{missing}"),
         position=f"{prefix}{tokens[0]}" if model["position"] == "learned" else None,
         cls=f"{prefix}{tokens[1]}" if model["class_token"] else None,
         registers=tuple(f"{prefix}{name}" for name in tokens[2:]),
@@ -97,8 +100,8 @@ def _model(kind: str, said: Said, names: set[str]) -> dict[str, Any]:
     def key(name: str, hint: Any, ours: str) -> Any:
         return said.read(name, hint, f"model.{ours}")
 
-    gated = key("use_swiglu_ffn", bool, "activation") if kind in _DINO else False
-    gated = key("use_gated_mlp", bool, "activation") if kind == "dinov3_vit" else gated
+    flag = "use_swiglu_ffn" if kind in _DINO else "use_gated_mlp"
+    gated = said.flag(flag, False, "init.weights")
     width = key("hidden_size", PositiveInt, "width")
     model = {
         "width": width,
@@ -129,7 +132,7 @@ def _model(kind: str, said: Said, names: set[str]) -> dict[str, Any]:
         model["layer_scale"] = 1.0
     if kind == "dinov3_vit":
         flags = ("query_bias", "key_bias", "value_bias")
-        model["qkv_bias"] = any(key(name, bool, "qkv_bias") for name in flags)
+        model["qkv_bias"] = any(said.read(name, bool, "init.weights") for name in flags)
         model["projection_bias"] = key("proj_bias", bool, "projection_bias")
         if not said.flag("mlp_bias", True, "init.weights"):
             raise said.refusal("mlp_bias", "true", "init.weights")
@@ -137,7 +140,7 @@ def _model(kind: str, said: Said, names: set[str]) -> dict[str, Any]:
         rescale, jitter = (said.values.get(f"pos_embed_{name}") for name in ("rescale", "jitter"))
         model |= {"rope_rescale": rescale or 1.0, "rope_jitter": jitter or 1.0}
     if kind == "siglip":
-        model["pool"] = "map" if said.flag("vision_use_head", True, "model.pool") else "mean"
+        model["pool"] = "map" if said.flag("vision_use_head", True, "init.weights") else "mean"
     if kind == "clip":
         model |= {"embedding_norm": "tokens"}
     return model
@@ -146,7 +149,7 @@ def _model(kind: str, said: Said, names: set[str]) -> dict[str, Any]:
 def _gated_units(said: Said, width: int) -> int:
     """Returns the hidden units of Dinov2's MLP; a gated one has two thirds of them, rounded up to a multiple of 8."""
     hidden = int(width * said.read("mlp_ratio", PositiveFloat, "model.mlp"))
-    gated = said.flag("use_swiglu_ffn", False, "model.activation")
+    gated = said.flag("use_swiglu_ffn", False, "init.weights")
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden
 
 
@@ -260,7 +263,7 @@ def _biases(said: Said, qkv: Entry) -> Entry:
     """Returns the entries of the biases of queries, keys and values, of which the config may leave some out."""
     assert isinstance(qkv, tuple)
     flags = ("query_bias", "key_bias", "value_bias")
-    present = (said.read(flag, bool, "model.qkv_bias") for flag in flags)
+    present = (said.read(flag, bool, "init.weights") for flag in flags)
     return tuple(entry if has else None for has, entry in zip(present, qkv, strict=True))
 
 
