@@ -20,7 +20,8 @@ from vit_dist.weights.config_defaults import config_defaults
 from vit_dist.weights.origin import Origin, open_origin
 from vit_dist.weights.published import understood
 
-NAMES = ["timm_vit_cls", "timm_dinov3", "hf_vit", "hf_dinov2_giant", "hf_dinov3", "hf_clip_full", "open_clip_gelu"]
+SLOW = ["timm_dinov3", "hf_dinov2_giant", "hf_dinov3", "hf_clip_full", "open_clip_gelu"]
+NAMES = ["timm_vit_cls", "hf_vit", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 REMOVED = object()
 VALUES = [
     REMOVED, None, True, 0, -1, 7, 10**9, 10**30, 0.5, 1e300, math.nan, "", "gelu", "\x1b[31m\nx" * 300, [], [64], [[]],

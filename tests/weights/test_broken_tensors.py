@@ -26,6 +26,9 @@ ALSO_SOUND = {
         ("npz_augreg", ""), ("npz_big_vision_map", "params/"), ("npz_big_vision_tok_stacked", "params/"),
     ) for change in ("axis 0 + 1", "axis 1 + 1", "axis 2 + 1")),
     ("npz_big_vision_tok_stacked", "removed", "params/cls"),
+    # big_vision computes positions that are not there; its older code had one for the class token.
+    *((name, "removed", "params/pos_embedding") for name in ("npz_big_vision_map", "npz_big_vision_tok_stacked")),
+    ("npz_big_vision_tok_stacked", "axis 1 + 1", "params/pos_embedding"),
     ("timm_parallel", "axis 1 + 1", "pos_embed"),  # its register may have a position too
 }  # fmt: skip
 

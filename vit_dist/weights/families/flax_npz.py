@@ -50,7 +50,8 @@ def describe(origin: Origin) -> Description:
     pool = f"{prefix}MAPHead_0"
     position = next((f"{prefix}{name}" for name in _POSITIONS if f"{prefix}{name}" in tensors), None)
     if position is None and old:
-        raise ConfigError(f"{origin.files[0]}: tensor {prefix}{_POSITIONS[-1]} is missing; fetch the file again")
+        name = f"{prefix}{_POSITIONS[-1]}"
+        raise ConfigError(f"{origin.files[0]}: tensor {name} is missing, of which position is made; fetch it again")
     table: dict[str, Entry] = {
         "patch": f"{prefix}embedding/{{}}",
         "norm": f"{prefix}Transformer/encoder_norm/{{}}",
