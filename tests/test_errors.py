@@ -85,7 +85,7 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
     ("overrides", "message"),
     [
         ("model.dept=3", r"unknown key model.dept \(did you mean model.depth\?\)"),
-        ("model.variant=Q/16", "model.variant: 'Q' is none of mu, Ti, S, S+, M, B, "),
+        ("model.variant=Q/16", r"model.variant: 'Q' is none of mu, Ti, S, S\+, M, B, "),
         ("model.variant=B-16", "model.variant: 'B-16' is none of mu, .*; write size and patch like B/16"),
         ("model.variant=B model.patch_size=null", "model.variant: 'B' names no patch size; write it like B/16"),
         ("model.image_size=9", "model.image_size: height 9 is not a multiple of the patch's 4; take 8 or 12"),
