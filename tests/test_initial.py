@@ -115,6 +115,14 @@ def test_what_contradicts_the_weights_is_refused_before_anything_is_written(chan
     assert not (tmp_path / "run").exists()
 
 
+def test_the_best_checkpoint_of_an_earlier_run_is_one_that_was_evaluated(run, tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint has been evaluated, so none is the best"):
+        train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={run}", "init.step=best")
+    with pytest.raises(ConfigError, match="init.step: 7, but .* has saved 1; take one, newest or best"):
+        train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={run}", "init.step=7")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_a_variant_tells_its_numbers(tmp_path):
     changes = ("model.variant=S+/4", *(f"model.{key}=null" for key in ("width", "depth", "mlp", "heads", "patch_size")))
     earlier = open_run(tmp_path, settings(*changes), (), 1)

@@ -40,11 +40,17 @@ def open_weights(settings: config.Init, model: config.Model | None = None) -> Pu
             raise ConfigError(f"init.step: {settings.step}, but {settings.weights} holds no run of ours; leave it out")
         set_keys = {} if model is None else _set_keys(model, config.Model())
         return open_published(settings.weights, given={f"model.{key}": value for key, value in set_keys.items()})
-    steps = run_files.checkpoint_steps(path)
-    step = steps[-1] if settings.step == "newest" else _best(path) if settings.step == "best" else settings.step
-    if step not in steps:
-        raise ConfigError(f"init.step: {step}, but {path} has saved {', '.join(map(str, steps))}; take one of these")
-    return open_run(path, run_files.read_config(path), run_files.class_names(path), int(step))
+    return open_earlier(path, settings.step, "init.step")
+
+
+def open_earlier(workdir: Path, step: int | str, key: str) -> Published:
+    """Returns a checkpoint of an earlier run as weights: of a step, the "newest" or the "best"; `key` is for errors."""
+    steps = run_files.checkpoint_steps(workdir)
+    chosen = steps[-1] if step == "newest" else _best(workdir) if step == "best" else step
+    if chosen not in steps:
+        saved = ", ".join(map(str, steps))
+        raise ConfigError(f"{key}: {chosen}, but {workdir} has saved {saved}; take one, newest or best")
+    return open_run(workdir, run_files.read_config(workdir), run_files.class_names(workdir), int(chosen))
 
 
 def _best(workdir: Path) -> int:
@@ -54,7 +60,7 @@ def _best(workdir: Path) -> int:
     finally:
         checkpoints.close()
     if best is None:
-        raise ConfigError(f"init.step: best, but no checkpoint of {workdir} has been evaluated; leave it out")
+        raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best; take the newest")
     return best
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from vit_dist.config import ConfigError, pair
 from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, convertible, pixels_of
 from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image, evaluation_pixels
+from vit_dist.initial import open_earlier
 from vit_dist.mesh import layout, topology
 from vit_dist.mesh.feed import batch_sharding
 from vit_dist.paths import expanded
@@ -30,7 +31,6 @@ from vit_dist.run import workdir as run_files
 from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
 from vit_dist.weights.adapted import adapted, placed
-from vit_dist.weights.earlier_run import open_run
 from vit_dist.weights.published import open_published
 
 BATCH = 64  # images at a time on a device
@@ -134,13 +134,19 @@ class Loaded:
             return np.concatenate(results)[: len(images)]
 
 
-def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Overrides = ()) -> Loaded:
-    """Opens a run of ours (its newest checkpoint, the moving average where there is one), or weights of others.
+def load(
+    name: str | Path,
+    mesh: Mapping[str, int] | None = None,
+    overrides: Overrides = (),
+    step: int | Literal["newest", "best"] = "newest",
+) -> Loaded:
+    """Opens a run of ours (the moving average of its parameters where there is one), or weights of others.
 
     Args:
       name: the workdir of a run; or a folder, a file, or a name on the Hugging Face hub, as for `init.weights`.
       mesh: the sizes of the mesh's axes, such as {"fsdp": 8}; None: one device.
       overrides: changes of `data` and `model`, such as {"model.image_size": 384}.
+      step: which checkpoint of a run.
 
     Raises:
       ConfigError: there is no such model, or nothing says how its images are prepared; the error names the key to set.
@@ -151,9 +157,8 @@ def load(name: str | Path, mesh: Mapping[str, int] | None = None, overrides: Ove
     values = config.to_dict(config.typed({"total_steps": 1}))
     given = _given(values, overrides)
     if str(name) and run_files.holds_run(path):
-        saved = run_files.read_config(path)
-        published = open_run(path, saved, run_files.class_names(path), run_files.checkpoint_steps(path)[-1])
-        values = config.to_dict(saved)
+        published = open_earlier(path, step, "load: step")
+        values = config.to_dict(run_files.read_config(path))
     else:
         published = open_published(name, "load", given)
     described = {f"model.{key}": value for key, value in published.description.model.items()}
