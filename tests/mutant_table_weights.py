@@ -65,6 +65,12 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
     ],
     "weights/adapted.py": [
         (
+            "parameters without a place are dropped",
+            "    if rest:\n",
+            "    if False:\n",
+            "test_initial.py::test_a_tensor_for_which_the_model_has_no_place_is_named",
+        ),
+        (
             "rows and columns of the new grid exchanged",
             "old.grid, new.grid, before",
             "old.grid, new.grid[::-1], before",

@@ -94,12 +94,35 @@ def _sizes():
     return ("model.width=64", "model.depth=3", "model.mlp=256", "model.heads=4", "model.patch_size=16")
 
 
+def test_a_tensor_for_which_the_model_has_no_place_is_named(timm, tmp_path):
+    """Keys that the family does not state: nothing of the weights is dropped without a word."""
+    with pytest.raises(ConfigError, match="no place for blocks/0/norm1/bias, blocks/0/norm2/bias"):
+        train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={_hf_vit(tmp_path)}", "model.norm=rmsnorm")
+    with pytest.raises(ConfigError, match="no place for norm/bias, norm/scale"):
+        load(timm, overrides={"model.pool_norm": "none"})
+
+
+def _hf_vit(folder):
+    return golden_weights.write(fixture("hf_vit"), folder / "hf_vit").parent
+
+
+def test_images_are_prepared_as_the_config_says_where_the_weights_say_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={_hf_vit(tmp_path)}", "data.mean=0.25")
+    assert "data.std=0.5, the config's: " in caplog.text and "preprocessor_config.json is missing" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("model.width=32",), "model.width: 32, but the weights .* have 64; leave it out"),
-        (("model.variant=S/16",), "model.variant: S/16 has width 384, but the weights .* have 64"),
-        (("model.pool=mean",), "model.pool: mean, but the weights .* have cls; leave it out"),
+        (
+            ("model.width=32",),
+            "model.width=32: the weights .* another model; leave it out, or write --config.model.width=64",
+        ),
+        (
+            ("model.variant=S/16", "model.pool=mean"),
+            "model.variant=S/16, model.pool=mean: .* write --config.model.variant=null --config.model.pool=cls",
+        ),
         (
             ("init.head=keep", "model.num_classes=12"),
             "init.head: keep, .* it has 10 classes and the model 12; set init.head=new",
@@ -142,7 +165,7 @@ def test_inspect_says_what_becomes_of_each_tensor(timm, run):
     found = inspect_weights(timm, settings(*OPEN))
     assert found["family"] == "timm" and found["parameters"] == 200_650 and found["classes"] is None
     becomes = {tensor["name"]: tensor["becomes"] for tensor in found["tensors"]}
-    assert becomes["blocks.0.attn.qkv.weight"] == ["blocks/0/attention/qkv/kernel"] * 3
+    assert becomes["blocks.0.attn.qkv.weight"] == ["blocks/0/attention/qkv/kernel"]
     assert found["model"]["norm_epsilon"] == 1e-6 and found["data"]["eval_crop_mode"] == "center"
     assert found["changes"] == [
         "patch/kernel: fitted from 16x16 pixels of 3 channels to 16x16 of 1",

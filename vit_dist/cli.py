@@ -208,7 +208,7 @@ def _inspect_weights(options: argparse.Namespace) -> None:
     for section in ("model", "data"):
         values |= {f"{section}.{key}": str(value) for key, value in described[section].items()}
     classes = described["classes"]
-    values["classes"] = "no names" if classes is None else f"{len(classes):,}, from {classes[0]} to {classes[-1]}"
+    values["classes"] = "no names" if not classes else f"{len(classes):,}, from {classes[0]} to {classes[-1]}"
     _print_table(("", ""), list(values.items()))
     for change in described["changes"]:
         print(change)

@@ -58,7 +58,7 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
 
 
 def inspect_weights(weights: str | Path, config: Recipe | None = None, overrides: Overrides = ()) -> dict[str, Any]:
-    """Describes weights, and what a run that starts from them would do with each tensor; reads no tensor.
+    """Describes weights, and what a run that starts from them would do with each tensor.
 
     Args:
       weights: as for `init.weights`.

@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 
 from vit_dist import config
 from vit_dist.config import Config, ConfigError
+from vit_dist.job import processes
 from vit_dist.model.shape import shape_of
 from vit_dist.paths import expanded
+from vit_dist.recipes import assignment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, placed
-from vit_dist.weights.earlier_run import open_run
+from vit_dist.weights.earlier_run import PREPARED, open_run
 from vit_dist.weights.published import FITTED, Published, open_published
 
 _SIZES = ("width", "depth", "mlp", "heads", "activation", "parallel", "qk_norm")  # what a variant says
@@ -35,7 +37,8 @@ def open_weights(settings: config.Init, model: config.Model | None = None) -> Pu
     """
     assert settings.weights is not None
     path = expanded(settings.weights, "init.weights")
-    if not run_files.holds_run(path):
+    # Process 0 looks for all: a network file system may show the others an older state.
+    if not processes.gather(run_files.holds_run(path))[0]:
         if settings.step != "newest":
             raise ConfigError(f"init.step: {settings.step}, but {settings.weights} holds no run of ours; leave it out")
         set_keys = {} if model is None else _set_keys(model, config.Model())
@@ -45,7 +48,7 @@ def open_weights(settings: config.Init, model: config.Model | None = None) -> Pu
 
 def open_earlier(workdir: Path, step: int | str, key: str) -> Published:
     """Returns a checkpoint of an earlier run as weights: of a step, the "newest" or the "best"; `key` is for errors."""
-    steps = run_files.checkpoint_steps(workdir)
+    steps = processes.gather(run_files.checkpoint_steps(workdir))[0]
     chosen = steps[-1] if step == "newest" else _best(workdir) if step == "best" else step
     if chosen not in steps:
         saved = ", ".join(map(str, steps))
@@ -70,31 +73,29 @@ def with_traits(settings: Config, published: Published) -> Config:
     The number of classes stays the data's. Raises `ConfigError` for a key that contradicts the weights.
     """
     model, default = settings.model, config.Model()
-    name = settings.init.weights
+    conflicts: dict[str, Any] = {}
     if model.variant is not None:
         own, theirs = shape_of(dataclasses.replace(model, num_classes=1)), shape_of(published.model)
-        for key in _SIZES:
-            if getattr(own, key) != getattr(theirs, key):
-                raise ConfigError(
-                    f"model.variant: {model.variant} has {key} {getattr(own, key)}, but the weights {name} have "
-                    f"{getattr(theirs, key)}; leave model.variant out"
-                )
+        if any(getattr(own, key) != getattr(theirs, key) for key in _SIZES):
+            conflicts["model.variant"] = None
     taken: dict[str, Any] = {}
-    for key, theirs in published.description.model.items():
+    for key, value in published.description.model.items():
         ours = getattr(model, key)
         if ours == getattr(default, key):
-            taken |= {} if key == "num_classes" else {key: theirs}
-        elif key not in FITTED and ours != theirs:
-            raise ConfigError(f"model.{key}: {ours}, but the weights {name} have {theirs}; leave it out")
-    data = settings.data
-    try:
-        prepared = published.description.preprocessing([f"data.{key}" for key in _set_keys(data, config.Data())])
-    except ConfigError as error:
-        _log.warning("init.weights: images are prepared as the config says, for %s", error)
-        prepared = {}
-    model = dataclasses.replace(model, **taken)
-    values = {key.removeprefix("data."): value for key, value in prepared.items() if key.startswith("data.")}
-    data = dataclasses.replace(data, **_for_channels(values, model.channels))
+            taken |= {} if key == "num_classes" else {key: value}
+        elif key not in FITTED and ours != value:
+            conflicts[f"model.{key}"] = value
+    if conflicts:
+        found = ", ".join(f"{key}={getattr(model, key.removeprefix('model.'))}" for key in conflicts)
+        remedy = " ".join(f"--config.{assignment(key, value)}" for key, value in conflicts.items())
+        raise ConfigError(
+            f"{found}: the weights {settings.init.weights} are of another model; leave it out, or write {remedy}"
+        )
+    prepared = _prepared(settings.data, published, taken.get("channels", model.channels))
+    changed = {f"model.{key}": value for key, value in taken.items() if value != getattr(default, key)}
+    changed |= {f"data.{key}": value for key, value in prepared.items()}
+    _log.info("init.weights: %s", ", ".join(f"{key}={value}" for key, value in changed.items()))
+    model, data = dataclasses.replace(model, **taken), dataclasses.replace(settings.data, **prepared)
     return config.resolve(config.to_dict(dataclasses.replace(settings, model=model, data=data)))
 
 
@@ -104,19 +105,37 @@ def _set_keys(section: Any, default: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != getattr(default, key)}
 
 
-def _for_channels(values: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Returns values of `data`, without those for another number of channels, unless they are all equal."""
-    fitting = {}
-    for key, value in values.items():
-        if not isinstance(value, tuple) or len(value) == channels:
-            fitting[key] = value
-        elif len(set(value)) == 1:
-            fitting[key] = value[0]
-        else:
-            _log.warning(
-                "init.weights: data.%s is the config's, as that of the weights is for %d channels", key, len(value)
-            )
-    return fitting
+def _prepared(data: config.Data, published: Published, channels: int) -> dict[str, Any]:
+    """Returns how the weights' images were prepared, in the keys of `data` that have their defaults.
+
+    What the weights do not say, or say for another number of channels, stays as the config has it, and is logged.
+    """
+    own, prepared = _set_keys(data, config.Data()), dict[str, Any]()
+    everything = {"model.image_size", "model.channels", *(f"data.{key}" for key in PREPARED)}
+    for key in PREPARED:
+        try:
+            value = published.description.preprocessing(everything - {f"data.{key}"}).get(f"data.{key}")
+        except ConfigError as error:
+            _log.warning("init.weights: data.%s=%s, the config's: %s", key, getattr(data, key), error)
+            continue
+        if isinstance(value, tuple) and len(value) != channels:
+            if len(set(value)) > 1:
+                _log.warning(
+                    "init.weights: data.%s=%s, the config's: the weights have %s", key, getattr(data, key), value
+                )
+                continue
+            value = value[0]
+        if key not in own:
+            prepared |= {} if value is None else {key: value}
+        elif value != own[key]:
+            _log.warning("init.weights: data.%s=%s, the config's: the weights have %s", key, own[key], value)
+    return prepared
+
+
+def weights_fingerprint(published: Published | None) -> str:
+    """Returns what processes compare, so that all start from the same files: their names and sizes."""
+    files = published.origin.files if published else ()
+    return repr([(file.name, file.stat().st_size) for file in files])
 
 
 def record(settings: config.Init, published: Published) -> dict[str, Any]:

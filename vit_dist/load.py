@@ -159,6 +159,8 @@ def load(
     if str(name) and run_files.holds_run(path):
         published = open_earlier(path, step, "load: step")
         values = config.to_dict(run_files.read_config(path))
+    elif step != "newest":
+        raise ConfigError(f"load: step: {step}, but {name} holds no run of ours; leave it out")
     else:
         published = open_published(name, "load", given)
     described = {f"model.{key}": value for key, value in published.description.model.items()}

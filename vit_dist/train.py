@@ -23,7 +23,7 @@ from vit_dist.data.stream.loader import Batches
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.describe import parameter_table
 from vit_dist.evaluate import evaluate_source, open_split
-from vit_dist.initial import open_weights, record, started, with_traits
+from vit_dist.initial import open_weights, record, started, weights_fingerprint, with_traits
 from vit_dist.job import processes
 from vit_dist.job.preemption import StopRequest
 from vit_dist.mesh.feed import Prefetch
@@ -112,6 +112,7 @@ def train(
     program.check_training_batch()
     fingerprints = {name: fingerprint(each) for name, each in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, fingerprints)))
+    processes.check_same("init.weights", weights_fingerprint(weights))
     processes.alive()
     if saved_settings is not None:
         run_files.check_same_run(workdir, saved_settings, program.settings)

@@ -92,3 +92,36 @@ def test_periods_that_are_not_dinov3s_are_an_error(periods, problem, tmp_path):
         tensors["rope_embed.periods"] = np.asarray(periods, np.float32)
     with pytest.raises(ConfigError, match=f"tensor rope_embed.periods {problem}"):
         open_published(golden_weights.write(golden, tmp_path, tensors))
+
+
+def test_siglip_classifies_the_mean_of_patches_though_it_has_a_pooling_head(tmp_path):
+    golden, headed = fixture("hf_siglip_classifier"), golden_weights.tensors(fixture("hf_siglip"))
+    del golden["config"]["vision_config"]["vision_use_head"]  # as in published files: true
+    head = {f"vision_model.{name}": array for name, array in headed.items() if name.startswith("head.")}
+    file = golden_weights.write(golden, tmp_path, golden_weights.tensors(golden) | head)
+    found = errors(file, golden_weights.images(golden), golden_weights.outputs(golden))
+    assert max(found.values()) <= TOLERANCE, found
+    assert set(open_published(file).left_out) == set(head)
+
+
+NAMES_OF_TEN = [f"bird {number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("labels", [NAMES_OF_TEN, {str(number): name for number, name in enumerate(NAMES_OF_TEN)}])
+def test_timm_names_its_classes_at_the_top_of_its_config(labels, tmp_path):
+    golden = fixture("timm_vit_cls")
+    golden["config"]["label_names"] = labels
+    assert open_published(golden_weights.write(golden, tmp_path)).description.classes == tuple(NAMES_OF_TEN)
+
+
+def test_as_many_names_as_classes_are_needed(tmp_path):
+    golden = fixture("timm_vit_cls")
+    golden["config"]["label_names"] = [*NAMES_OF_TEN, "one more"]
+    with pytest.raises(ConfigError, match="11 names of classes, but its head has 10; correct them"):
+        open_published(golden_weights.write(golden, tmp_path))
+
+
+def test_names_of_tensors_tell_more_than_a_config_beside_them(tmp_path):
+    golden_weights.write(fixture("hf_clip_full"), tmp_path)
+    file = golden_weights.write(fixture("open_clip_gelu"), tmp_path)
+    assert open_published(file).description.family == "OpenCLIP"

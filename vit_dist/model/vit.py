@@ -5,16 +5,19 @@ What is notable in this ViT (Dosovitskiy et al. 2021, arXiv:2010.11929); names i
 - Images and patches may be oblong: `image_size` and `patch_size` are one number or (height, width). The patches are
   embedded by a dense layer on their pixels, which equals a convolution whose stride is its window. Blocks are pre-norm.
 - `pool` makes one vector of the tokens: "cls" takes the class token, as in the paper; "mean" averages the patches (Zhai
-  et al. 2022, arXiv:2106.04560; Beyer et al. 2022, arXiv:2205.01580); "map" attends to the patches with one learned
-  query, followed by an MLP (Zhai et al.).
-- `position` is "learned" or "sincos2d", fixed sines (Chen et al. 2021, MoCo v3, arXiv:2104.02057). `cls_position=False`
-  gives the class token no position (Touvron et al. 2022, DeiT-III, arXiv:2204.07118).
+  et al. 2022, arXiv:2106.04560; Beyer et al. 2022, arXiv:2205.01580); "cls_mean" takes both; "map" attends to the
+  patches with one learned query, followed by an MLP (Zhai et al.). `pool_norm` says whether a norm comes before or
+  after it, and `output_projection` adds a layer without bias, as in CLIP.
+- `norm` is "layernorm" or "rmsnorm"; `embedding_norm` adds one before the blocks.
+- `position` is "learned", "sincos2d", fixed sines (Chen et al. 2021, MoCo v3, arXiv:2104.02057), "rope2d", by which
+  queries and keys are turned (DINOv3, arXiv:2508.10104), or "none". `cls_position=False` gives the class token no
+  position (Touvron et al. 2022, DeiT-III, arXiv:2204.07118).
 - `registers` are further learned tokens, which take part in attention and are not pooled (Darcet et al. 2024,
   arXiv:2309.16588).
 - `layer_scale` multiplies each branch by a learned factor per channel (Touvron et al. 2021, CaiT, arXiv:2103.17239).
 - `qk_norm` normalises queries and keys, and `parallel` runs attention and MLP on the same norm, side by side (both
   Dehghani et al. 2023, ViT-22B, arXiv:2302.05442).
-- `activation` is "gelu", "gelu_tanh", or "swiglu", which gates the MLP (Shazeer 2020, arXiv:2002.05202).
+- `activation` is "gelu", "gelu_tanh", "quick_gelu", or "swiglu", which gates the MLP (Shazeer 2020, arXiv:2002.05202).
 - `drop_path` drops residual branches of single examples (Huang et al. 2016, stochastic depth, arXiv:1603.09382), at a
   rate that rises with depth or is constant (`drop_path_schedule`). Dropout has separate rates for embeddings,
   attention weights, projections and the rest.
@@ -93,9 +96,7 @@ class ViT(nnx.Module):
 
         self.embedding_norm = norm(shape.width, model.embedding_norm != "none")
         keys = jax.random.split(rngs.params(), shape.depth)
-        blocks = jax.vmap(
-            lambda key: Block(model, shape, nnx.Rngs(key))
-        )  # draws the same numbers as one block at a time
+        blocks = jax.vmap(lambda key: Block(model, shape, nnx.Rngs(key)))  # draws what one block at a time would
         self.blocks = blocks(keys) if model.scan else nnx.List(Block(model, shape, nnx.Rngs(key)) for key in keys)
         self.norm = norm(shape.width, model.pool_norm in ("before", "both"))
         self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None

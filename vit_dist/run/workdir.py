@@ -84,11 +84,11 @@ def with_scan_of(saved: Config, wanted: Config) -> Config:
 
 
 def with_weights_of(saved: Config, wanted: Config) -> Config:
-    """Returns the config `wanted` with what a saved run took from `init.weights`, if it names the same weights.
+    """Returns the config `wanted` with what a saved run took from `init.weights`, if it did.
 
     These are the keys that have their defaults; a run that goes on does not open the weights again.
     """
-    if wanted.init.weights is None or wanted.init != saved.init:
+    if saved.init.weights is None:
         return wanted
 
     def taken(old: Any, new: Any, default: Any, keys: tuple[str, ...]) -> Any:

@@ -58,7 +58,9 @@ def adapted(
             f"{new.channels}"
         )
     notes += _take_head(found, published, new, head, classes)
-    for path, shape in shapes_of(model).items():
+    shapes = shapes_of(model)
+    rest = [path for path in found if path not in shapes]
+    for path, shape in shapes.items():
         if path not in found:
             if path.startswith("head/"):
                 continue
@@ -68,6 +70,12 @@ def adapted(
                 f"init.weights: {path} has the shape {list(found[path].shape)} in {published.origin.files[0]}, "
                 f"expected {list(shape)}; change the model, see inspect"
             )
+    if rest:
+        more = f" and {len(rest) - 4} more" if len(rest) > 4 else ""
+        raise ConfigError(
+            f"init.weights: the model has no place for {', '.join(rest[:4])}{more} of {published.origin.files[0]}; "
+            "change the model, see inspect"
+        )
     left_out = published.left_out
     if left_out:
         notes.append(f"not used: {', '.join(left_out[:6])}{', ...' if len(left_out) > 6 else ''}")

@@ -71,7 +71,10 @@ def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _open(tree: Path, name: str) -> Any:
-    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{tree}/", "path": f"{name}/"}}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tree}/"}, "path": f"{name}/"},
+    }
     try:
         return tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:

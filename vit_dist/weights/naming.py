@@ -96,7 +96,9 @@ class Tensors:
                 f"{self._file}: tensor {name} has the shape {printed(list(found))}, expected {expected}{told_by}; "
                 f"{path} is made of it; fetch the file and what lies beside it again"
             )
-        self.taken.setdefault(name, []).append(path)
+        paths = self.taken.setdefault(name, [])
+        if path not in paths:
+            paths.append(path)
         return stored(self._tensors[name])
 
     def check_all_taken(self, left_out: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from vit_dist.weights.safetensors_files import INDEX_SUFFIX, check_inside
 from vit_dist.weights.stored_tensor import StoredTensor, printed, reason, unreadable
 from vit_dist.weights.tensors import open_files
 
-_CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+_CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 _NAMES = ("model.safetensors", f"model{INDEX_SUFFIX}")  # the first of them in a folder is taken, whatever else is there
 _EXPECTED = f"{_NAMES[0]} with its config.json, {_NAMES[1]} with its shards, one .safetensors or one .npz"
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

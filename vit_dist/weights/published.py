@@ -26,12 +26,13 @@ FITTED = ("image_size", "patch_size", "channels", "num_classes")
 # What no tensor shows, and a user may therefore have to say.
 UNSEEN = ("model.heads", "model.activation", "model.norm_epsilon", "model.rope_base")
 _MOST_BLOCKS = 1000
-FAMILIES: tuple[ModuleType, ...] = (timm, transformers, open_clip, dinov3, flax_npz)
+# The first that recognises the files counts: names of tensors tell more than a config that may lie beside other files.
+FAMILIES: tuple[ModuleType, ...] = (open_clip, flax_npz, timm, transformers, dinov3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Weights of others.
+    """Weights to start from: of others, or of an earlier run.
 
     Attributes:
       origin: the files.
@@ -77,6 +78,15 @@ def understood(origin: Origin) -> Published:
             "config.json of timm or transformers beside it, or name weights of big_vision or OpenCLIP"
         )
     described = family.describe(origin)
+    told = {key.removeprefix("model."): value for key, value in origin.given.items()}
+    described = dataclasses.replace(described, model={**described.model, **told})
+    names, count = described.classes, described.model.get("num_classes") or 0
+    if names is not None and len(names) != count:
+        if count:
+            raise ConfigError(
+                f"{origin.files[0]}: {len(names)} names of classes, but its head has {count}; correct them"
+            )
+        described = dataclasses.replace(described, classes=None)
     values = {"total_steps": 1, "model": {**described.model, "scan": False}}
     try:
         model = config.resolve(values).model

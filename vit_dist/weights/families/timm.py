@@ -35,8 +35,7 @@ def describe(origin: Origin) -> Description:
     source = str(origin.folder / "config.json")
     model, names = model_keys(config, source), origin.tensors
     cfg = config.get("pretrained_cfg", config)
-    labels = cfg.get("label_names") if isinstance(cfg, Mapping) else None
-    classes = None if labels is None else Said(cfg, source).read("label_names", tuple[str, ...], "init.head=new")
+    classes = _classes(config, source) or (_classes(cfg, source) if isinstance(cfg, Mapping) else None)
     return Description(
         "timm",
         model,
@@ -52,6 +51,15 @@ def describe(origin: Origin) -> Description:
 def _any(names: Mapping[str, Any], *ends: str) -> bool:
     """Returns whether the tensors of some block end so."""
     return any(name.startswith("blocks.") and name.endswith(ends) for name in names)
+
+
+def _classes(config: Mapping[str, Any], source: str) -> tuple[str, ...] | None:
+    """Returns `label_names`, a list, or names by number; timm writes them at the top of its file."""
+    labels = config.get("label_names")
+    if isinstance(labels, Mapping):
+        labels = [labels.get(str(number)) for number in range(len(labels))]
+        return None if None in labels else tuple(map(str, labels))
+    return Said(config, source).read("label_names", tuple[str, ...], "init.head=new") if labels else None
 
 
 def _ends(model: Mapping[str, Any]) -> dict[str, Entry]:

@@ -5,7 +5,8 @@ determines neither its epsilon nor its activation.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError, Size
@@ -23,7 +24,11 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
-PREPROCESSOR = "preprocessor_config.json"
+# What is not told without a processor's config.
+PREPARATION = (
+    "model.image_size", "data.mean", "data.std", "data.interpolation", "data.eval_crop_mode", "data.eval_crop",
+)  # fmt: skip
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # By `model_type`; of clip and siglip the config of images is a part.
 _VIT, _DINO, _TOWERS = ("vit", "deit"), ("dinov2", "dinov2_with_registers"), ("clip", "siglip")
 TYPES = (*_VIT, *_DINO, "dinov3_vit", *_TOWERS, *(f"{tower}_vision_model" for tower in _TOWERS))
@@ -53,9 +58,8 @@ def describe(origin: Origin) -> Description:
     own = Said(said.stated("vision_config", "init.weights"), f"{source}: vision_config") if kind in _TOWERS else said
     kind = kind.removesuffix("_vision_model")
     defaults = config_defaults("transformers")[f"{kind}_vision_model" if kind in _TOWERS else kind]
-    own = Said(
-        {**defaults, **own.values}, own.source, origin.given
-    )  # where a config says nothing, the class's own value holds
+    # Where a config says nothing, the class's own value holds.
+    own = Said({**defaults, **own.values}, own.source, origin.given)
     names = set(origin.tensors)
     head = bool({"classifier.weight", "classifier.bias"} & names)
     model, table = _model(kind, own, names), _TABLES[kind](names)
@@ -65,6 +69,8 @@ def describe(origin: Origin) -> Description:
     if kind in _DINO and head:
         model["pool"] = "cls_mean"
     left_out = (*_LEFT_OUT, "pooler\\.") if kind in _VIT and not head else _LEFT_OUT
+    if kind == "siglip" and head:  # it classifies the mean of the patches, whether there is a pooling head or not
+        model["pool"], left_out = "mean", (*_LEFT_OUT, ".*head\\.(probe$|attention\\.|layernorm\\.|mlp\\.)")
     if kind == "clip" and head:  # it classifies the mean of the patches as the last block leaves them
         model |= {"pool": "mean", "pool_norm": "none"}
         left_out = (*_LEFT_OUT, ".*post_layernorm\\.")
@@ -75,7 +81,11 @@ def describe(origin: Origin) -> Description:
     entries |= {"head": "classifier.{}", "output_projection": "visual_projection.{}"}
     if model["position"] == "rope2d":
         entries["attention/qkv/bias"] = _biases(own, entries["attention/qkv"])
-    preprocessor, missing = origin.configs.get(PREPROCESSOR, {}), "" if PREPROCESSOR in origin.configs else " (missing)"
+    preprocessor = next((name for name in PREPROCESSORS if name in origin.configs), None)
+    preprocessing: Callable[[Collection[str]], dict[str, Any]] = functools.partial(_unprepared, origin.folder)
+    if preprocessor is not None:
+        config, file = origin.configs[preprocessor], str(origin.folder / preprocessor)
+        preprocessing = functools.partial(from_transformers, config, file)
     tokens = _TOKENS[kind]
     return Description(
         f"transformers, {kind}",
@@ -86,12 +96,23 @@ def describe(origin: Origin) -> Description:
             batched_tokens=kind not in _TOWERS,
             sizes_from=("classifier.weight",) if head and not classes else (),
         ),
-        functools.partial(from_transformers, preprocessor, f"{origin.folder / PREPROCESSOR}{missing}"),
+        preprocessing,
         position=f"{prefix}{tokens[0]}" if model["position"] == "learned" else None,
         cls=f"{prefix}{tokens[1]}" if model["class_token"] else None,
         registers=tuple(f"{prefix}{name}" for name in tokens[2:]),
         classes=classes if head else None,
     )
+
+
+def _unprepared(folder: Path, given: Collection[str]) -> dict[str, Any]:
+    """Returns nothing, where all that a processor's config would say is given; else raises `ConfigError`."""
+    missing = [key for key in PREPARATION if key not in given]
+    if missing:
+        raise ConfigError(
+            f"{folder}: {PREPROCESSORS[0]} is missing, which says how images are prepared; fetch it too, or set "
+            f"{', '.join(missing)}"
+        )
+    return {}
 
 
 def _model(kind: str, said: Said, names: set[str]) -> dict[str, Any]:
