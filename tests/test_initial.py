@@ -96,7 +96,8 @@ def _sizes():
 
 def test_a_tensor_for_which_the_model_has_no_place_is_named(timm, tmp_path):
     """Keys that the family does not state: nothing of the weights is dropped without a word."""
-    with pytest.raises(ConfigError, match="no place for norm/bias, blocks/0/norm1/bias, blocks/0/norm2/bias, .* and 3 more"):
+    named = "no place for norm/bias, blocks/0/norm1/bias, blocks/0/norm2/bias, .* and 3 more"
+    with pytest.raises(ConfigError, match=named):
         train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={_hf_vit(tmp_path)}", "model.norm=rmsnorm")
     with pytest.raises(ConfigError, match="no place for norm/bias, norm/scale"):
         load(timm, overrides={"model.pool_norm": "none"})
