@@ -32,7 +32,17 @@ PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 # The packages that the machine lacks, then those that it has in versions untested with the first.
 WHEELS = (
-    *("array-record", "clu", "grain", "ml-collections", "pathlib-abc", "portpicker", "simplejpeg", "tensorboardx"),
+    *(
+        "array-record",
+        "clu",
+        "grain",
+        "ml-collections",
+        "pathlib-abc",
+        "portpicker",
+        "safetensors",
+        "simplejpeg",
+        "tensorboardx",
+    ),
     *("universal-pathlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "treescope", "protobuf", "etils"),
     *("absl-py", "aiofiles", "cloudpickle", "fsspec", "humanize", "markdown-it-py", "mdurl", "msgpack", "packaging"),
     *("prometheus-client", "psutil", "pygments", "pyyaml", "rich", "simplejson", "typing-extensions", "uvloop"),
