@@ -148,6 +148,8 @@ def started(state: State, start: Adapted, mesh: Mesh) -> State:
     """Returns a new run's state with these parameters, where they have them; logs what was changed in them."""
     for note in start.notes:
         _log.info("init.weights: %s", note)
+    jax.tree.map(lambda leaf: leaf.delete(), state.ema)
     parameters = placed(start.parameters, state.parameters, mesh)
+    processes.alive()
     ema = None if state.ema is None else jax.tree.map(jnp.copy, parameters)
     return dataclasses.replace(state, parameters=parameters, ema=ema)

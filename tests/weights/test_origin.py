@@ -277,3 +277,12 @@ def test_without_its_library_the_hub_is_told_how_to_be_reached(tmp_path: Path) -
         f"init.weights: there is no file or folder {NAME}; as a name on the Hugging Face hub it needs"
     )
     assert "huggingface_hub, which is not installed" in message and "pip install 'vit-dist[hub]'" in message
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 346284714\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(
+        ConfigError, match="model.safetensors: is a pointer of Git LFS, not the weights; run `git lfs pull`"
+    ):
+        open_origin(tmp_path)

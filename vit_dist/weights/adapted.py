@@ -87,8 +87,8 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
 
     Args:
       parameters: by path, the blocks one by one.
-      like: nested dicts of arrays or their shapes; blocks may be stacked. An array whose path `parameters` does not
-        have, such as one of a new head, is returned as it is.
+      like: nested dicts of arrays or their shapes; blocks may be stacked. An array of a new head, whose path
+        `parameters` does not have, is returned as it is; others are deleted as soon as theirs are placed.
       mesh: the mesh that their shardings are of.
     """
 
@@ -105,7 +105,10 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
                 read[key] = lazy.read(index)
             return read[key]
 
-        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, jax.typeof(leaf).sharding.spec), of)
+        array = jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, jax.typeof(leaf).sharding.spec), of)
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+        return array
 
     placed = {path: place(path, leaf) for path, leaf in by_path(like).items()}
     return jax.tree.unflatten(jax.tree.structure(like), placed.values())

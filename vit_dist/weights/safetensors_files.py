@@ -35,6 +35,8 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         with open_stream(file) as stream:
             prefix = stream.read(8)
+            if prefix == b"version ":
+                raise ConfigError(f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder")
             size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if size > LARGEST:  # the library would take 100 MB
                 raise ConfigError(
