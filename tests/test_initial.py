@@ -11,7 +11,7 @@ import pytest
 from golden_weights import fixture
 from system import checkpoint_steps, saved_state, settings, train_here
 
-from vit_dist import load
+from vit_dist import inspect, load, plan
 from vit_dist.config import ConfigError
 from vit_dist.describe import inspect_weights
 from vit_dist.weights.earlier_run import open_run
@@ -160,6 +160,13 @@ def test_a_run_that_took_its_jitter_from_the_weights_goes_on(tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["rope_rescale"] == 2.0
     train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={weights}", "total_steps=2")
     assert checkpoint_steps(tmp_path / "run") == [2]
+
+
+def test_inspect_and_plan_take_the_traits_of_the_weights(timm):
+    config = settings(*OPEN, f"init.weights={timm}")
+    gray = 200_650 - 2 * 16 * 16 * 64  # of 3 channels
+    assert inspect(config)["parameters"] == gray
+    assert plan(config, "cpu:1")["fits"]
 
 
 def test_inspect_says_what_becomes_of_each_tensor(timm, run):

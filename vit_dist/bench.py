@@ -10,6 +10,7 @@ import jax
 from vit_dist.config import ConfigError, in_steps
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.evaluate import open_split
+from vit_dist.initial import with_own_traits
 from vit_dist.job import processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
@@ -37,6 +38,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
     if steps < 1:
         raise ConfigError(f"steps: must be above 0, found {steps}")
     processes.start(settings.fake_devices, settings.deadlines)
+    settings = with_own_traits(settings)
     source = open_split(settings, "train")
     settings = in_steps(settings, len(source))
     assert settings.total_steps is not None

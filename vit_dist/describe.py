@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_dist.config import ConfigError, Init
-from vit_dist.initial import open_weights, with_traits
+from vit_dist.initial import open_weights, with_own_traits, with_traits
 from vit_dist.job import processes
 from vit_dist.model import flops
 from vit_dist.program import UNUSED, Program
@@ -41,6 +41,7 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     """
     settings = load_config(config, overrides)
     processes.start(settings.fake_devices, settings.deadlines)
+    settings = with_own_traits(settings)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which inspect does not open: %d assumed", CLASSES)
     program = Program(settings, classes=CLASSES, steps=settings.total_steps or UNUSED, augment_on_device=True)

@@ -99,6 +99,13 @@ def with_traits(settings: Config, published: Published) -> Config:
     return config.resolve(config.to_dict(dataclasses.replace(settings, model=model, data=data)))
 
 
+def with_own_traits(settings: Config) -> Config:
+    """Returns the config with the traits of the weights that `init.weights` names, or as it is if it names none."""
+    if settings.init.weights is None:
+        return settings
+    return with_traits(settings, open_weights(settings.init, settings.model))
+
+
 def _set_keys(section: Any, default: Any) -> dict[str, Any]:
     """Returns the values of a section of the config that are not its defaults."""
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}

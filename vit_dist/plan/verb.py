@@ -12,6 +12,7 @@ import jax
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
 from vit_dist.describe import CLASSES
+from vit_dist.initial import with_own_traits
 from vit_dist.job import processes
 from vit_dist.mesh import layout, topology
 from vit_dist.plan import targets
@@ -66,6 +67,7 @@ def plan(
         raise ConfigError("--search: looks for layouts at one batch size; give it or --batch-size=max, not both")
     hardware = targets.parse(target, slices)
     devices, chip = _devices(hardware), hardware.chip
+    settings = with_own_traits(settings)
     given, settings = settings, decided(settings, chip.platform, chip.kind, len(devices), chip.memory_bytes)
     if settings.model.num_classes is None:
         _log.warning("model.num_classes is left to the data, which plan does not open: %d assumed", CLASSES)
