@@ -162,6 +162,21 @@ def test_a_run_that_took_its_jitter_from_the_weights_goes_on(tmp_path):
     assert checkpoint_steps(tmp_path / "run") == [2]
 
 
+def test_a_default_is_kept_on_request(timm, tmp_path):
+    own = "init.own=[model.image_size,data.interpolation]"
+    train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={timm}", own, "model.image_size=224")
+    train_here(tmp_path / "run", *OPEN, *STILL, f"init.weights={timm}", own, "model.image_size=224", "total_steps=2")
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert written["model"]["image_size"] == 224 and written["data"]["interpolation"] == "bilinear"
+    assert written["data"]["eval_crop"] == 0.9
+    for wrong, message in (
+        ("model.imagesize", r"did you mean model.image_size\?"),
+        ("seed", "no key of model or data"),
+    ):
+        with pytest.raises(ConfigError, match=f"init.own: {wrong} .*{message}|init.own: {wrong} is {message}"):
+            train_here(tmp_path / "other", *OPEN, *STILL, f"init.weights={timm}", f"init.own=[{wrong}]")
+
+
 def test_inspect_and_plan_take_the_traits_of_the_weights(timm):
     config = settings(*OPEN, f"init.weights={timm}")
     gray = 200_650 - 2 * 16 * 16 * 64  # of 3 channels

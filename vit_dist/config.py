@@ -189,6 +189,7 @@ class Init:
     # of an earlier run; null: random numbers
     step: NonNegativeInt | Literal["newest", "best"] = "newest"  # which checkpoint of an earlier run
     head: Literal["auto", "new", "keep"] = "auto"  # keep: that of the weights; auto: if it has all classes by name
+    own: tuple[str, ...] = ()  # keys that stay as they are though they have their defaults, such as model.image_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,8 +334,7 @@ def pair(size: Size) -> tuple[int, int]:
 
 def nearest_multiples(value: int, of: int) -> str:
     """Returns the multiples of `of` on either side of `value` as text for an error: '24 or 32' for 30 and 8."""
-    below = value // of * of
-    return f"{below} or {below + of}" if below else str(of)
+    return f"{value // of * of} or {value // of * of + of}" if value >= of else str(of)
 
 
 def in_steps(config: Config, train_examples: int) -> Config:

@@ -20,6 +20,7 @@ from vit_dist.paths import expanded
 from vit_dist.recipes import assignment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.schema import flatten, near_miss
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, placed
 from vit_dist.weights.earlier_run import PREPARED, open_run
@@ -70,8 +71,13 @@ def _best(workdir: Path) -> int:
 def with_traits(settings: Config, published: Published) -> Config:
     """Returns the config with what the weights say for the keys of `model` and `data` that have their defaults.
 
-    The number of classes stays the data's. Raises `ConfigError` for a key that contradicts the weights.
+    The number of classes stays the data's, and keys in `init.own` stay as they are. Raises `ConfigError` for a key that
+    contradicts the weights, and for one in `init.own` that there is not.
     """
+    known = flatten(config.to_dict(settings))
+    for key in settings.init.own:
+        if key not in known or not key.startswith(("model.", "data.")):
+            raise ConfigError(f"init.own: {key} is no key of model or data{near_miss(key, known)}")
     model, default = settings.model, config.Model()
     conflicts: dict[str, Any] = {}
     if model.variant is not None:
@@ -81,7 +87,7 @@ def with_traits(settings: Config, published: Published) -> Config:
     taken: dict[str, Any] = {}
     for key, value in published.description.model.items():
         ours = getattr(model, key)
-        if ours == getattr(default, key):
+        if ours == getattr(default, key) and f"model.{key}" not in settings.init.own:
             taken |= {} if key == "num_classes" else {key: value}
         elif key not in FITTED and ours != value:
             conflicts[f"model.{key}"] = value
@@ -91,7 +97,7 @@ def with_traits(settings: Config, published: Published) -> Config:
         raise ConfigError(
             f"{found}: the weights {settings.init.weights} are of another model; leave it out, or write {remedy}"
         )
-    prepared = _prepared(settings.data, published, taken.get("channels", model.channels))
+    prepared = _prepared(settings, published, taken.get("channels", model.channels))
     changed = {f"model.{key}": value for key, value in taken.items() if value != getattr(default, key)}
     changed |= {f"data.{key}": value for key, value in prepared.items()}
     _log.info("init.weights: %s", ", ".join(f"{key}={value}" for key, value in changed.items()))
@@ -112,12 +118,14 @@ def _set_keys(section: Any, default: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != getattr(default, key)}
 
 
-def _prepared(data: config.Data, published: Published, channels: int) -> dict[str, Any]:
+def _prepared(settings: Config, published: Published, channels: int) -> dict[str, Any]:
     """Returns how the weights' images were prepared, in the keys of `data` that have their defaults.
 
     What the weights do not say, or say for another number of channels, stays as the config has it, and is logged.
     """
-    own, prepared = _set_keys(data, config.Data()), dict[str, Any]()
+    data, prepared = settings.data, dict[str, Any]()
+    kept = (key.removeprefix("data.") for key in settings.init.own if key.startswith("data."))
+    own = _set_keys(data, config.Data()) | {key: getattr(data, key) for key in kept}
     everything = {"model.image_size", "model.channels", *(f"data.{key}" for key in PREPARED)}
     for key in PREPARED:
         try:

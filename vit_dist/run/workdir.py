@@ -91,13 +91,14 @@ def with_weights_of(saved: Config, wanted: Config) -> Config:
     if saved.init.weights is None:
         return wanted
 
-    def taken(old: Any, new: Any, default: Any, keys: tuple[str, ...]) -> Any:
-        return dataclasses.replace(
-            new, **{key: getattr(old, key) for key in keys if getattr(new, key) == getattr(default, key)}
-        )
+    def taken(section: str, default: Any, keys: tuple[str, ...]) -> Any:
+        old, new = getattr(saved, section), getattr(wanted, section)
+        open_keys = (key for key in keys if f"{section}.{key}" not in wanted.init.own)
+        unset = {key: getattr(old, key) for key in open_keys if getattr(new, key) == getattr(default, key)}
+        return dataclasses.replace(new, **unset)
 
-    model = taken(saved.model, wanted.model, config.Model(), TRAITS)
-    return dataclasses.replace(wanted, model=model, data=taken(saved.data, wanted.data, config.Data(), PREPARED))
+    model, data = taken("model", config.Model(), TRAITS), taken("data", config.Data(), PREPARED)
+    return dataclasses.replace(wanted, model=model, data=data)
 
 
 def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
