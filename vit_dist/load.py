@@ -1,9 +1,4 @@
-"""Opens a trained model for use: a run of ours, or weights of others.
-
-model = vit_dist.load("timm-vit-base")
-images = np.stack([model.preprocess(path) for path in paths])
-model.model(images)          # logits
-"""
+"""Opens a trained model for use: a run of ours, or weights of others."""
 
 import copy
 import dataclasses

@@ -38,12 +38,10 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
       step: that of the checkpoint.
     """
     tree = (workdir / "checkpoints" / str(step) / ("ema" if settings.ema_decay else "parameters")).resolve()
-    stacked, shapes = settings.model.scan, shapes_of(dataclasses.replace(settings.model, scan=False))
+    stacked, shapes = settings.model.scan, shapes_of(settings.model)
     parameters = {path: _parameter(tree, path, shape, bool(stacked)) for path, shape in shapes.items()}
-    shape = shape_of(settings.model)  # which knows the numbers of the variant
-    numbers = {field.name: getattr(shape, field.name) for field in dataclasses.fields(shape)} | {
-        "patch_size": shape.patch
-    }
+    shape = shape_of(settings.model)  # has the numbers of the variant
+    numbers = {**vars(shape), "patch_size": shape.patch}
     model = {key: numbers.get(key, getattr(settings.model, key)) for key in TRAITS}
     data = {f"data.{key}": getattr(settings.data, key) for key in PREPARED}
 
