@@ -83,7 +83,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "padding attended to",
-            "query_seq_lengths=lengths, key_value_seq_lengths=lengths, ",
+            "query_seq_lengths=queries, key_value_seq_lengths=keys, ",
             "",
             KERNELS + "cudnn_inside_all_to_all_attention_leaves_padding_out",
         ),

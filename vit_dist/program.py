@@ -211,8 +211,23 @@ def restored(
 
 
 def decided(settings: config.Config, platform: str, kind: str, devices: int, memory_bytes: int | None) -> config.Config:
-    """Returns a config without "auto" in `model.scan` and `model.remat`, on so many devices; see `model.choices`."""
+    """Returns a config without "auto" in `model.scan` and `model.remat`, on so many devices; see `model.choices`.
+
+    A deterministic one has its attention computed by XLA on GPUs. With `xla_gpu_deterministic_ops`, XLA asks cuDNN for
+    a repeatable backward pass in the first of equal blocks only, and loses the program of the others (seen on an H100
+    with jax 0.11.2: the first step ends with `IndexError: raw_hash_map::at`).
+
+    Raises:
+      ConfigError: it is deterministic, and `model.attention` is "cudnn".
+    """
     examples, model = settings.batch_size / (devices * settings.accumulate_steps), settings.model
+    if settings.deterministic and platform in ("gpu", "cuda"):
+        if model.attention == "cudnn":
+            raise ConfigError(
+                "model.attention: XLA cannot compile cudnn's backward pass to be deterministic; take auto or xla, or "
+                "deterministic=false"
+            )
+        model = dataclasses.replace(model, attention="xla")
     # The number of classes, which may be left to the data, makes no difference.
     with_classes = dataclasses.replace(model, num_classes=model.num_classes or 1)
     chosen = choices.decided(with_classes, platform, kind, examples=examples, memory_bytes=memory_bytes)

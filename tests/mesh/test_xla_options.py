@@ -6,9 +6,12 @@ import pytest
 from compilers import run_python
 from system import settings
 
+from vit_dist.config import ConfigError
 from vit_dist.mesh.feed import batch_sharding
 from vit_dist.mesh.xla_options import OPTIONS, UNROLLED, options_for
-from vit_dist.program import Program, _compiler_options
+from vit_dist.program import Program, _compiler_options, decided
+
+BY_CUDNN = ("model.attention=cudnn", "model.dtype=bfloat16", "model.attention_dropout=0")
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
@@ -43,6 +46,14 @@ def test_determinism_on_a_gpu_is_kept_with_and_without_the_table():
     assert _compiler_options(settings("deterministic=true", "xla_options=false"), "gpu") == deterministic
     with_table = _compiler_options(settings("deterministic=true", "model.scan=true"), "gpu")
     assert with_table == OPTIONS["gpu"] | deterministic
+
+
+def test_determinism_on_a_gpu_takes_xlas_attention_since_xla_loses_cudnns_backward_pass():
+    assert decided(settings("deterministic=true"), "cuda", "any", 1, None).model.attention == "xla"
+    assert decided(settings("deterministic=true"), "tpu", "any", 1, None).model.attention == "auto"
+    assert decided(settings(), "cuda", "any", 1, None).model.attention == "auto"
+    with pytest.raises(ConfigError, match="^model.attention: .* take auto or xla, or deterministic=false"):
+        decided(settings(*BY_CUDNN, "deterministic=true"), "cuda", "any", 1, None)
 
 
 def test_changing_the_returned_options_does_not_change_the_table():

@@ -111,7 +111,7 @@ def test_the_kernel_of_tpus_inside_all_to_all_attention_leaves_padding_out(monke
 def test_an_odd_number_of_tokens_is_padded_once_and_nothing_sees_the_padding(
     pool: str, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By cuDNN's stand-in, whose rows of padding hold 7, beside the same with padding in each block for itself."""
+    """By cuDNN's stand-in, beside the same with padding in each block for itself."""
     settings: dict[str, Any] = {
         "width": 32, "depth": 2, "mlp": 64, "heads": 4, "image_size": 8, "patch_size": 4, "num_classes": 5,
         "pool": pool, "registers": int(pool == "mean"), "remat": remat, "dtype": "bfloat16", "head_zero_init": False,

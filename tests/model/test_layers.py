@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from vit_dist import config
 from vit_dist.mesh import layout
 from vit_dist.mesh.topology import make_mesh
-from vit_dist.model import layers
+from vit_dist.model import kernels, layers
 from vit_dist.model.layers import Dense, Mlp, drop_path, dropout, lecun_normal, normal, xavier_uniform
 from vit_dist.model.norm import Norm
 
@@ -50,6 +50,26 @@ def test_layer_norm_of_bfloat16_takes_its_statistics_in_float32() -> None:
     expected = (wide - wide.mean()) / np.sqrt(wide.var() + 1e-6)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "context": 4}], ids=str)
+def test_a_norm_on_gpus_runs_over_rows_where_tokens_are_not_split_and_changes_nothing(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, norm = jnp.asarray(random(8, 4, 16)), Norm(MODEL, 16, None, rngs=nnx.Rngs(0))
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(norm.normalise(x)))
+
+    expected = jax.value_and_grad(loss)(x)
+    monkeypatch.setattr(kernels, "device", lambda: ("gpu", "any"))
+    with jax.set_mesh(mesh(sizes)):
+        x = jax.device_put(x, layout.spec("batch", "tokens", None))
+        compute = jax.jit(jax.value_and_grad(loss))
+        found, joined = compute(x), "[32" in str(jax.make_jaxpr(loss)(x))
+    assert joined == ("context" not in sizes)
+    for leaf, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_xavier_draws_each_matrix_of_a_fused_kernel_uniformly_with_its_own_fans() -> None:

@@ -1,5 +1,6 @@
 """What the compilers for GPUs and TPUs make of a training step of two blocks, by the text of the compiled program."""
 
+import math
 import re
 
 import pytest
@@ -28,9 +29,13 @@ print(compile_step(program).executable.as_text())
 """
 
 
+def text_of(target, variant, batch, *overrides):
+    return run_python("-c", SCRIPT, target, variant, str(batch), *overrides).stdout
+
+
 def compiled(target, variant, batch, *overrides):
     """The instructions that run in a step, fused ones included, and which of them are or hold matrix products."""
-    program = hlo.parse(run_python("-c", SCRIPT, target, variant, str(batch), *overrides).stdout)
+    program = hlo.parse(text_of(target, variant, batch, *overrides))
     products = Products(program)
     run = [
         (instruction, executions.fused)
@@ -57,6 +62,18 @@ def test_a_step_on_gpus_computes_no_product_twice_and_transposes_nothing_but_the
     assert moved == [("transpose", (256, 14, 14, 16, 16, 3))]  # images into patches
     layouts = {array.layout for one, _ in run for array in one.arrays if array.shape == (256, 196, 768)}
     assert layouts == {"2,1,0"}
+
+
+def test_a_step_on_gpus_takes_few_tokens_at_a_time_in_norms_and_never_selects_rows_after_attention():
+    text = text_of("h100:8", "B/16", 2048, "mesh.data=8", "model.scan=false", "model.pool=cls")
+    tiles = [[int(size) for size in re.findall(r"\d+", tile)] for tile in re.findall(r'"sizes":\[([^\]]*)\]', text)]
+    rows = [math.prod(tile[:-1]) for tile in tiles if tile[-1] == 768]
+    assert len(rows) >= 2 * (2 * DEPTH + 1)  # forward and backward
+    assert max(rows) <= 4  # 16 did not fit into registers
+    assert not [
+        line for line in text.splitlines() if " select(" in line and re.search(r"\[256,198,(12,64|768)\]", line)
+    ]
+    assert text.count('"epilogue":"BIAS"') >= 6 * DEPTH  # cuBLAS adds the biases
 
 
 def test_a_step_on_tpus_keeps_the_scores_on_the_chip():

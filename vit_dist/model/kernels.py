@@ -143,14 +143,17 @@ def device() -> tuple[str, str]:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
-    """Computes one device's attention by cuDNN, whose backward pass refuses odd numbers of tokens."""
+    """Computes one device's attention by cuDNN, whose backward pass refuses odd numbers of tokens.
+
+    Only keys of padding are left out, so that a row of padding gets numbers that nobody reads. Were it left out as a
+    query, its result would be undefined, and zeros in its place cost two more passes over memory.
+    """
     examples, length = q.shape[:2]
     if length == tokens and tokens % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     q, k, v = (jnp.pad(t, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for t in (q, k, v))
-    lengths = jnp.full((examples,), tokens, jnp.int32)
+    queries, keys = (jnp.full((examples,), count, jnp.int32) for count in (q.shape[1], tokens))
     padded = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        q, k, v, query_seq_lengths=queries, key_value_seq_lengths=keys, implementation="cudnn"
     )
-    # The kernel's output in rows of padding is undefined; a NaN there would spread.
-    return jnp.where(jnp.arange(length)[:, None, None] < tokens, padded[:, :length], 0)
+    return padded[:, :length]

@@ -14,6 +14,7 @@ from jax.nn import initializers
 
 from vit_dist import config
 from vit_dist.mesh import layout
+from vit_dist.model import kernels
 from vit_dist.model.parameters import cast_and_gather, make_parameter
 from vit_dist.model.recompute import recompute
 
@@ -68,8 +69,17 @@ class Norm(nnx.Module):
 
 
 def _normalised(kind: str, epsilon: float, x: jax.Array, *affine: jax.Array) -> jax.Array:
-    """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither."""
-    return _affine(STANDARDISED[kind](x.astype(jnp.float32), epsilon), *affine).astype(x.dtype)
+    """Normalises x over its last dimension; `affine`: scale and bias, or the scale alone, or neither.
+
+    For [B, N, D] XLA's compiler for GPUs cuts the backward pass into tiles of 16 tokens, which do not fit into a
+    multiprocessor's registers, and of [B N, D] into tiles of 2: on an H100 a norm of B/16 then takes 0.10 ms for 256
+    images instead of 0.24.
+    """
+    rows = x
+    if kernels.device()[0] in ("gpu", "cuda") and x.ndim == 3 and layout.shard_count_of(layout.spec_of(x), 1) == 1:
+        rows = layout.joined(x, 0, 2)
+    y = _affine(STANDARDISED[kind](rows.astype(jnp.float32), epsilon), *affine).astype(x.dtype)
+    return jax.lax.reshape(y, x.shape, out_sharding=layout.spec_of(x))
 
 
 def _affine(x: jax.Array, *affine: jax.Array) -> jax.Array:
