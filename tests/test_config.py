@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_dist import config, recipes
+from vit_dist import config, lengths, recipes
 from vit_dist.config import Config, ConfigError, resolve
 
 ROOT = Path(config.__file__).parent
@@ -181,23 +181,23 @@ def test_differences_are_the_keys_that_changed_and_only_those():
     [(7, 100.0, 10, 1000, 7), (None, 2.0, 10, 1000, 200), (None, 1.0, 10, 1001, 101), (None, 0.001, 10, 10, 1)],
 )
 def test_epochs_are_rounded_up_to_steps_and_steps_win(steps, epochs, batch, examples, total):
-    assert config.total_steps(Config(total_steps=steps, total_epochs=epochs, batch_size=batch), examples) == total
+    assert lengths.total_steps(Config(total_steps=steps, total_epochs=epochs, batch_size=batch), examples) == total
 
 
 def test_lengths_in_epochs_become_steps_where_no_steps_are_given():
     values = {"total_epochs": 90, "batch_size": 40, "optimizer": {"warmup_epochs": 5}}
     values |= {"evaluate": {"every_epochs": 1}, "checkpoint": {"every_epochs": 0.5}}
-    counted = config.in_steps(config.resolve(values), 100)
+    counted = lengths.in_steps(config.resolve(values), 100)
     assert (counted.total_steps, counted.optimizer.warmup_steps) == (225, 13)
     assert (counted.evaluate.every_steps, counted.checkpoint.every_steps) == (3, 2)
-    assert config.in_steps(counted, 100) == counted
-    own = config.in_steps(config.resolve({**values, "total_steps": 75, "evaluate": {"every_steps": 7}}), 100)
+    assert lengths.in_steps(counted, 100) == counted
+    own = lengths.in_steps(config.resolve({**values, "total_steps": 75, "evaluate": {"every_steps": 7}}), 100)
     assert (own.total_steps, own.evaluate.every_steps) == (75, 7)
 
 
 def test_a_batch_of_more_images_than_there_are_is_refused():
     with pytest.raises(ConfigError, match="^batch_size: 128, but the training split has 100 images; take at most"):
-        config.in_steps(resolved("total_steps=5"), 100)
+        lengths.in_steps(resolved("total_steps=5"), 100)
 
 
 def test_the_nearest_multiples_are_those_that_one_could_type():
@@ -243,7 +243,7 @@ def test_every_key_of_the_schema_is_read_by_the_package():
                 read.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)  # such as getattr(model, "width")
-    read |= {"total_epochs", "warmup_epochs", "every_epochs"}  # by `config.in_steps`
+    read |= {"total_epochs", "warmup_epochs", "every_epochs"}  # by `lengths.in_steps`
     read |= {"context", "dcn_data"}  # all of `mesh` is read at once, by `mesh.topology.axis_sizes`
     keys = keys_of(Config) + [f"optimizer.rules.{field.name}" for field in dataclasses.fields(config.Rule)]
     assert len(keys) > 90

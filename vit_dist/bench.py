@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import ConfigError, in_steps
+from vit_dist.config import ConfigError
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.evaluate import open_split
 from vit_dist.initial import with_own_traits
 from vit_dist.job import processes
+from vit_dist.lengths import in_steps
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.program import Program
 from vit_dist.recipes import Overrides, Recipe, load_config

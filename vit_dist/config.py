@@ -9,7 +9,6 @@ types, bounds and contradictions between keys; `model/` checks that a variant ex
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -189,7 +188,18 @@ class Init:
     # of an earlier run; null: random numbers
     step: NonNegativeInt | Literal["newest", "best"] = "newest"  # which checkpoint of an earlier run
     head: Literal["auto", "new", "keep"] = "auto"  # keep: that of the weights; auto: if it has all classes by name
+    freeze: str = "none"  # parameters that do not change: none; backbone, all but the head; all_but_last_N, all but the
+    # last N blocks and what follows them; or a regular expression of paths such as blocks/mlp/up/kernel
     own: tuple[str, ...] = ()  # keys that stay as they are though they have their defaults, such as model.image_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Trains small adapters of dense layers and the head instead of all parameters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: NonNegativeInt = 0  # of an adapter; 0: there are none
+    alpha: PositiveFloat | None = None  # what adapters add is multiplied by alpha / rank; null: rank, so by 1
+    targets: tuple[Literal["qkv", "projection", "mlp"], ...] = ("qkv", "projection", "mlp")  # which layers of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +233,8 @@ class Optimizer:
     b2: FractionBelowOne = 0.999  # decay of the second moment
     eps: PositiveFloat = 1e-8  # added to the root of the second moment
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    layer_decay: PositiveFraction = 1.0  # the rate falls by this factor from a block to the one before it, from the
+    # head's down to the embedding's (BEiT, arXiv:2106.08254)
     rules: tuple[Rule, ...] = ()  # for some of the parameters; the first that matches counts
 
 
@@ -292,6 +304,7 @@ class Config:
     model: Model = Model()
     data: Data = Data()
     init: Init = Init()
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -335,38 +348,6 @@ def pair(size: Size) -> tuple[int, int]:
 def nearest_multiples(value: int, of: int) -> str:
     """Returns the multiples of `of` on either side of `value` as text for an error: '24 or 32' for 30 and 8."""
     return f"{value // of * of} or {value // of * of + of}" if value >= of else str(of)
-
-
-def in_steps(config: Config, train_examples: int) -> Config:
-    """Returns the config of a run over so many training examples, with every length in steps.
-
-    A length in epochs takes effect where that in steps is not set. Raises `ConfigError` for a batch that is larger than
-    the training split.
-    """
-    if config.batch_size > train_examples:
-        raise ConfigError(
-            f"batch_size: {config.batch_size}, but the training split has {train_examples} images; take at most as many"
-        )
-
-    def steps(steps: int, epochs: float) -> int:
-        return steps or math.ceil(epochs * train_examples / config.batch_size)
-
-    optimizer, evaluate, checkpoint = config.optimizer, config.evaluate, config.checkpoint
-    return dataclasses.replace(
-        config,
-        total_steps=total_steps(config, train_examples),
-        optimizer=dataclasses.replace(optimizer, warmup_steps=steps(optimizer.warmup_steps, optimizer.warmup_epochs)),
-        evaluate=dataclasses.replace(evaluate, every_steps=steps(evaluate.every_steps, evaluate.every_epochs)),
-        checkpoint=dataclasses.replace(checkpoint, every_steps=steps(checkpoint.every_steps, checkpoint.every_epochs)),
-    )
-
-
-def total_steps(config: Config, train_examples: int) -> int:
-    """Returns the optimizer steps of the whole run: `total_steps`, or those of `total_epochs`, rounded up."""
-    if config.total_steps is not None:
-        return config.total_steps
-    assert config.total_epochs is not None
-    return max(1, math.ceil(config.total_epochs * train_examples / config.batch_size))
 
 
 def _check(config: Config) -> None:

@@ -25,7 +25,7 @@ from vit_dist.mesh import feed, layout, topology, xla_options
 from vit_dist.model import choices, context, flops, vit
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.devices import memory_bytes, peak_flops
-from vit_dist.step import evaluation, update
+from vit_dist.step import evaluation, trained, update
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
 from vit_dist.step.state import ModelFunction, Parameters, State, make_state
@@ -86,8 +86,9 @@ class Program:
         if devices is None and self.mesh.size < jax.device_count():
             idle = jax.device_count() - self.mesh.size
             _log.warning("mesh: %d of the %d devices stay idle; set one axis to -1", idle, jax.device_count())
-        self.model = ModelFunction(model)
-        self.optimizer = make_optimizer(settings.optimizer, steps)
+        self.model = ModelFunction(model, settings.lora)
+        rules = trained.rules_of(settings)
+        self.optimizer = make_optimizer(settings.optimizer, steps, rules=rules, depth=self.shape.depth)
         schedule = make_schedule(settings.optimizer, steps)
         options = _compiler_options(settings, first.platform)
         train_step = update.make_train_step(
@@ -217,6 +218,8 @@ def decided(settings: config.Config, platform: str, kind: str, devices: int, mem
     a repeatable backward pass in the first of equal blocks only, and loses the program of the others (seen on an H100
     with jax 0.11.2: the first step ends with `IndexError: raw_hash_map::at`).
 
+    Blocks of which only some are trained are not stacked.
+
     Raises:
       ConfigError: it is deterministic, and `model.attention` is "cudnn".
     """
@@ -228,6 +231,8 @@ def decided(settings: config.Config, platform: str, kind: str, devices: int, mem
                 "deterministic=false"
             )
         model = dataclasses.replace(model, attention="xla")
+    if model.scan == "auto" and trained.cuts_blocks(settings):
+        model = dataclasses.replace(model, scan=False)
     # The number of classes, which may be left to the data, makes no difference.
     with_classes = dataclasses.replace(model, num_classes=model.num_classes or 1)
     chosen = choices.decided(with_classes, platform, kind, examples=examples, memory_bytes=memory_bytes)

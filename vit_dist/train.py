@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from vit_dist.config import ConfigError, in_steps
+from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import Source, fingerprint
 from vit_dist.data.stream.bad_examples import BadExample, TooManyBadExamples
 from vit_dist.data.stream.loader import Batches
@@ -26,6 +26,7 @@ from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.initial import open_weights, record, started, weights_fingerprint, with_traits
 from vit_dist.job import processes
 from vit_dist.job.preemption import StopRequest
+from vit_dist.lengths import in_steps
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.paths import expanded
 from vit_dist.plan.attached import plan_attached

@@ -48,6 +48,8 @@ class Dense(nnx.Module):
         count: int | None = None,
     ):
         self.input_count, self.outputs = len(inputs), outputs
+        self.inputs, self.names, self.count = inputs, names, count
+        self.lora: Any = None  # an adapter, see `model.lora`
         input_names, output_names = names[: len(inputs)], names[len(inputs) :]
         stack, stack_names = ((), ()) if count is None else ((count,), (None,))
         make_kernel = initializer(math.prod(inputs), math.prod(outputs))
@@ -66,14 +68,16 @@ class Dense(nnx.Module):
           norm: a norm whose `normalise` made x; its scale and bias are applied here.
           scale: a LayerScale to apply to the result.
         """
-        return self._multiply((x,), *self._gathered(x, norm, scale))
+        y = self._multiply((x,), *self._gathered(x, norm, scale))
+        return y if self.lora is None else y + self.lora(x, norm=norm, scale=scale)
 
     def of(self, function: Callable[..., jax.Array], *inputs: jax.Array, scale: Scale | None = None) -> jax.Array:
         """Returns the map of `function(*inputs)`, [..., I], of which the backward pass keeps the inputs.
 
         `function` is cheap to run again: element-wise, or a change of shape.
         """
-        return self._multiply(inputs, *self._gathered(inputs[0], None, scale), function)
+        y = self._multiply(inputs, *self._gathered(inputs[0], None, scale), function)
+        return y if self.lora is None else y + self.lora.of(function, *inputs, scale=scale)
 
     def each(self, x: jax.Array, *, norm: Norm | None = None) -> list[jax.Array]:
         """Returns the `count` maps of x, [..., *outputs] each, by a product each.
@@ -88,7 +92,14 @@ class Dense(nnx.Module):
 
         numbers = range(kernel.shape[1])
         biases = tuple(None if bias is None else cut(bias, 0, number) for number in numbers)
-        return [self._shaped(y) for y in products((x,), tuple(cut(kernel, 1, number) for number in numbers), biases)]
+        kernels = tuple(cut(kernel, 1, number) for number in numbers)
+        maps = [self._shaped(y) for y in products((x,), kernels, biases)]
+        return maps if self.lora is None else [y + z for y, z in zip(maps, self.lora.each(x, norm=norm), strict=True)]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of inputs and outputs of one map."""
+        return math.prod(self.inputs), math.prod(self.outputs)
 
     def _gathered(self, x: jax.Array, norm: Norm | None, scale: Scale | None) -> tuple[jax.Array, jax.Array | None]:
         """Returns kernel and bias for a product with x: the kernel in the dtype of x, the bias in float32."""

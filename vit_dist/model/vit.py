@@ -49,6 +49,7 @@ from vit_dist.mesh import layout
 from vit_dist.model import choices, context, kernels
 from vit_dist.model.block import Block, run_blocks
 from vit_dist.model.layers import INITIALIZERS, Dense, dropout, lecun_normal, split_key, zeros
+from vit_dist.model.lora import attach
 from vit_dist.model.norm import Norm
 from vit_dist.model.parameters import cast_and_gather, make_parameter
 from vit_dist.model.pooling import AttentionPool, mean, token_mask
@@ -62,6 +63,7 @@ class ViT(nnx.Module):
     Args:
       variant: a name such as "B/16", or None if the settings give width, depth, mlp, heads and patch_size.
       rngs: the source of randomness for the parameters.
+      lora: the adapters of the blocks' dense layers; None: there are none.
       **settings: the fields of `config.Model`.
 
     Raises:
@@ -69,7 +71,9 @@ class ViT(nnx.Module):
         whose size is no multiple of the patch's.
     """
 
-    def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, **settings: Any):
+    def __init__(
+        self, variant: str | None = None, *, rngs: nnx.Rngs, lora: config.Lora | None = None, **settings: Any
+    ):
         # `resolve` checks the config of a run; only its model matters here.
         model = config.resolve({"total_steps": 1, "model": {"variant": variant, **settings}}).model
         model = choices.decided(model, *kernels.device())
@@ -96,8 +100,14 @@ class ViT(nnx.Module):
 
         self.embedding_norm = norm(shape.width, model.embedding_norm != "none")
         keys = jax.random.split(rngs.params(), shape.depth)
-        blocks = jax.vmap(lambda key: Block(model, shape, nnx.Rngs(key)))  # draws what one block at a time would
-        self.blocks = blocks(keys) if model.scan else nnx.List(Block(model, shape, nnx.Rngs(key)) for key in keys)
+
+        def block(key: jax.Array) -> Block:
+            made, own = Block(model, shape, nnx.Rngs(key)), nnx.Rngs(jax.random.fold_in(key, 1))
+            attach(made, lora or config.Lora(), own)
+            return made
+
+        # The vmap draws what one block at a time would.
+        self.blocks = jax.vmap(block)(keys) if model.scan else nnx.List(block(key) for key in keys)
         self.norm = norm(shape.width, model.pool_norm in ("before", "both"))
         self.pool = AttentionPool(model, shape, rngs) if model.pool == "map" else None
         self.pooled_norm = norm(shape.pooled, model.pool_norm in ("after", "both"))

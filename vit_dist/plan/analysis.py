@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-from vit_dist import config
+from vit_dist import config, lengths
 from vit_dist.config import Config
 from vit_dist.model import flops
 from vit_dist.plan import links, roofline
@@ -110,7 +110,7 @@ def run_fields(settings: Config, step: Analysis, devices: int, hosts: int, examp
       images_per_second_per_host, steps, hours, device_hours; None where unknown.
     """
     known = settings.total_steps is not None or examples is not None
-    steps = config.total_steps(settings, examples or 0) if known else None
+    steps = lengths.total_steps(settings, examples or 0) if known else None
     hours = None if steps is None or step["step_ms"] is None else steps * step["step_ms"] / 3_600_000
     rate = step["images_per_second"]
     return {

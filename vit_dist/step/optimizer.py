@@ -12,24 +12,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_dist import config
-from vit_dist.config import ConfigError, Rule
+from vit_dist.config import Rule
+from vit_dist.mesh import layout
 from vit_dist.schema import one_of
-from vit_dist.step import arrays, muon
+from vit_dist.step import arrays, muon, trained
 from vit_dist.step.schedule import make_schedule
 
 Params = Any  # a nested dict of arrays, or a tree that optax makes of one
 
 
-def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    settings: config.Optimizer, total_steps: int, *, rules: tuple[Rule, ...] | None = None, depth: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Makes the optimizer; `update(gradients, state, params)` returns the updates to add to the parameters.
+
+    `init` takes all parameters, and `update` those that are trained (`trained.parted`).
 
     Each step adds -rate * (direction + weight_decay * parameter), where the rate is the schedule's times that of the
     parameter's rule. Weight decay is thus AdamW's (Loshchilov & Hutter 2019, arXiv:1711.05101) for every direction. It
     applies to kernels only, unless a rule sets it; in LAMB the trust ratio scales it too, as published. Frozen
-    parameters have no state and no update, and do not count in the norm that is clipped.
+    parameters have no state and no update, and do not count in the norm that is clipped. `layer_decay` multiplies what
+    the rules have made of the rate.
 
     Directions:
 
@@ -43,15 +50,17 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
 
     The state has the parameters' shardings: make it under the mesh, by `init` on arrays or `jax.eval_shape` of `init`.
 
+    Args:
+      settings: the config's section.
+      total_steps: the length of the schedule.
+      rules: those of the run (`trained.rules_of`), which end with those of `settings`; None: these alone.
+      depth: the number of blocks, for `layer_decay`.
+
     Raises `ConfigError` for an unknown direction or an invalid rule; `init` does for a rule that no parameter uses.
     """
     name = one_of("optimizer.name", settings.name, DIRECTIONS)
-    rules = settings.rules
-    for i, rule in enumerate(rules):
-        try:
-            re.compile(rule.path)
-        except re.error as error:
-            raise ConfigError(f"optimizer.rules[{i}].path: {rule.path!r} is no regular expression: {error}") from error
+    rules = settings.rules if rules is None else rules
+    trained.check_expressions(rules, len(settings.rules))
     transforms = [] if settings.clip is None else [_clip(settings.clip)]
     transforms.append(DIRECTIONS[name](settings))
     for factor in sorted({0.0, 1.0} | {rule.weight_decay for rule in rules if rule.weight_decay is not None}):
@@ -64,15 +73,15 @@ def make_optimizer(settings: config.Optimizer, total_steps: int) -> optax.Gradie
     for factor in sorted({rule.learning_rate for rule in rules} - {1.0}):
         mask = _by_path(rules, functools.partial(_scales_by, factor))
         transforms.append(optax.masked(optax.scale(factor), mask))
+    if settings.layer_decay < 1:
+        assert depth is not None
+        transforms.append(optax.stateless(lambda updates, _: _decayed(updates, settings.layer_decay, depth)))
     transforms.append(optax.scale_by_learning_rate(make_schedule(settings, total_steps)))
     optimizer = optax.chain(*transforms)
-    if any(rule.frozen for rule in rules):
-        labels = _by_path(rules, lambda _, rule: "frozen" if rule.frozen else "trained")
-        optimizer = optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
     def init(params: Params) -> optax.OptState:
-        _check_rules(rules, jax.tree.leaves(parameter_paths(params)))
-        return optimizer.init(params)
+        trained.check(rules, len(settings.rules), jax.tree.leaves(parameter_paths(params)))
+        return optimizer.init(trained.parted(params, rules)[0])
 
     return optax.GradientTransformationExtraArgs(init, optimizer.update)
 
@@ -89,18 +98,9 @@ def is_kernel(path: str) -> bool:
     return path.rpartition("/")[2] == "kernel"
 
 
-def trainable(params: Params, rules: tuple[Rule, ...]) -> Any:
-    """Returns the tree with each array replaced by a bool: True if it is trained, False if its rule freezes it."""
-    return _by_path(rules, lambda _, rule: not rule.frozen)(params)
-
-
-def _rule_of(path: str, rules: tuple[Rule, ...]) -> Rule:
-    return next((rule for rule in rules if re.search(rule.path, path)), Rule())
-
-
 def _by_path(rules: tuple[Rule, ...], label: Callable[[str, Rule], Any]) -> Callable[[Params], Any]:
     """Returns a function from parameters to a tree of masks or labels for optax, `label(path, rule)` for each."""
-    return lambda params: jax.tree.map(lambda path: label(path, _rule_of(path, rules)), parameter_paths(params))
+    return lambda params: jax.tree.map(lambda path: label(path, trained.rule_of(path, rules)), parameter_paths(params))
 
 
 def _decays_by(factor: float, path: str, rule: Rule) -> bool:
@@ -111,15 +111,29 @@ def _scales_by(factor: float, path: str, rule: Rule) -> bool:
     return factor == rule.learning_rate
 
 
-def _check_rules(rules: tuple[Rule, ...], paths: list[str]) -> None:
-    first_rules = [next((i for i, rule in enumerate(rules) if re.search(rule.path, path)), None) for path in paths]
-    for i, rule in enumerate(rules):
-        if i not in first_rules:
-            matches = any(re.search(rule.path, path) for path in paths)
-            problem = "matches only parameters that an earlier rule takes" if matches else "matches no parameter"
-            raise ConfigError(
-                f"optimizer.rules[{i}].path: {rule.path!r} {problem}; the parameters are such as {', '.join(paths[:3])}"
-            )
+def _decayed(updates: Params, decay: float, depth: int) -> Params:
+    """Scales updates by `decay` once for every layer that follows theirs; see `layers_after`."""
+
+    def scaled(path: tuple, update: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not muon.is_stacked(name):
+            return update * decay ** layers_after(name, depth)
+        factors = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+        split = layout.stored_spec(update)
+        return update * jax.lax.broadcast_in_dim(jnp.asarray(factors), update.shape, (0,), out_sharding=split)
+
+    return jax.tree.map_with_path(scaled, updates)
+
+
+def layers_after(path: str, depth: int) -> int:
+    """Returns how many layers follow that of a parameter, blocks one by one: 0 for the head, depth + 1 for the embedding.
+
+    It is BEiT's numbering (Bao et al. 2021, arXiv:2106.08254): what follows the blocks counts as the head's layer.
+    """
+    parts = path.split("/")
+    if parts[0] == "blocks":
+        return depth - int(parts[1])
+    return depth + 1 if re.match(f"({trained.EMBEDDING})(/|$)", path) else 0
 
 
 def _per_block(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -33,10 +33,10 @@ class State:
 class ModelFunction:
     """The model as a pure function of its parameters; `settings` must have `num_classes` filled in."""
 
-    def __init__(self, settings: config.Model):
+    def __init__(self, settings: config.Model, lora: config.Lora | None = None):
         self.settings = settings
         keywords = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-        self._make = lambda seed: ViT(**keywords, rngs=nnx.Rngs(seed))
+        self._make = lambda seed: ViT(**keywords, lora=lora, rngs=nnx.Rngs(seed))
         self._graph, self._abstract = nnx.split(nnx.eval_shape(lambda: self._make(0)))
 
     def initialise(self, seed: int) -> Parameters:

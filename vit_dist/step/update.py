@@ -16,8 +16,7 @@ from vit_dist import config
 from vit_dist.config import pair
 from vit_dist.mesh import layout
 from vit_dist.mesh.feed import Batch
-from vit_dist.step import arrays, augment, losses
-from vit_dist.step.optimizer import trainable
+from vit_dist.step import arrays, augment, losses, trained
 from vit_dist.step.state import ModelFunction, Parameters, State
 
 Metrics = dict[str, jax.Array]
@@ -34,7 +33,7 @@ def make_train_step(
     """Makes the function `step(state, batch) -> (state, metrics)`.
 
     A batch has `image` uint8 [B, h, w, c] and `label` int32 [B], and `id` with `log_examples`. Metrics are scalars:
-    loss, learning_rate, grad_norm, param_norm; with `log_examples` also `ids` int32 [B].
+    loss, learning_rate, grad_norm and param_norm, of what is trained; with `log_examples` also `ids` int32 [B].
 
     Args:
       settings: the run's config.
@@ -49,10 +48,10 @@ def make_train_step(
         data = dataclasses.replace(data, crop_area=None, flip=False)
     per_example = losses.LOSSES[settings.loss]
 
+    rules = trained.rules_of(settings)
+    gather = settings.accumulate_gather if settings.accumulate_steps > 1 else "microbatch"
+
     def loss_sum(parameters: Parameters, images: jax.Array, targets: jax.Array, key: jax.Array) -> tuple:
-        # Frozen parameters need no backward pass, and do not count in the gradient's norm.
-        is_trained = trainable(parameters, settings.optimizer.rules)
-        parameters = jax.tree.map(lambda p, trained: p if trained else jax.lax.stop_gradient(p), parameters, is_trained)
         example_losses = per_example(model(parameters, images, key), targets)
         return jnp.sum(example_losses) / settings.batch_size, example_losses
 
@@ -71,27 +70,33 @@ def make_train_step(
         targets = losses.smooth(targets, settings.label_smoothing)
         images = augment.normalise(images, data.mean, data.std, model.settings.dtype)
 
+        own, frozen = trained.parted(state.parameters, rules)
+        deferred = jax.tree.map(lambda p: layout.defer_reduction(p, gather), frozen)
         gradients, example_losses = sum_gradients(
-            loss_sum,
-            state.parameters,
+            lambda own, *arguments: loss_sum(trained.merged(own, deferred), *arguments),
+            own,
             (images, targets),
             dropout_key,
             micro_batches=settings.accumulate_steps,
-            gather=settings.accumulate_gather,
+            gather=gather,
         )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, own)
+        own = optax.apply_updates(own, updates)
+        ema = state.ema
+        if ema is not None:
+            own_ema, frozen_ema = trained.parted(ema, rules)
+            ema = trained.merged(average(own_ema, own, settings.ema_decay, state.step), frozen_ema)
         new = State(
             step=state.step + 1,
-            parameters=parameters,
+            parameters=trained.merged(own, frozen),
             optimizer=optimizer_state,
-            ema=average(state.ema, parameters, settings.ema_decay, state.step) if state.ema is not None else None,
+            ema=ema,
         )
         metrics = {
             "loss": jnp.mean(example_losses),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": arrays.norm(gradients),
-            "param_norm": arrays.norm(parameters),
+            "param_norm": arrays.norm(own),
         }
         if settings.log_examples:
             metrics["ids"] = layout.replicated(batch["id"])

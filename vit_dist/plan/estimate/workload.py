@@ -18,6 +18,7 @@ from vit_dist.model.shape import Shape, shape_of
 from vit_dist.plan.arithmetic import Sizes, attention_implementation, device_count
 from vit_dist.plan.targets import Chip
 from vit_dist.program import UNUSED
+from vit_dist.step import trained
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.state import ModelFunction, make_state
 
@@ -78,8 +79,11 @@ class Workload:
 
 def state_bytes(settings: Config) -> StateBytes:
     """Returns the bytes of a config's state, `model.num_classes` filled in, without running or allocating anything."""
-    model = ModelFunction(dataclasses.replace(settings.model, scan=True))
-    optimizer = make_optimizer(settings.optimizer, UNUSED)
+    if trained.cuts_blocks(settings):  # of stacked blocks all are trained
+        settings = dataclasses.replace(settings, init=dataclasses.replace(settings.init, freeze="none"))
+    model = ModelFunction(dataclasses.replace(settings.model, scan=True), settings.lora)
+    rules = trained.rules_of(settings)
+    optimizer = make_optimizer(settings.optimizer, UNUSED, rules=rules, depth=shape_of(settings.model).depth)
     mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     # jax does not replace a mesh in use by one of another size, so an empty one comes in between.
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.sharding.use_abstract_mesh(mesh):
