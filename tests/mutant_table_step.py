@@ -426,7 +426,7 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "gradients, example_losses",
             SIGMOID,
         ),
-        ("frozen parameters in the logged norm", "p if trained else jax.lax.stop_gradient(p)", "p", SIGMOID),
+        ("what is frozen is averaged", "average(own_ema, own,", "average(own_ema, own_ema,", SIGMOID),
         ("flipped by host and device", "if not augment_on_device:", "if False:", SIGMOID),
     ],
 }

@@ -316,13 +316,26 @@ def train_step(
         mean, square = new.first[path] / (1 - asked.b1**new.step), new.second[path] / (1 - asked.b2**new.step)
         direction = mean / (np.sqrt(square) + asked.eps)
         decay = asked.weight_decay * rules[path]["weight_decay"] * state.parameters[path]
-        new.parameters[path] = state.parameters[path] - rate * rules[path]["learning_rate"] * (direction + decay)
+        own = rate * rules[path]["learning_rate"] * _layer_factor(path, state.parameters[path], settings)
+        new.parameters[path] = state.parameters[path] - own * (direction + decay)
     for path, old in state.parameters.items():
         new.parameters.setdefault(path, old)
-        new.average[path] = keep * state.average[path] + (1 - keep) * new.parameters[path]
+        # That of a frozen parameter is the parameter from the start on, and nothing is computed.
+        moved = keep * state.average[path] + (1 - keep) * new.parameters[path]
+        new.average[path] = moved if path in gradient else state.average[path]
     return new, {
-        "loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": _norm_of(new.parameters)
+        "loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": _norm_of({path: new.parameters[path] for path in gradient})
     }  # fmt: skip
+
+
+def _layer_factor(path: str, stacked: np.ndarray, settings: Any) -> Any:
+    """By how much the rate of a layer is lower than the head's: BEiT numbers embedding, blocks and head 0 to L + 1."""
+    depth, decay = settings.model.depth, settings.optimizer.layer_decay
+    if path.startswith("blocks/"):
+        layers = np.arange(1, depth + 1).reshape(depth, *[1] * (stacked.ndim - 1))
+    else:
+        layers = 0 if path.split("/")[0] in ("patch", "cls", "position") else depth + 1
+    return decay ** (depth + 1 - layers)
 
 
 def _partner_of(row: int, count: int, repeats: int) -> int:

@@ -160,7 +160,11 @@ def saved_state(workdir, *overrides):
         trees = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
         step, found = checkpoints.restore({name: tree for name, tree in trees.items() if tree is not None})
     checkpoints.close()
-    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
+    paths = (
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree.leaves_with_path(found)
+    )
+    return step, {path: np.asarray(leaf) for path, leaf in paths}
 
 
 def assert_same_run(workdir, expected, steps, *overrides):

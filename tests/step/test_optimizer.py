@@ -14,8 +14,9 @@ from reference import nested
 
 from vit_dist.config import ConfigError, Optimizer, Rule
 from vit_dist.step.muon import RMS
-from vit_dist.step.optimizer import DIRECTIONS, make_optimizer, parameter_paths, trainable
+from vit_dist.step.optimizer import DIRECTIONS, layers_after, make_optimizer, parameter_paths
 from vit_dist.step.schedule import make_schedule
+from vit_dist.step.trained import merged, parted
 
 DEPTH, WIDTH, HEADS, SIZE, MLP, CLASSES = 4, 32, 2, 32, 64, 10
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
@@ -77,10 +78,11 @@ def trained(settings: Optimizer, mesh: Mesh, steps: int = 3) -> tuple[Flat, Any]
 
 
 def update(settings: Optimizer, gradients: Flat) -> Flat:
-    """The first step's updates without a mesh."""
-    optimizer = make_optimizer(settings, 10)
+    """The first step's updates without a mesh, of a model of `DEPTH` blocks."""
+    optimizer = make_optimizer(settings, 10, depth=DEPTH)
     params = nested(numbers(0))
-    return flattened(jax.jit(optimizer.update)(nested(gradients), optimizer.init(params), params)[0])
+    own, own_gradients = (parted(tree, settings.rules)[0] for tree in (params, nested(gradients)))
+    return flattened(jax.jit(optimizer.update)(own_gradients, optimizer.init(params), own)[0])
 
 
 REFERENCES = {
@@ -223,16 +225,39 @@ def test_frozen_parameters_have_no_state_and_no_update_and_do_not_count_in_the_c
     state = make_optimizer(settings, 10).init(nested(numbers(0)))
     moments = sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.shape)
     assert moments == sorted(2 * [(WIDTH,), (CLASSES,), (WIDTH, CLASSES)])
-    flags = flattened(trainable(nested(numbers(0)), rules))
-    assert [path for path in flags if flags[path]] == ["cls", "head/bias", "head/kernel"]
+    own, rest = parted(nested(numbers(0)), rules)
+    assert sorted(flattened(own)) == ["cls", "head/bias", "head/kernel"]
+    assert sorted(flattened(merged(own, rest))) == sorted(SHAPES)
 
     gradients = numbers(1)
     moved = update(dataclasses.replace(PLAIN, learning_rate=1.0, clip=0.5, rules=rules), gradients)
-    free = [path for path in SHAPES if flags[path]]
+    free = list(flattened(own))
     norm = np.sqrt(sum(np.square(gradients[path]).sum() for path in free))
-    for path in SHAPES:
-        expected = -gradients[path] * 0.5 / norm if path in free else np.zeros_like(gradients[path])
-        np.testing.assert_allclose(moved[path], expected, rtol=1e-5, err_msg=path)
+    assert sorted(moved) == sorted(free)
+    for path in free:
+        np.testing.assert_allclose(moved[path], -gradients[path] * 0.5 / norm, rtol=1e-5, err_msg=path)
+
+
+def test_layer_decay_multiplies_the_rate_once_for_every_layer_that_follows() -> None:
+    ones = {path: np.ones_like(value) for path, value in numbers(0).items()}
+    rules = (Rule("mlp/up", learning_rate=2.0),)
+    moved = update(dataclasses.replace(PLAIN, layer_decay=0.5, rules=rules), ones)
+    for path in ("patch/kernel", "cls", "position"):
+        np.testing.assert_allclose(moved[path], -0.1 * 0.5 ** (DEPTH + 1), rtol=1e-6)
+    for path in ("head/kernel", "head/bias"):
+        np.testing.assert_allclose(moved[path], -0.1, rtol=1e-6)
+    for path, factor in (("blocks/norm1/scale", 1.0), ("blocks/mlp/up/kernel", 2.0)):
+        for number in range(DEPTH):
+            np.testing.assert_allclose(moved[path][number], -0.1 * factor * 0.5 ** (DEPTH - number), rtol=1e-6)
+
+
+def test_layers_are_numbered_from_the_head_down_to_the_embedding() -> None:
+    numbered = {
+        **{"head/kernel": 0, "norm/scale": 0, "pool/probe": 0, "pre_logits/kernel": 0, "pooled_norm/scale": 0},
+        **{"blocks/11/mlp/up/kernel": 1, "blocks/0/mlp/up/lora/down/kernel": 12},
+        **{"patch/kernel": 13, "cls": 13, "position": 13, "registers": 13, "embedding_norm/scale": 13},
+    }
+    assert {path: layers_after(path, 12) for path in numbered} == numbered
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)

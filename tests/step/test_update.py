@@ -33,7 +33,7 @@ SOFTMAX = {
 }  # fmt: skip
 SIGMOID = {
     "loss": "sigmoid", "cutmix": 1.0, "label_smoothing": 0.2, "ema_decay": 0.9, "seed": 4, "accumulate_steps": 2,
-    "model.pool": "mean", "model.activation": "gelu_tanh", "model.layer_scale": 0.5,
+    "model.pool": "mean", "model.activation": "gelu_tanh", "model.layer_scale": 0.5, "optimizer.layer_decay": 0.6,
     "optimizer.rules": [
         {"path": "^patch", "frozen": True}, {"path": "head|norm1", "learning_rate": 2.0, "weight_decay": 1.0},
     ],

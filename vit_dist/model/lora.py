@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from vit_dist import config
@@ -69,15 +68,3 @@ def attach(block: Any, settings: config.Lora, rngs: nnx.Rngs) -> None:
 
 def _layers_of(mlp: Mlp) -> list[Dense]:
     return [layer for layer in (mlp.gate, mlp.up, mlp.down) if layer is not None]
-
-
-def merge(kernel: jax.Array, down: jax.Array, up: jax.Array, settings: config.Lora) -> jax.Array:
-    """Returns the kernel of a layer without an adapter that computes the same.
-
-    Args:
-      kernel: [*inputs, *outputs], or [*inputs, count, *outputs].
-      down: A, [*inputs, rank].
-      up: B, [rank, *outputs] or [rank, count, *outputs].
-      settings: the run's.
-    """
-    return kernel + jnp.tensordot(down, up, 1) * factor(settings)

@@ -71,9 +71,7 @@ class ViT(nnx.Module):
         whose size is no multiple of the patch's.
     """
 
-    def __init__(
-        self, variant: str | None = None, *, rngs: nnx.Rngs, lora: config.Lora | None = None, **settings: Any
-    ):
+    def __init__(self, variant: str | None = None, *, rngs: nnx.Rngs, lora: config.Lora | None = None, **settings: Any):
         # `resolve` checks the config of a run; only its model matters here.
         model = config.resolve({"total_steps": 1, "model": {"variant": variant, **settings}}).model
         model = choices.decided(model, *kernels.device())

@@ -30,6 +30,10 @@ def rules_of(settings: Config) -> tuple[Rule, ...]:
     """
     freeze, rules = settings.init.freeze, []
     if settings.lora.rank:
+        if not settings.lora.targets:
+            raise ConfigError("lora.targets: there are none, but lora.rank is set; name some of qkv, projection, mlp")
+        if freeze == "backbone":
+            raise ConfigError("init.freeze: backbone, which holds the adapters of lora.rank too; leave out one of them")
         rules.append(Rule("^(?!head/)(?!.*/lora/)", frozen=True))
     last = _LAST.fullmatch(freeze)
     if last:

@@ -87,13 +87,13 @@ def placed(parameters: Mapping[str, Lazy], like: Any, mesh: Mesh) -> Any:
 
     Args:
       parameters: by path, the blocks one by one.
-      like: nested dicts of arrays or their shapes; blocks may be stacked. An array of a new head, whose path
-        `parameters` does not have, is returned as it is; others are deleted as soon as theirs are placed.
+      like: nested dicts of arrays or their shapes; blocks may be stacked. An array of a new head or of an adapter,
+        whose path `parameters` does not have, is returned as it is; others are deleted as soon as theirs are placed.
       mesh: the mesh that their shardings are of.
     """
 
     def place(path: str, leaf: Any) -> jax.Array:
-        if path.startswith("head/") and path not in parameters:
+        if "/lora/" in path or (path.startswith("head/") and path not in parameters):
             return leaf
         lazy = _at(parameters, path, leaf.shape)
         read: dict[tuple, np.ndarray] = {}  # devices that hold the same share

@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore
 
 from vit_dist.config import Config, ConfigError
+from vit_dist.model import lora
 from vit_dist.model.shape import shape_of
 from vit_dist.weights.description import Description
 from vit_dist.weights.lazy import Index, Lazy
@@ -29,7 +30,7 @@ PREPARED = ("mean", "std", "interpolation", "eval_crop", "eval_crop_mode", "eval
 
 
 def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: int) -> Published:
-    """Returns the parameters of a checkpoint, their moving average where the run keeps one.
+    """Returns the parameters of a checkpoint, their moving average where the run keeps one, adapters merged into kernels.
 
     Args:
       workdir: the directory of the run.
@@ -38,8 +39,9 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
       step: that of the checkpoint.
     """
     tree = (workdir / "checkpoints" / str(step) / ("ema" if settings.ema_decay else "parameters")).resolve()
-    stacked, shapes = settings.model.scan, shapes_of(settings.model)
+    stacked, shapes = settings.model.scan, shapes_of(settings.model, settings.lora)
     parameters = {path: _parameter(tree, path, shape, bool(stacked)) for path, shape in shapes.items()}
+    parameters = _merged(parameters, lora.factor(settings.lora)) if settings.lora.rank else parameters
     shape = shape_of(settings.model)  # has the numbers of the variant
     numbers = {**vars(shape), "patch_size": shape.patch}
     model = {key: numbers.get(key, getattr(settings.model, key)) for key in TRAITS}
@@ -65,6 +67,28 @@ def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> 
         return whole[index if number is None else (number, *index)].read().result()
 
     return Lazy(shape, compute)
+
+
+def _merged(parameters: dict[str, Lazy], factor: float) -> dict[str, Lazy]:
+    """Returns the parameters of a model without adapters that computes the same (`model.lora`)."""
+    merged = {path: one for path, one in parameters.items() if "/lora/" not in path}
+    for path in merged:
+        layer = path.removesuffix("/kernel")
+        if f"{layer}/lora/down/kernel" in parameters:
+            adapter = (parameters[f"{layer}/lora/{part}/kernel"] for part in ("down", "up"))
+            merged[path] = _with_adapter(merged[path], *adapter, factor)
+    return merged
+
+
+def _with_adapter(kernel: Lazy, down: Lazy, up: Lazy, factor: float) -> Lazy:
+    """Adds the product of down [*inputs, rank] and up [rank, *outputs] to a kernel [*inputs, *outputs]."""
+    inputs = len(down.shape) - 1
+
+    def compute(index: Index) -> np.ndarray:
+        added = np.tensordot(down.read(index[:inputs]), up.read((slice(None), *index[inputs:])), 1)
+        return kernel.read(index) + np.float32(factor) * added
+
+    return Lazy(kernel.shape, compute)
 
 
 @functools.lru_cache(maxsize=4096)

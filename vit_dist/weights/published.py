@@ -105,11 +105,14 @@ def understood(origin: Origin) -> Published:
     return Published(origin, described, model, parameters, tensors.taken, tuple(left_out))
 
 
-def shapes_of(model: config.Model) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of our parameters by path, the blocks one by one, as they are without a mesh."""
+def shapes_of(model: config.Model, lora: config.Lora | None = None) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of our parameters by path, the blocks one by one, as they are without a mesh.
+
+    With `lora`, those of adapters too.
+    """
     keywords = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     stacked = {**keywords, "scan": True}  # however many blocks there are, one is traced
-    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**stacked, rngs=nnx.Rngs(0)))))
+    tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ViT(**stacked, lora=lora, rngs=nnx.Rngs(0)))))
     shapes = {path: leaf.shape for path, leaf in by_path(tree).items()}
     ends = {path: shape for path, shape in shapes.items() if not path.startswith("blocks/")}
     of_blocks = {path.removeprefix("blocks/"): shape for path, shape in shapes.items() if path not in ends}
