@@ -17,6 +17,9 @@ RMS_NORM = "model/test_layers.py::test_rms_norm_divides_by_the_root_of_the_mean_
 SEVERAL = "model/test_product.py::test_the_gradients_of_products_with_several_kernels_are_those_of_plain_ones"
 KEPT_INPUTS = "model/test_recompute.py::test_the_inputs_are_all_that_is_kept"
 CHOICES, KERNELS = "model/test_choices.py::test_", "model/test_kernels.py::test_"
+LORA = "model/test_lora.py::test_an_adapted_model_is_that_of_the_sums_in_value_and_gradient"
+LORA_NEW = f"{LORA}[False-gelu]"
+TRAINED = "step/test_trained.py::test_"
 PALLAS = "model/test_tpu_attention.py::test_the_kernel_and_its_gradients_are_attention_in_float32"
 VIT = "model/test_vit.py::test_logits_and_gradients_agree_with_the_reference"
 SPLIT = "model/test_vit.py::test_logits_and_gradients_of_split_tokens_heads_and_parameters_are_those_of_one_device"
@@ -123,6 +126,15 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "shape = (x.shape[1], x.shape[0], *x.shape[2:])\n",
             "shape = (x.shape[1], 1, *x.shape[2:])\n",
             DRAWS,
+        ),
+    ],
+    "model/lora.py": [
+        ("alpha is not divided by the rank", "settings.alpha / settings.rank", "settings.alpha", f"{LORA}[True-gelu]"),
+        (
+            "a norm's bias is not adapted",
+            "self.up.each(self.down(x, norm=norm) *",
+            "self.up.each(self.down(x) *",
+            LORA_NEW,
         ),
     ],
     "model/norm.py": [
@@ -333,6 +345,13 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
     ],
     "step/optimizer.py": [
         (
+            "layer decay from the last block's rate on",
+            "np.arange(depth, 0, -1,",
+            "np.arange(depth - 1, -1, -1,",
+            SIGMOID,
+        ),
+        ("the embedding decays as the first block", "depth + 1 if re.match", "depth if re.match", SIGMOID),
+        (
             "clip after the direction",
             "    transforms = [] if settings.clip is None else [_clip(settings.clip)]\n"
             "    transforms.append(DIRECTIONS[name](settings))",
@@ -355,6 +374,20 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "scale_by_learning_rate(make_schedule(settings, total_steps))",
             "scale_by_learning_rate(settings.learning_rate)",
             SOFTMAX,
+        ),
+    ],
+    "step/trained.py": [
+        (
+            "the base of adapters is trained",
+            'Rule("^(?!head/)(?!.*/lora/)", frozen=True)',
+            'Rule("^(?!head/)(?!.*/lora/)")',
+            f"{TRAINED}adapters_cost_no_gradient_of_the_kernels_and_state_for_themselves_alone[model.scan=true]",
+        ),
+        (
+            "one block more is frozen",
+            "return depth - count",
+            "return depth - count + 1",
+            f"{TRAINED}blocks_before_the_first_that_is_trained_keep_no_activations",
         ),
     ],
     "step/schedule.py": [

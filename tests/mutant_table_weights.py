@@ -15,6 +15,14 @@ OTHER_GRID = "weights/test_adapted.py::test_positions_are_resampled_after_those_
 HEAD = "weights/test_adapted.py::test_the_head_is_taken_by_the_names_of_classes"
 
 WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
+    "weights/earlier_run.py": [
+        (
+            "merged adapters without their factor",
+            "np.float32(factor) * added",
+            "added",
+            "test_fine_tuning.py::test_adapters_start_from_the_weights_and_are_merged_where_a_run_is_opened[true]",
+        ),
+    ],
     "weights/naming.py": [
         (
             "rows and columns of a patch exchanged",

@@ -1,4 +1,4 @@
-"""Runs that train a part of their parameters: one curve on any mesh, the same after a kill, and opened as plain ones."""
+"""Runs that train a part of their parameters: one curve on any mesh, the same after a kill, opened as plain ones."""
 
 import signal
 

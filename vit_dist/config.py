@@ -195,7 +195,7 @@ class Init:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Trains small adapters of dense layers and the head instead of all parameters (Hu et al. 2021, arXiv:2106.09685)."""
+    """Trains adapters of dense layers, and the head, instead of all parameters (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: NonNegativeInt = 0  # of an adapter; 0: there are none
     alpha: PositiveFloat | None = None  # what adapters add is multiplied by alpha / rank; null: rank, so by 1

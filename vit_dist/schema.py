@@ -126,7 +126,7 @@ def check_known(hint: Any, name: str, parent: str, schema: Any = None) -> None:
     """
     fields = [field.name for field in dataclasses.fields(hint)]
     if name not in fields:
-        meant = near_miss(name, fields, parent) or (elsewhere(name, schema) if schema else "")
+        meant = near_miss(_SHORT.get(name, name), fields, parent) or (elsewhere(name, schema) if schema else "")
         raise ConfigError(f"unknown key {parent + '.' if parent else ''}{name}{meant}")
 
 

@@ -56,8 +56,10 @@ def in_model(job: Job) -> None:
 
 def gradient(attention: str, dtype: str, told: dict[str, Any]) -> dict[str, np.ndarray]:
     """The gradient of a model's random function of its logits, by parameter."""
-    sizes = {name: told[name] for name in ("width", "depth", "mlp", "heads", "image_size", "patch_size")}
-    settings = {
+    sizes: dict[str, Any] = {
+        name: told[name] for name in ("width", "depth", "mlp", "heads", "image_size", "patch_size")
+    }
+    settings: dict[str, Any] = {
         "num_classes": 16,
         "head_zero_init": False,
         "pool": "cls",

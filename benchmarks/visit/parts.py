@@ -1,7 +1,7 @@
 """The parts of a visit in the order of their value, each with the seconds that it should take on an H100.
 
-The seconds were measured on 2026-11-27, those of `padding` and `b16_scan` are estimates. Batch sizes are fixed: those that fit into the 59 GiB that
-jax takes of an H100's memory, by the plans.
+The seconds were measured on 2026-11-27, but those of `padding` and `b16_scan`, which are estimates. Batch sizes are
+fixed: those that fit into the 59 GiB that jax takes of an H100's memory, by the plans.
 """
 
 from visit.runner import Part

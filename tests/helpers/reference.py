@@ -323,9 +323,8 @@ def train_step(
         # That of a frozen parameter is the parameter from the start on, and nothing is computed.
         moved = keep * state.average[path] + (1 - keep) * new.parameters[path]
         new.average[path] = moved if path in gradient else state.average[path]
-    return new, {
-        "loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": _norm_of({path: new.parameters[path] for path in gradient})
-    }  # fmt: skip
+    param_norm = _norm_of({path: new.parameters[path] for path in gradient})
+    return new, {"loss": loss, "learning_rate": rate, "grad_norm": norm, "param_norm": param_norm}
 
 
 def _layer_factor(path: str, stacked: np.ndarray, settings: Any) -> Any:

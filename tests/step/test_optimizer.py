@@ -252,11 +252,9 @@ def test_layer_decay_multiplies_the_rate_once_for_every_layer_that_follows() -> 
 
 
 def test_layers_are_numbered_from_the_head_down_to_the_embedding() -> None:
-    numbered = {
-        **{"head/kernel": 0, "norm/scale": 0, "pool/probe": 0, "pre_logits/kernel": 0, "pooled_norm/scale": 0},
-        **{"blocks/11/mlp/up/kernel": 1, "blocks/0/mlp/up/lora/down/kernel": 12},
-        **{"patch/kernel": 13, "cls": 13, "position": 13, "registers": 13, "embedding_norm/scale": 13},
-    }
+    numbered = dict.fromkeys(("head/kernel", "norm/scale", "pool/probe", "pre_logits/kernel", "pooled_norm/scale"), 0)
+    numbered |= {"blocks/11/mlp/up/kernel": 1, "blocks/0/mlp/up/lora/down/kernel": 12}
+    numbered |= dict.fromkeys(("patch/kernel", "cls", "position", "registers", "embedding_norm/scale"), 13)
     assert {path: layers_after(path, 12) for path in numbered} == numbered
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from typing import Any
 
-from vit_dist import config, lengths
+from vit_dist import lengths
 from vit_dist.config import Config
 from vit_dist.model import flops
 from vit_dist.plan import links, roofline

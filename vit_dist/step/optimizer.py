@@ -126,7 +126,7 @@ def _decayed(updates: Params, decay: float, depth: int) -> Params:
 
 
 def layers_after(path: str, depth: int) -> int:
-    """Returns how many layers follow that of a parameter, blocks one by one: 0 for the head, depth + 1 for the embedding.
+    """Returns how many layers follow that of a parameter: none for the head, depth + 1 for the embedding.
 
     It is BEiT's numbering (Bao et al. 2021, arXiv:2106.08254): what follows the blocks counts as the head's layer.
     """

@@ -30,7 +30,7 @@ PREPARED = ("mean", "std", "interpolation", "eval_crop", "eval_crop_mode", "eval
 
 
 def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: int) -> Published:
-    """Returns the parameters of a checkpoint, their moving average where the run keeps one, adapters merged into kernels.
+    """Returns the parameters of a checkpoint, of their moving average where the run keeps one, with adapters merged.
 
     Args:
       workdir: the directory of the run.
@@ -75,8 +75,8 @@ def _merged(parameters: dict[str, Lazy], factor: float) -> dict[str, Lazy]:
     for path in merged:
         layer = path.removesuffix("/kernel")
         if f"{layer}/lora/down/kernel" in parameters:
-            adapter = (parameters[f"{layer}/lora/{part}/kernel"] for part in ("down", "up"))
-            merged[path] = _with_adapter(merged[path], *adapter, factor)
+            down, up = (parameters[f"{layer}/lora/{part}/kernel"] for part in ("down", "up"))
+            merged[path] = _with_adapter(merged[path], down, up, factor)
     return merged
 
 
