@@ -18,7 +18,7 @@ from vit_dist import train
 
 FIRST = ("airplane", "bird", "deer", "frog", "ship")
 OTHERS = ("automobile", "cat", "dog", "horse", "truck")
-MODEL = {"model.width": 96, "model.depth": 6, "model.mlp": 192, "model.heads": 3, "model.dtype": "float32"}
+MODEL = {"model.width": 96, "model.depth": 4, "model.mlp": 192, "model.heads": 3, "model.dtype": "float32"}
 COMMON = {"fake_devices": 1, "data.source": "tar", "data.in_memory": True, "checkpoint.keep_best": 0}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "all, one rate": ("finetune", {"optimizer.layer_decay": 1.0}),
@@ -34,7 +34,7 @@ def first(data: Path, out: Path, epochs: float) -> dict[str, Any]:
     """Trains on the first five classes; returns the summary."""
     changes = {
         **COMMON, **MODEL, "data.path": str(data), "data.classes": FIRST, "total_epochs": epochs, "batch_size": 128,
-        "model.variant": None, "model.patch_size": 4, "model.num_classes": None, "model.drop_path": 0.0,
+        "model.variant": None, "model.patch_size": 8, "model.num_classes": None, "model.drop_path": 0.0,
         "log_every": 100, "ema_decay": 0.99, "optimizer.warmup_steps": 100, "evaluate.every_steps": 0,
         "evaluate.every_epochs": epochs, "checkpoint.every_steps": 0, "mixup": 0.0,
         "data.rotate": 0.0, "data.crop_area": (0.5, 1.0),
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| trained | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " | s a run |")
     print("| --- |" + " --- |" * (len(RATES) + 1))
     start = {"init.weights": str(options.out / "first")}
-    plain = {**MODEL, "model.patch_size": 4, "model.image_size": 32, "model.pool": "mean", "optimizer.layer_decay": 1.0,
+    plain = {**MODEL, "model.patch_size": 8, "model.image_size": 32, "model.pool": "mean", "optimizer.layer_decay": 1.0,
              "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616)}  # fmt: skip
     rows = {name: (recipe, {**start, **changes}) for name, (recipe, changes) in WAYS.items()}
     for name, (recipe, changes) in (rows | {"from scratch": ("finetune", plain)}).items():
