@@ -1,0 +1,171 @@
+"""Classifies by the k nearest neighbours in a set of features: no parameters are learned, so it shows what these hold.
+
+The devices find a few more candidates than k in float32, and the host ranks these in float64. A device takes blocks of
+one size, whatever the number of devices, so that neighbours are the same on any mesh. Each process classifies a share of
+the queries, on its own devices.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_dist.job import processes
+
+Metric = Literal["cosine", "l2"]
+
+_QUERIES = 256  # rows of queries that a device compares at a time
+_KEYS = 1 << 14  # rows of features that they are compared with at a time: a block of scores takes 16 MiB
+_SPARE = 16  # candidates beyond k, since float32 may order near ones wrongly
+_TINY = 1e-30  # a vector of zeros has similarity 0 to all
+
+
+def predictions(
+    features: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    ks: Sequence[int],
+    *,
+    metric: Metric = "cosine",
+    temperature: float | None = 0.07,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[int, np.ndarray]:
+    """Returns the class of each query by its neighbours, int64 [m], for every k in `ks`.
+
+    All processes of a job call this with the same arrays, and get the same result.
+
+    Args:
+      features: [n, D], of the examples whose classes are known.
+      labels: their classes, [n], from 0.
+      queries: [m, D].
+      ks: how many neighbours vote, each at most n.
+      metric: see `neighbours`.
+      temperature: T of the votes exp(similarity / T), as in DINO (Caron et al. 2021, arXiv:2104.14294); None: all
+        neighbours count alike. The class with the most votes wins, of several the one with the lowest number.
+      devices: see `neighbours`.
+    """
+    process, count = jax.process_index(), jax.process_count()
+    own = slice(len(queries) * process // count, len(queries) * (process + 1) // count)
+    found, similarity = neighbours(features, queries[own], max(ks), metric=metric, devices=devices)
+    voted = {k: _vote(labels[found[:, :k]], similarity[:, :k], temperature, labels.max() + 1) for k in ks}
+    gathered = processes.gather([voted[k].tolist() for k in ks])
+    return {k: np.array(sum((shares[number] for shares in gathered), []), np.int64) for number, k in enumerate(ks)}
+
+
+def neighbours(
+    features: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k nearest features of each query, the nearest first, of equally near ones the first.
+
+    Args:
+      features: [n, D], n at least k.
+      queries: [m, D].
+      k: how many.
+      metric: "cosine": the similarity is the cosine of the angle; "l2": minus half the squared distance, which differs
+        from the cosine by 1 for vectors of length 1.
+      devices: of this process, to search on; None: all it has.
+
+    Returns:
+      Their indices, int64 [m, k], and similarities, float64 [m, k].
+    """
+    if not len(queries):
+        return np.zeros((0, k), np.int64), np.zeros((0, k))
+    candidates = _candidates(features, queries, min(k + _SPARE, len(features)), metric, devices or jax.local_devices())
+    similarity = np.empty(candidates.shape)
+    for start in range(0, len(queries), _QUERIES):
+        rows = slice(start, start + _QUERIES)
+        near, query = features[candidates[rows]].astype(np.float64), queries[rows, None].astype(np.float64)
+        if metric == "cosine":
+            similarity[rows] = (_unit(near) * _unit(query)).sum(-1)
+        else:
+            similarity[rows] = -0.5 * ((near - query) ** 2).sum(-1)
+    order = np.lexsort((candidates, -similarity))[:, :k]
+    return np.take_along_axis(candidates, order, 1), np.take_along_axis(similarity, order, 1)
+
+
+def _vote(labels: np.ndarray, similarity: np.ndarray, temperature: float | None, classes: int) -> np.ndarray:
+    """Returns the class with the most votes, int64 [m], of the neighbours' classes and similarities [m, k]."""
+    votes = np.ones(labels.shape)
+    if temperature is not None:
+        votes = np.exp((similarity - similarity[:, :1]) / temperature)  # the nearest has 1, so none is too large
+    winners = np.empty(len(labels), np.int64)
+    for start in range(0, len(labels), _QUERIES):
+        rows = slice(start, start + _QUERIES)
+        numbers = np.arange(len(labels[rows]))[:, None] * classes + labels[rows]
+        sums = np.bincount(numbers.ravel(), votes[rows].ravel(), len(numbers) * classes)
+        winners[rows] = sums.reshape(-1, classes).argmax(1)
+    return winners
+
+
+def _candidates(
+    features: np.ndarray, queries: np.ndarray, count: int, metric: Metric, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """Returns the indices of the `count` nearest features by their scores in float32, int64 [m, count].
+
+    The scores order as the similarities do: the product of unit vectors, or q.x - |x|^2 / 2 for the squared distance,
+    with features and queries moved by the features' mean, which keeps them small.
+    """
+    mesh = Mesh(np.array(devices), ("queries",), axis_types=(AxisType.Explicit,))
+    split, everywhere = NamedSharding(mesh, PartitionSpec("queries")), NamedSharding(mesh, PartitionSpec())
+    centre = features.mean(0, dtype=np.float64) if metric == "l2" else np.zeros(())
+
+    def prepared(rows: np.ndarray) -> np.ndarray:
+        return (_unit(rows) if metric == "cosine" else rows - centre).astype(np.float32)
+
+    # Not in jax.set_mesh of the caller's mesh, which has other axes.
+    with jax.set_mesh(mesh):
+        padded = _padded(prepared(queries), -(-len(queries) // (len(devices) * _QUERIES)) * len(devices) * _QUERIES)
+        placed = jax.device_put(padded, split)
+        scores = jax.device_put(np.full((len(padded), count), -np.inf, np.float32), split)
+        indices = jax.device_put(np.zeros((len(padded), count), np.int32), split)
+        step = jax.jit(partial(_nearer, count=count))
+        size = min(_KEYS, -(-len(features) // 128) * 128)
+        for start in range(0, len(features), size):
+            keys = prepared(features[start : start + size])
+            bias = np.zeros(len(keys)) if metric == "cosine" else -0.5 * (keys.astype(np.float64) ** 2).sum(1)
+            bias = _padded(bias.astype(np.float32), size, -np.inf)
+            block = jax.device_put((_padded(keys, size), bias), everywhere)
+            scores, indices = step(scores, indices, placed, *block, np.int32(start))
+        return np.asarray(indices, np.int64)[: len(queries)]
+
+
+def _nearer(
+    scores: jax.Array, indices: jax.Array, queries: jax.Array, keys: jax.Array, bias: jax.Array, start: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the best scores and their indices, of those so far [m, count] and those of the keys from `start` on."""
+
+    def local(old: jax.Array, old_indices: jax.Array, rows: jax.Array, *block: jax.Array) -> tuple[jax.Array, ...]:
+        keys, bias, first = block
+
+        def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            old, old_indices, rows = arrays
+            new = jnp.matmul(rows, keys.T, precision="highest") + bias
+            new, new_indices = jax.lax.top_k(new, min(count, len(keys)))
+            best, which = jax.lax.top_k(jnp.concatenate([old, new], 1), count)  # of equal scores the first
+            return best, jnp.take_along_axis(jnp.concatenate([old_indices, new_indices + first], 1), which, 1)
+
+        blocks = jax.lax.map(one, tuple(array.reshape(-1, _QUERIES, array.shape[1]) for array in (old, old_indices, rows)))
+        return tuple(array.reshape(-1, count) for array in blocks)
+
+    split, whole = PartitionSpec("queries"), PartitionSpec()
+    search = jax.shard_map(local, in_specs=(split,) * 3 + (whole,) * 3, out_specs=split)
+    return search(scores, indices, queries, keys, bias, start)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Returns vectors [..., D] of length 1, float64."""
+    rows = rows.astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), _TINY)
+
+
+def _padded(rows: np.ndarray, size: int, value: float = 0) -> np.ndarray:
+    return np.pad(rows, [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)], constant_values=value)
