@@ -1,13 +1,12 @@
-"""Classifies by the k nearest neighbours in a set of features: no parameters are learned, so it shows what these hold.
+"""Classifies by the k nearest neighbours in a set of features, which shows what these hold: nothing is learned.
 
-The devices find a few more candidates than k in float32, and the host ranks these in float64. A device takes blocks of
-one size, whatever the number of devices, so that neighbours are the same on any mesh. Each process classifies a share of
-the queries, on its own devices.
+The devices find a few more candidates than k in float32, and the host ranks these in float64. Devices take blocks of
+one size, however many there are, so that neighbours are the same on any mesh. Each process classifies a share of the
+queries, on its own devices.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_dist.job import processes
-
-Metric = Literal["cosine", "l2"]
 
 _QUERIES = 256  # rows of queries that a device compares at a time
 _KEYS = 1 << 14  # rows of features that they are compared with at a time: a block of scores takes 16 MiB
@@ -30,11 +27,11 @@ def predictions(
     queries: np.ndarray,
     ks: Sequence[int],
     *,
-    metric: Metric = "cosine",
+    metric: str = "cosine",
     temperature: float | None = 0.07,
     devices: Sequence[jax.Device] | None = None,
-) -> dict[int, np.ndarray]:
-    """Returns the class of each query by its neighbours, int64 [m], for every k in `ks`.
+) -> list[np.ndarray]:
+    """Returns the class of each query by its k nearest neighbours, int64 [m], for every k in `ks`.
 
     All processes of a job call this with the same arrays, and get the same result.
 
@@ -51,9 +48,10 @@ def predictions(
     process, count = jax.process_index(), jax.process_count()
     own = slice(len(queries) * process // count, len(queries) * (process + 1) // count)
     found, similarity = neighbours(features, queries[own], max(ks), metric=metric, devices=devices)
-    voted = {k: _vote(labels[found[:, :k]], similarity[:, :k], temperature, labels.max() + 1) for k in ks}
-    gathered = processes.gather([voted[k].tolist() for k in ks])
-    return {k: np.array(sum((shares[number] for shares in gathered), []), np.int64) for number, k in enumerate(ks)}
+    classes = int(labels.max()) + 1
+    voted = [_vote(labels[found[:, :k]], similarity[:, :k], temperature, classes) for k in ks]
+    shares = processes.gather([each.tolist() for each in voted])
+    return [np.concatenate([np.array(of_k, np.int64) for of_k in each]) for each in zip(*shares, strict=True)]
 
 
 def neighbours(
@@ -61,7 +59,7 @@ def neighbours(
     queries: np.ndarray,
     k: int,
     *,
-    metric: Metric = "cosine",
+    metric: str = "cosine",
     devices: Sequence[jax.Device] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k nearest features of each query, the nearest first, of equally near ones the first.
@@ -107,7 +105,7 @@ def _vote(labels: np.ndarray, similarity: np.ndarray, temperature: float | None,
 
 
 def _candidates(
-    features: np.ndarray, queries: np.ndarray, count: int, metric: Metric, devices: Sequence[jax.Device]
+    features: np.ndarray, queries: np.ndarray, count: int, metric: str, devices: Sequence[jax.Device]
 ) -> np.ndarray:
     """Returns the indices of the `count` nearest features by their scores in float32, int64 [m, count].
 
@@ -125,40 +123,47 @@ def _candidates(
     with jax.set_mesh(mesh):
         padded = _padded(prepared(queries), -(-len(queries) // (len(devices) * _QUERIES)) * len(devices) * _QUERIES)
         placed = jax.device_put(padded, split)
-        scores = jax.device_put(np.full((len(padded), count), -np.inf, np.float32), split)
-        indices = jax.device_put(np.zeros((len(padded), count), np.int32), split)
-        step = jax.jit(partial(_nearer, count=count))
+        nothing = np.full((len(padded), count), -np.inf, np.float32), np.zeros((len(padded), count), np.int32)
+        best = jax.device_put(nothing, split)
         size = min(_KEYS, -(-len(features) // 128) * 128)
         for start in range(0, len(features), size):
             keys = prepared(features[start : start + size])
             bias = np.zeros(len(keys)) if metric == "cosine" else -0.5 * (keys.astype(np.float64) ** 2).sum(1)
             bias = _padded(bias.astype(np.float32), size, -np.inf)
             block = jax.device_put((_padded(keys, size), bias), everywhere)
-            scores, indices = step(scores, indices, placed, *block, np.int32(start))
-        return np.asarray(indices, np.int64)[: len(queries)]
+            best = _nearer(best, placed, block, np.int32(start), count=count)
+        return np.asarray(best[1], np.int64)[: len(queries)]
 
 
+@partial(jax.jit, static_argnames="count")
 def _nearer(
-    scores: jax.Array, indices: jax.Array, queries: jax.Array, keys: jax.Array, bias: jax.Array, start: jax.Array, count: int
+    best: tuple[jax.Array, jax.Array],
+    queries: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    first: jax.Array,
+    count: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the best scores and their indices, of those so far [m, count] and those of the keys from `start` on."""
+    """Returns the highest scores and their indices [m, count], of the best so far and of the keys with their bias.
 
-    def local(old: jax.Array, old_indices: jax.Array, rows: jax.Array, *block: jax.Array) -> tuple[jax.Array, ...]:
-        keys, bias, first = block
+    `first` is the index of the first key. Of equal scores, those with the lowest indices come first.
+    """
 
-        def one(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-            old, old_indices, rows = arrays
-            new = jnp.matmul(rows, keys.T, precision="highest") + bias
-            new, new_indices = jax.lax.top_k(new, min(count, len(keys)))
-            best, which = jax.lax.top_k(jnp.concatenate([old, new], 1), count)  # of equal scores the first
-            return best, jnp.take_along_axis(jnp.concatenate([old_indices, new_indices + first], 1), which, 1)
+    def block(
+        best: tuple[jax.Array, jax.Array], rows: jax.Array, keys: jax.Array, bias: jax.Array, first: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        scores, which = jax.lax.top_k(jnp.matmul(rows, keys.T, precision="highest") + bias, min(count, len(keys)))
+        scores, indices = jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], which + first], 1)
+        scores, which = jax.lax.top_k(scores, count)
+        return scores, jnp.take_along_axis(indices, which, 1)
 
-        blocks = jax.lax.map(one, tuple(array.reshape(-1, _QUERIES, array.shape[1]) for array in (old, old_indices, rows)))
-        return tuple(array.reshape(-1, count) for array in blocks)
+    def local(best: tuple[jax.Array, jax.Array], rows: jax.Array, *keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        split = jax.tree.map(lambda array: array.reshape(-1, _QUERIES, array.shape[1]), (best, rows))
+        scores, indices = jax.lax.map(lambda one: block(*one, *keys), split)
+        return scores.reshape(-1, count), indices.reshape(-1, count)
 
     split, whole = PartitionSpec("queries"), PartitionSpec()
-    search = jax.shard_map(local, in_specs=(split,) * 3 + (whole,) * 3, out_specs=split)
-    return search(scores, indices, queries, keys, bias, start)
+    search = jax.shard_map(local, in_specs=(split, split, whole, whole, whole), out_specs=split)
+    return search(best, queries, *keys, first)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
