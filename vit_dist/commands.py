@@ -79,4 +79,4 @@ def _model(options: argparse.Namespace) -> str | Path:
         return options.weights
     from vit_dist.load import check_run
 
-    return check_run(options.workdir, options.overrides)
+    return check_run(options.workdir, options.step, options.overrides)

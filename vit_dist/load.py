@@ -253,12 +253,18 @@ def class_name(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) else f"class {index}"
 
 
-def check_run(workdir: str | Path, overrides: Overrides = ()) -> Path:
-    """Returns the directory. Raises `ConfigError` if it holds no run with a checkpoint, or overrides change the run."""
+def check_run(workdir: str | Path, step: int | None = None, overrides: Overrides = ()) -> Path:
+    """Returns the directory.
+
+    Raises `ConfigError` if it holds no run with a checkpoint of this step (None: of any), or overrides change the run.
+    """
     path = expanded(workdir, "workdir")
     run_files.read_config(path, overrides)
-    if not run_files.checkpoint_steps(path):
+    steps = run_files.checkpoint_steps(path)
+    if not steps:
         raise ConfigError(f"{path}/checkpoints: no checkpoint here; give the workdir of a run that has saved one")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{path}/checkpoints: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     return path
 
 
