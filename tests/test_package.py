@@ -22,9 +22,10 @@ FLOORS = (
     ("step",),
     ("run",),
     ("program",),
-    ("rates", "initial"),
-    ("train", "evaluate", "predict", "load", "describe", "plan", "bench"),
-    ("arguments",),
+    ("rates", "initial", "extraction", "answers", "overlays"),
+    ("train", "evaluate", "predict", "features", "load", "describe", "plan", "bench"),
+    ("arguments", "printing"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -174,7 +175,20 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"], True
+        [
+            "ViT",
+            "bench",
+            "evaluate",
+            "features",
+            "inspect",
+            "load",
+            "load_config",
+            "plan",
+            "predict",
+            "prepare",
+            "train",
+        ],
+        True,
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

@@ -125,15 +125,12 @@ class Loaded:
             powers = np.exp(logits - logits.max(axis=1, keepdims=True))
             chances = powers / powers.sum(axis=1, keepdims=True)
         return [
-            [(self._name(index), float(row[index])) for index in np.argsort(-row, kind="stable")[:top]]
+            [(class_name(self.classes, index), float(row[index])) for index in np.argsort(-row, kind="stable")[:top]]
             for row in chances
         ]
 
-    def _name(self, index: int) -> str:
-        return self.classes[index] if index < len(self.classes) else f"class {index}"
-
     def _run(self, function: Any, images: Any, most: int | None = None) -> Any:
-        """Runs a function on images, in batches of at most `most` a device (`BATCH`), padded to divide over the mesh."""
+        """Runs a function on images, in batches of at most `most` a device (None: `BATCH`), padded for the mesh."""
         if not len(images):
             raise ConfigError("images: there are none; give [B, H, W, C] with at least one")
         images = np.asarray(images)
@@ -249,6 +246,26 @@ def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Returns the values of the keys that overrides set, by key; `values` are those of a config."""
     changed = flatten(override(copy.deepcopy(values), overrides))
     return {key: changed[key] for key in set_keys(overrides)}
+
+
+def class_name(names: Sequence[str], index: int) -> str:
+    """Returns the name of a class; a model may have more classes (`model.num_classes`) than its data had names for."""
+    return names[index] if index < len(names) else f"class {index}"
+
+
+def check_run(workdir: str | Path, step: int | None = None, overrides: Overrides = ()) -> Path:
+    """Returns the directory.
+
+    Raises `ConfigError` if it holds no run with a checkpoint of this step (None: of any), or overrides change the run.
+    """
+    path = expanded(workdir, "workdir")
+    run_files.read_config(path, overrides)
+    steps = run_files.checkpoint_steps(path)
+    if not steps:
+        raise ConfigError(f"{path}/checkpoints: no checkpoint here; give the workdir of a run that has saved one")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{path}/checkpoints: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return path
 
 
 def set_keys(overrides: Overrides) -> list[str]:
