@@ -80,6 +80,14 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
             model.add_argument(
                 "--weights", metavar="PATH", help="weights: a folder, a file, a name on the hub, or a run"
             )
+            if "files" in options:
+                model.add_argument(
+                    "--features",
+                    nargs=2,
+                    metavar=("TRAIN", "TEST"),
+                    type=_path,
+                    help="two files that `vit-dist features` wrote",
+                )
         if "checkpoint" in options:
             checkpoint = subparser.add_mutually_exclusive_group()
             checkpoint.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
@@ -109,6 +117,17 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
         help="pooled (what the head classifies), cls, mean or tokens (pooled)",
     )
     features.add_argument("--block", type=int, metavar="N", help="of the output of block N, from 0; else of the last")
+    probe = verb("probe", "model", "files", "checkpoint", help="classify by features: neighbours, linear classifiers")
+    probe.add_argument("--data.path", dest="data_path", metavar="PATH", help="the data; else those of the run")
+    probe.add_argument("--split", help="the split to classify (test), after learning from train")
+    probe.add_argument(
+        "--probes", default="knn,few_shot,linear", metavar="NAMES", help="which (knn,few_shot,linear: all there are)"
+    )
+    probe.add_argument("--k", metavar="N,...", help="how many neighbours vote (20); probe.k")
+    probe.add_argument("--shots", metavar="N,...", help="examples a class of few_shot (10); probe.shots")
+    probe.add_argument("--l2", metavar="X,...", help="penalties of few_shot and linear to choose from; probe.l2")
+    probe.add_argument("--what", metavar="KIND", help="pooled (what the head classifies), cls or mean (pooled)")
+    probe.add_argument("--block", type=int, metavar="N", help="of the output of block N, from 0; else of the last")
     inspect = verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config; or weights")
     inspect.add_argument("--weights", metavar="PATH", help="what weights are; with --config, what a run takes of them")
     plan = verb("plan", "config", "json", help="compile a config for hardware that is not attached: memory and speed")

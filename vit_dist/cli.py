@@ -325,6 +325,7 @@ _VERBS = {
     "eval": commands.evaluate,
     "predict": commands.predict,
     "features": commands.features,
+    "probe": commands.probe,
     "inspect": _inspect,
     "plan": _plan,
     "bench": _bench,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vit_dist.config import ConfigError
 from vit_dist.job.exit_codes import DONE, MISTAKE
 from vit_dist.printing import print_json, print_table
 
@@ -67,10 +68,45 @@ def features(options: argparse.Namespace) -> None:
             split=options.split,
             what=options.what,
             block=options.block,
-            step="best" if options.best else "newest" if options.step is None else options.step,
+            step=_step(options),
             overrides=options.overrides,
         )
     )
+
+
+def probe(options: argparse.Namespace) -> None:
+    from vit_dist.probe import probe, probe_files
+
+    names = [name for name in options.probes.split(",") if name]
+    uses = {"k": {"knn"}, "shots": {"few_shot"}, "l2": {"few_shot", "linear"}}
+    given = {key: getattr(options, key) for key in uses if getattr(options, key) is not None}
+    for key in given:
+        if uses[key].isdisjoint(names):
+            raise ConfigError(f"--{key}: is of {' and '.join(sorted(uses[key]))}, but --probes={options.probes}")
+    overrides = [*options.overrides, *(f"probe.{key}=[{value}]" for key, value in given.items())]
+    if options.features is not None:
+        ignored = ("data_path", "split", "what", "block", "step", "best")
+        for name in ignored:
+            if getattr(options, name) not in (None, False):
+                raise ConfigError(f"--{name.replace('_', '.')}: has no effect with --features; leave it out")
+        print_json(probe_files(*options.features, probes=names, overrides=overrides))
+        return
+    print_json(
+        probe(
+            _model(options),
+            path=options.data_path,
+            probes=names,
+            split=options.split or "test",
+            what=options.what or "pooled",
+            block=options.block,
+            step=_step(options),
+            overrides=overrides,
+        )
+    )
+
+
+def _step(options: argparse.Namespace) -> Any:
+    return "best" if options.best else "newest" if options.step is None else options.step
 
 
 def _model(options: argparse.Namespace) -> str | Path:
