@@ -109,29 +109,28 @@ def _candidates(
 ) -> np.ndarray:
     """Returns the indices of the `count` nearest features by their scores in float32, int64 [m, count].
 
-    The scores order as the similarities do: the product of unit vectors, or q.x - |x|^2 / 2 for the squared distance,
-    with features and queries moved by the features' mean, which keeps them small.
+    All rows are moved by the features' mean, so that float32 resolves features that are nearly alike. Scores order as
+    similarities do: those of a query differ from them by a constant.
     """
     mesh = Mesh(np.array(devices), ("queries",), axis_types=(AxisType.Explicit,))
     split, everywhere = NamedSharding(mesh, PartitionSpec("queries")), NamedSharding(mesh, PartitionSpec())
-    centre = features.mean(0, dtype=np.float64) if metric == "l2" else np.zeros(())
 
-    def prepared(rows: np.ndarray) -> np.ndarray:
-        return (_unit(rows) if metric == "cosine" else rows - centre).astype(np.float32)
+    def chosen(rows: np.ndarray) -> np.ndarray:
+        return _unit(rows) if metric == "cosine" else rows.astype(np.float64)
 
-    # Not in jax.set_mesh of the caller's mesh, which has other axes.
-    with jax.set_mesh(mesh):
-        padded = _padded(prepared(queries), -(-len(queries) // (len(devices) * _QUERIES)) * len(devices) * _QUERIES)
-        placed = jax.device_put(padded, split)
-        nothing = np.full((len(padded), count), -np.inf, np.float32), np.zeros((len(padded), count), np.int32)
+    blocks = [slice(start, start + _KEYS) for start in range(0, len(features), _KEYS)]
+    centre = sum(chosen(features[block]).sum(0) for block in blocks) / len(features)
+    with jax.set_mesh(mesh):  # the caller's has other axes
+        rows = -(-len(queries) // (len(devices) * _QUERIES)) * len(devices) * _QUERIES
+        placed = jax.device_put(_padded(chosen(queries) - centre, rows), split)
+        nothing = np.full((rows, count), -np.inf, np.float32), np.zeros((rows, count), np.int32)
         best = jax.device_put(nothing, split)
         size = min(_KEYS, -(-len(features) // 128) * 128)
-        for start in range(0, len(features), size):
-            keys = prepared(features[start : start + size])
-            bias = np.zeros(len(keys)) if metric == "cosine" else -0.5 * (keys.astype(np.float64) ** 2).sum(1)
-            bias = _padded(bias.astype(np.float32), size, -np.inf)
-            block = jax.device_put((_padded(keys, size), bias), everywhere)
-            best = _nearer(best, placed, block, np.int32(start), count=count)
+        for block in blocks:
+            moved = chosen(features[block]) - centre
+            bias = moved @ centre if metric == "cosine" else -0.5 * (moved**2).sum(1)
+            keys = jax.device_put((_padded(moved, size), _padded(bias, size, -np.inf)), everywhere)
+            best = _nearer(best, placed, keys, np.int32(block.start), count=count)
         return np.asarray(best[1], np.int64)[: len(queries)]
 
 
@@ -173,4 +172,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _padded(rows: np.ndarray, size: int, value: float = 0) -> np.ndarray:
-    return np.pad(rows, [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)], constant_values=value)
+    """Returns float32 [size, ...]; the rows that are added have this value."""
+    edges = [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    return np.pad(rows.astype(np.float32), edges, constant_values=value)
