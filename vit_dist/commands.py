@@ -87,7 +87,7 @@ def probe(options: argparse.Namespace) -> None:
     if options.features is not None:
         ignored = ("data_path", "split", "what", "block", "step", "best")
         for name in ignored:
-            if getattr(options, name) not in (None, False):
+            if (value := getattr(options, name)) is not None and value is not False:
                 raise ConfigError(f"--{name.replace('_', '.')}: has no effect with --features; leave it out")
         print_json(probe_files(*options.features, probes=names, overrides=overrides))
         return
