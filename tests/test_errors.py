@@ -193,6 +193,11 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_near_miss(refused, tmp_p
             "config: ~nobody-here/x.py: cannot expand ~ to a home folder",
         ),
         ("predict --workdir=WORKDIR", "the following arguments are required: IMAGE"),
+        ("predict one.png", "one of the arguments --workdir --weights is required"),
+        ("predict --workdir=WORKDIR --weights=w one.png", "argument --weights: not allowed with argument --workdir"),
+        ("predict --weights=w --json --out=x.csv one.png", "--json prints and --out writes the result"),
+        ("features --weights=w", "the following arguments are required: OUT"),
+        ("features --weights=w --block=x o.npz", "argument --block: invalid int value: 'x'"),
         ("configs --config.seed=1", "--config.seed=1: configs only lists, and takes no keys"),
         ("configs nowhere", "nowhere: no such folder"),
     ],
@@ -256,17 +261,17 @@ def test_a_workdir_of_another_run_is_refused_with_the_keys_and_left_alone(refuse
     assert said.startswith(f"{copy} holds a run of another config") and "choose another --workdir" in said
 
 
-@pytest.mark.parametrize("verb", ["eval", "predict"])
+@pytest.mark.parametrize("verb", ["eval", "predict", "features"])
 def test_a_directory_that_holds_no_run_or_no_checkpoint_is_refused(refused, tmp_path, copy, verb):
     image = tmp_path / "one.png"
     cv2.imwrite(str(image), np.zeros((8, 8), np.uint8))
-    words = (verb, *([str(image)] if verb == "predict" else []))
+    words = (verb, *{"predict": [str(image)], "features": [f"{tmp_path}/out.npz"]}.get(verb, []))
     assert "holds no run (config.json is missing)" in refused(*words, "--workdir=WORKDIR")
     assert "holds no run (config.json is missing)" in refused(*words, f"--workdir={tmp_path}")
     assert "no checkpoint of step 7; there are 2" in refused(*words, f"--workdir={copy}", "--step=7")
     assert "model.depth (was 1, now 3)" in refused(*words, f"--workdir={copy}", "--config.model.depth=3")
     shutil.rmtree(copy / "checkpoints")
-    assert f"{copy}/checkpoints: no checkpoints here" in refused(*words, f"--workdir={copy}")
+    assert f"{copy}/checkpoints: no checkpoint" in refused(*words, f"--workdir={copy}")
     (copy / "checkpoints").mkdir()
     assert f"{copy}/checkpoints: no checkpoint here" in refused(*words, f"--workdir={copy}")
 

@@ -13,6 +13,7 @@ from system import ROOT, checkpoint_steps, rows
 from vit_dist import recipes
 from vit_dist.config import ConfigError
 from vit_dist.evaluate import Result
+from vit_dist.plan import attached
 from vit_dist.program import Program
 from vit_dist.train import Diverged, train
 
@@ -134,7 +135,7 @@ def test_a_plan_that_cannot_be_made_does_not_end_a_run(tmp_path, monkeypatch, ca
     def plan_attached(*arguments):
         raise KeyError("network_ms")
 
-    monkeypatch.setattr(loop, "plan_attached", plan_attached)
+    monkeypatch.setattr(attached, "plan_attached", plan_attached)
     assert train(settings(*PLAIN), tmp_path)["step"] == 2
     assert "no plan of this run can be made (KeyError: 'network_ms'); it goes on" in caplog.text
 

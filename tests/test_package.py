@@ -22,13 +22,15 @@ FLOORS = (
     ("step",),
     ("run",),
     ("program",),
-    ("rates", "initial"),
-    ("train", "evaluate", "predict", "load", "describe", "plan", "bench"),
-    ("arguments",),
+    ("rates", "initial", "extraction", "answers", "overlays"),
+    ("probes",),
+    ("train", "evaluate", "predict", "features", "probe", "load", "describe", "plan", "bench"),
+    ("arguments", "printing"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
-VERBS = FLOORS[10]
+VERBS = next(rooms for rooms in FLOORS if "train" in rooms)
 DATA_ROOMS = ("files, libraries and the like", "pictures", "sets", "stream", "prepare")  # ground floor first
 
 
@@ -174,7 +176,21 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"], True
+        [
+            "ViT",
+            "bench",
+            "evaluate",
+            "features",
+            "inspect",
+            "load",
+            "load_config",
+            "plan",
+            "predict",
+            "prepare",
+            "probe",
+            "train",
+        ],
+        True,
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

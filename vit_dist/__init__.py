@@ -9,6 +9,8 @@ train        trains a recipe or config in a working directory; returns the summa
 evaluate     returns exact accuracy and loss of a run on a split
 load         opens a run, or weights of others, as a model to call
 predict      returns the classes of image files, with probabilities
+probe        returns how well features classify: neighbours, few-shot and full linear classifiers
+features     writes the features of every example of a split
 plan         returns memory, time and layout of a config on hardware that is not attached
 bench        measures images per second of a config on the attached devices
 inspect      returns the parameters of a config, their layout and size
@@ -31,15 +33,20 @@ if TYPE_CHECKING:
     from vit_dist.data.prepare.convert import prepare as prepare
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
+    from vit_dist.features import features as features
     from vit_dist.load import load as load
     from vit_dist.model.vit import ViT as ViT
     from vit_dist.plan.verb import plan as plan
     from vit_dist.predict import predict as predict
+    from vit_dist.probe import probe as probe
     from vit_dist.recipes import load_config as load_config
     from vit_dist.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"]
+__all__ = [
+    "ViT", "bench", "evaluate", "features", "inspect", "load", "load_config", "plan", "predict", "prepare", "probe",
+    "train",
+]  # fmt: skip
 _MODULES = {
     "ViT": "model.vit",
     "inspect": "describe",

@@ -31,6 +31,8 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
         options.parser.error("--config and --target are both required, or --targets alone")
     if options.run is verbs["inspect"] and options.config is None is options.weights:
         options.parser.error("--config or --weights is required")
+    if options.run is verbs["predict"] and options.json and options.out is not None:
+        options.parser.error("--json prints and --out writes the result; give one of them")
     if overrides and hasattr(options, "config") and options.config is None and not getattr(options, "targets", False):
         options.parser.error(f"--config.{overrides[0].partition('=')[0]} changes a recipe; name one by --config")
     return options
@@ -60,7 +62,7 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="verbs", metavar="VERB")
 
     def verb(name: str, *options: str, help: str) -> argparse.ArgumentParser:
-        keys = {"config": _KEYS, "workdir": _KEYS_OF_A_RUN}
+        keys = {"config": _KEYS, "workdir": _KEYS_OF_A_RUN, "model": _KEYS_OF_A_RUN}
         epilog = next((text for option, text in keys.items() if option in options), None)
         subparser = subparsers.add_parser(name, help=help, description=help, epilog=epilog, allow_abbrev=False)
         subparser.set_defaults(run=functions[name], parser=subparser)
@@ -72,6 +74,20 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
             subparser.add_argument(
                 "--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run"
             )
+        if "model" in options:
+            model = subparser.add_mutually_exclusive_group(required=True)
+            model.add_argument("--workdir", metavar="DIR", type=_path, help="the directory of a run")
+            model.add_argument(
+                "--weights", metavar="PATH", help="weights: a folder, a file, a name on the hub, or a run"
+            )
+            if "files" in options:
+                model.add_argument(
+                    "--features",
+                    nargs=2,
+                    metavar=("TRAIN", "TEST"),
+                    type=_path,
+                    help="two files that `vit-dist features` wrote",
+                )
         if "checkpoint" in options:
             checkpoint = subparser.add_mutually_exclusive_group()
             checkpoint.add_argument("--step", type=int, help="the checkpoint of this step; else the newest")
@@ -83,9 +99,35 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
     verb("train", "config", "workdir", help="train; resumes where the workdir holds the run")
     evaluate = verb("eval", "workdir", "checkpoint", help="evaluate a checkpoint exactly")
     evaluate.add_argument("--split", default="test", help="the split to evaluate (test)")
-    predict = verb("predict", "workdir", "checkpoint", "json", help="classify image files")
-    predict.add_argument("paths", nargs="+", metavar="IMAGE", type=_path)
+    predict = verb("predict", "model", "checkpoint", "json", help="classify image files")
+    predict.add_argument(
+        "paths", nargs="+", metavar="IMAGE", type=_path, help="a file, a folder, or a pattern in quotes"
+    )
     predict.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
+    predict.add_argument("--out", metavar="FILE", type=_path, help="write .csv, .jsonl or .parquet instead of a table")
+    predict.add_argument("--attention", metavar="DIR", type=_path, help="draw where the model looks into a new folder")
+    features = verb("features", "model", "checkpoint", help="write features of every example of a split")
+    features.add_argument("out", metavar="OUT", type=_path, help="a file, .parquet or .npz")
+    features.add_argument("--data.path", dest="data_path", metavar="PATH", help="the data; else those of the run")
+    features.add_argument("--split", default="train", help="the split (train)")
+    features.add_argument(
+        "--what",
+        default="pooled",
+        metavar="KIND",
+        help="pooled (what the head classifies), cls, mean or tokens (pooled)",
+    )
+    features.add_argument("--block", type=int, metavar="N", help="of the output of block N, from 0; else of the last")
+    probe = verb("probe", "model", "files", "checkpoint", help="classify by features: neighbours, linear classifiers")
+    probe.add_argument("--data.path", dest="data_path", metavar="PATH", help="the data; else those of the run")
+    probe.add_argument("--split", help="the split to classify (test), after learning from train")
+    probe.add_argument(
+        "--probes", default="knn,few_shot,linear", metavar="NAMES", help="which (knn,few_shot,linear: all there are)"
+    )
+    probe.add_argument("--k", metavar="N,...", help="how many neighbours vote (20); probe.k")
+    probe.add_argument("--shots", metavar="N,...", help="examples a class of few_shot (10); probe.shots")
+    probe.add_argument("--l2", metavar="X,...", help="penalties of few_shot and linear to choose from; probe.l2")
+    probe.add_argument("--what", metavar="KIND", help="pooled (what the head classifies), cls or mean (pooled)")
+    probe.add_argument("--block", type=int, metavar="N", help="of the output of block N, from 0; else of the last")
     inspect = verb("inspect", "config", "json", help="parameters, layout, FLOPs and memory of a config; or weights")
     inspect.add_argument("--weights", metavar="PATH", help="what weights are; with --config, what a run takes of them")
     plan = verb("plan", "config", "json", help="compile a config for hardware that is not attached: memory and speed")

@@ -7,7 +7,6 @@ it runs: it imports jax, and `--help` or a mistyped key need not wait for that.
 import argparse
 import ast
 import errno
-import json
 import logging
 import os
 import signal
@@ -16,15 +15,15 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from vit_dist import arguments, config, keys, recipes
+from vit_dist import arguments, commands, config, keys, recipes
 from vit_dist.config import ConfigError
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
 from vit_dist.paths import expanded
+from vit_dist.printing import print_json, print_table
 
 LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
 # Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
@@ -110,7 +109,7 @@ def _train(options: argparse.Namespace) -> int:
     from vit_dist.train import Diverged, Interrupted, Preempted, train
 
     try:
-        _print_json(train(settings, options.workdir, own_process=options.own_process))
+        print_json(train(settings, options.workdir, own_process=options.own_process))
     except Preempted as stopped:
         print(f"preempted: {stopped}", file=sys.stderr)
         return PREEMPTED
@@ -123,39 +122,6 @@ def _train(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _eval(options: argparse.Namespace) -> None:
-    from vit_dist.evaluate import evaluate
-
-    _print_json(
-        evaluate(
-            options.workdir, split=options.split, step=options.step, best=options.best, overrides=options.overrides
-        )
-    )
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from vit_dist.predict import predict
-
-    predictions = predict(
-        options.workdir,
-        options.paths,
-        top=options.top,
-        step=options.step,
-        best=options.best,
-        overrides=options.overrides,
-    )
-    if options.json:
-        for prediction in predictions:
-            _print_json(prediction)
-        return
-    rows = [
-        (prediction["file"] if rank == 0 else "", choice["name"], f"{choice['probability']:.1%}")
-        for prediction in predictions
-        for rank, choice in enumerate(prediction["classes"])
-    ]
-    _print_table(("image", "class", "probability"), rows)
-
-
 def _inspect(options: argparse.Namespace) -> None:
     if options.weights is not None:
         _inspect_weights(options)
@@ -165,7 +131,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     description = inspect(settings)
     if options.json:
-        _print_json(description)
+        print_json(description)
         return
     rows = [
         (
@@ -177,10 +143,10 @@ def _inspect(options: argparse.Namespace) -> None:
         )
         for tensor in description["tensors"]
     ]
-    _print_table(("parameter", "shape", "dtype", "sharding", "bytes per device"), rows)
+    print_table(("parameter", "shape", "dtype", "sharding", "bytes per device"), rows)
     sums = {"parameters": description["parameters"], "FLOPs of training on an image": description["flops_per_image"]}
     sums |= {f"bytes per device, {tree}": size for tree, size in description["bytes_per_device"].items()}
-    _print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
+    print_table(("", ""), [(name, f"{number:,}") for name, number in sums.items()])
 
 
 def _inspect_weights(options: argparse.Namespace) -> None:
@@ -188,7 +154,7 @@ def _inspect_weights(options: argparse.Namespace) -> None:
 
     described = inspect_weights(options.weights, options.config, options.overrides)
     if options.json:
-        _print_json(described)
+        print_json(described)
         return
     rows = [
         (
@@ -199,7 +165,7 @@ def _inspect_weights(options: argparse.Namespace) -> None:
         )
         for tensor in described["tensors"]
     ]
-    _print_table(("tensor", "shape", "dtype", "becomes"), rows)
+    print_table(("tensor", "shape", "dtype", "becomes"), rows)
     values = {
         "family": described["family"],
         "parameters": f"{described['parameters']:,}",
@@ -209,7 +175,7 @@ def _inspect_weights(options: argparse.Namespace) -> None:
         values |= {f"{section}.{key}": str(value) for key, value in described[section].items()}
     classes = described["classes"]
     values["classes"] = "no names" if not classes else f"{len(classes):,}, from {classes[0]} to {classes[-1]}"
-    _print_table(("", ""), list(values.items()))
+    print_table(("", ""), list(values.items()))
     for change in described["changes"]:
         print(change)
 
@@ -220,9 +186,9 @@ def _plan(options: argparse.Namespace) -> None:
 
         kinds = targets.listing()
         if options.json:
-            _print_json(kinds)
+            print_json(kinds)
         else:
-            _print_table(tuple(kinds[0]), [tuple(str(value) for value in kind.values()) for kind in kinds])
+            print_table(tuple(kinds[0]), [tuple(str(value) for value in kind.values()) for kind in kinds])
         return
     settings = recipes.load(options.config, options.overrides)
     page = Path(options.html) if options.html else None
@@ -241,11 +207,11 @@ def _plan(options: argparse.Namespace) -> None:
         examples=options.examples,
     )
     if options.json:
-        _print_json(planned)
+        print_json(planned)
     else:
         for header, rows in report.tables(planned):
-            _print_table(header, rows)
-            _print_table((), [])  # an empty line
+            print_table(header, rows)
+            print_table((), [])  # an empty line
     if page is not None:
         page.write_text(html.page(planned), encoding="utf-8")
 
@@ -254,7 +220,7 @@ def _bench(options: argparse.Namespace) -> None:
     settings = recipes.load(options.config, options.overrides)
     from vit_dist.bench import bench
 
-    _print_json(bench(settings, steps=options.steps))
+    print_json(bench(settings, steps=options.steps))
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -268,7 +234,7 @@ def _prepare(options: argparse.Namespace) -> None:
             extra = f"--{given[0].replace('_', '-')}" if given else "more than one path or --config"
             raise ConfigError(f"prepare {which}: takes DEST alone, found {extra}")
         dest = options.paths[0]
-        _print_json(convert.merge(dest) if options.merge else convert.verify(dest, options.workers))
+        print_json(convert.merge(dest) if options.merge else convert.verify(dest, options.workers))
         return
     if len(options.paths) > 2:
         raise ConfigError(f"prepare: expected SOURCE and DEST, found {len(options.paths)} paths")
@@ -288,7 +254,7 @@ def _prepare(options: argparse.Namespace) -> None:
         workers=options.workers,
         data=settings.data,
     )
-    _print_json(summary)
+    print_json(summary)
 
 
 # Options of `prepare` that --merge and --verify do not take, and config keys that say how a source is read.
@@ -329,9 +295,9 @@ def _configs(options: argparse.Namespace) -> None:
         files = [file for path in ([folder] if folder else recipes.folders()) for file in sorted(path.glob("*.py"))]
         rows = [{"name": file.stem, "config": str(file), "summary": _summary(file)} for file in files]
     if options.json:
-        _print_json(rows)
+        print_json(rows)
     elif rows:
-        _print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+        print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def _version(options: argparse.Namespace) -> None:
@@ -354,32 +320,12 @@ def _summary(recipe: Path) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def _print_json(value: Any) -> None:
-    if _first_process():
-        print(json.dumps(value), flush=True)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints columns as wide as their contents, so that other tools can cut and search the lines."""
-    if not _first_process():
-        return
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _first_process() -> bool:
-    if "jax" not in sys.modules:
-        return True
-    from vit_dist.job import processes
-
-    return processes.index() == 0
-
-
 _VERBS = {
     "train": _train,
-    "eval": _eval,
-    "predict": _predict,
+    "eval": commands.evaluate,
+    "predict": commands.predict,
+    "features": commands.features,
+    "probe": commands.probe,
     "inspect": _inspect,
     "plan": _plan,
     "bench": _bench,

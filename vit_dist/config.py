@@ -246,6 +246,22 @@ class Evaluate:
     every_epochs: NonNegativeFloat = 0.0  # epochs between evaluations, with one more at the end; 0: never
     splits: tuple[str, ...] = ("test",)  # the first is the run's result
     batch_size: PositiveInt | None = None  # null: the training batch
+    probes: tuple[Literal["knn", "few_shot", "linear"], ...] = ()  # of the features, on all splits but train: nearest
+    # neighbours; a linear classifier of a few examples a class, or of all
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """How features are evaluated, by `vit-dist probe` and `evaluate.probes`."""
+
+    k: tuple[PositiveInt, ...] = (20,)  # how many nearest neighbours vote
+    metric: Literal["cosine", "l2"] = "cosine"  # which neighbours are near; l2: by distance
+    temperature: PositiveFloat | None = 0.07  # of their votes, exp(similarity / temperature), as in DINO
+    # (arXiv:2104.14294); null: all count alike
+    shots: tuple[PositiveInt, ...] = (10,)  # training examples a class of a few-shot probe
+    seed: Seed = 0  # of their choice
+    l2: tuple[PositiveFloat, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # penalties of linear classifiers to choose
+    # from by training examples that are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +323,7 @@ class Config:
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     evaluate: Evaluate = Evaluate()
+    probe: Probe = Probe()
     checkpoint: Checkpoint = Checkpoint()
     profile: Profile = Profile()
     deadlines: Deadlines = Deadlines()

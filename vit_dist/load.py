@@ -17,16 +17,18 @@ from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, 
 from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image, evaluation_pixels
 from vit_dist.initial import open_earlier
+from vit_dist.job import processes
 from vit_dist.mesh import layout, topology
 from vit_dist.mesh.feed import batch_sharding
+from vit_dist.model.attention_maps import attention_maps, attention_weights
 from vit_dist.paths import expanded
 from vit_dist.program import check_model
 from vit_dist.recipes import Overrides, override
 from vit_dist.run import workdir as run_files
 from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
-from vit_dist.weights.adapted import adapted, placed
-from vit_dist.weights.published import open_published
+from vit_dist.weights.adapted import Adapted, adapted, placed
+from vit_dist.weights.published import Published, open_published
 
 BATCH = 64  # images at a time on a device
 Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels uint8 [H, W], [H, W, C]
@@ -54,6 +56,8 @@ class Loaded:
         self._parameters, self._mesh = parameters, mesh
         self._logits = jax.jit(lambda parameters, images: function.module(parameters)(images))
         self._features = jax.jit(lambda parameters, images: function.module(parameters).features(images))
+        self._attention = jax.jit(lambda parameters, images: attention_weights(function.module(parameters), images))
+        self._maps = jax.jit(lambda parameters, images: attention_maps(function.module(parameters), images))
 
     def model(self, images: Any) -> np.ndarray:
         """Returns the logits [B, classes] of normalised images [B, H, W, C]; without a head their features."""
@@ -62,6 +66,21 @@ class Loaded:
     def features(self, images: Any) -> np.ndarray:
         """Returns what the head classifies, [B, features], of normalised images [B, H, W, C]."""
         return self._run(self._features, images)
+
+    def attention(self, images: Any) -> np.ndarray:
+        """Returns the attention weights [B, blocks, H, N, N], float32, of normalised images [B, H, W, C].
+
+        The N tokens are the class token and registers, where the model has them, then the patches row by row. A row
+        sums to 1. For B/16 of 224 pixels that is 22 MB an image.
+        """
+        return self._run(self._attention, images, most=1)
+
+    def attention_maps(self, images: Any) -> dict[str, np.ndarray]:
+        """Returns the maps "rollout" and "last" over the patches, [B, rows, columns], of normalised images.
+
+        `vit_dist.model.attention_maps` says what they are.
+        """
+        return self._run(self._maps, images, most=8)
 
     def preprocess(self, picture: Picture) -> np.ndarray:
         """Returns a picture as the model's input, float32 [H, W, C], resized, cropped and normalised as for evaluation.
@@ -106,27 +125,25 @@ class Loaded:
             powers = np.exp(logits - logits.max(axis=1, keepdims=True))
             chances = powers / powers.sum(axis=1, keepdims=True)
         return [
-            [(self._name(index), float(row[index])) for index in np.argsort(-row, kind="stable")[:top]]
+            [(class_name(self.classes, index), float(row[index])) for index in np.argsort(-row, kind="stable")[:top]]
             for row in chances
         ]
 
-    def _name(self, index: int) -> str:
-        return self.classes[index] if index < len(self.classes) else f"class {index}"
-
-    def _run(self, function: Any, images: Any) -> np.ndarray:
-        """Runs a function on images, in batches padded to a number that divides over the mesh."""
+    def _run(self, function: Any, images: Any, most: int | None = None) -> Any:
+        """Runs a function on images, in batches of at most `most` a device (None: `BATCH`), padded for the mesh."""
         if not len(images):
             raise ConfigError("images: there are none; give [B, H, W, C] with at least one")
         images = np.asarray(images)
         with jax.set_mesh(self._mesh):
             shards = layout.shard_count("batch")
-            size = min(math.ceil(len(images) / shards), BATCH) * shards  # so that many images compile one program
+            # So that many images compile one program.
+            size = min(math.ceil(len(images) / shards), most or BATCH) * shards
             padding = -len(images) % size
             padded = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
             batches = [padded[start : start + size] for start in range(0, len(padded), size)]
             sharding = batch_sharding(self._mesh)
             results = [jax.device_get(function(self._parameters, jax.device_put(one, sharding))) for one in batches]
-            return np.concatenate(results)[: len(images)]
+            return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *results)
 
 
 def load(
@@ -146,18 +163,49 @@ def load(
     Raises:
       ConfigError: there is no such model, or nothing says how its images are prepared; the error names the key to set.
     """
+    model = opened(name, overrides, step)
+    devices = _mesh(model.settings, mesh)
+    function, parameters = model.place(devices)
+    return Loaded(model.settings, function, parameters, devices, model.classes, model.fitted.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model whose parameters are not yet read.
+
+    Attributes:
+      settings: the config, with `model.num_classes` filled in.
+      published: its weights.
+      fitted: the parameters of the model that `settings` describe.
+      classes: the names of its classes; empty if nothing tells them.
+    """
+
+    settings: config.Config
+    published: Published
+    fitted: Adapted
+    classes: tuple[str, ...]
+
+    def place(self, mesh: jax.sharding.Mesh) -> tuple[ModelFunction, Parameters]:
+        """Returns the model and its parameters on the devices of a mesh."""
+        with jax.set_mesh(mesh):
+            function = ModelFunction(self.settings.model)
+            return function, placed(self.fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), mesh)
+
+
+def opened(
+    name: str | Path, overrides: Overrides = (), step: int | Literal["newest", "best"] = "newest", key: str = "load"
+) -> Opened:
+    """Opens what `load` opens; args and errors are those of `load`, and the errors begin with `key`."""
     if not isinstance(name, str | Path):
-        raise ConfigError(f"load: expected a folder, a file or a name, found {type(name).__name__}")
-    path = expanded(name, "load")
-    values = config.to_dict(config.typed({"total_steps": 1}))
+        raise ConfigError(f"{key}: expected a folder, a file or a name, found {type(name).__name__}")
+    path, values = base(name, key)
     given = _given(values, overrides)
-    if str(name) and run_files.holds_run(path):
-        published = open_earlier(path, step, "load: step")
-        values = config.to_dict(run_files.read_config(path))
+    if path is not None:
+        published = open_earlier(path, step, f"{key}: step")
     elif step != "newest":
-        raise ConfigError(f"load: step: {step}, but {name} holds no run of ours; leave it out")
+        raise ConfigError(f"{key}: step: {step}, but {name} holds no run of ours; leave it out")
     else:
-        published = open_published(name, "load", given)
+        published = open_published(name, key, given)
     described = {f"model.{key}": value for key, value in published.description.model.items()}
     described |= published.description.preprocessing(given)
     settings = config.resolve(override(override(values, described), overrides))
@@ -166,19 +214,65 @@ def load(
     if wanted not in (0, count):
         raise ConfigError(f"model.num_classes: {wanted}, but {name} has {count}; leave it out, or set 0 for features")
     fitted = adapted(published, settings.model, "keep")
-    devices = _mesh(settings, mesh)
-    with jax.set_mesh(devices):
-        function = ModelFunction(settings.model)
-        parameters = placed(fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), devices)
-    classes = distinct_names(published.description.classes or ())
-    return Loaded(settings, function, parameters, devices, classes, fitted.notes)
+    return Opened(settings, published, fitted, tuple(distinct_names(published.description.classes or ())))
+
+
+def base(name: str | Path, key: str = "load") -> tuple[Path | None, dict[str, Any]]:
+    """Returns what is known of a model before its weights are opened.
+
+    That is the workdir and the config of a run; or, of weights of others, None and the defaults.
+    """
+    path = expanded(name, key)
+    # Process 0 looks for all: a network file system may show the others an older state.
+    if str(name) and processes.gather(run_files.holds_run(path))[0]:
+        return path, config.to_dict(run_files.read_config(path))
+    return None, config.to_dict(config.typed({"total_steps": 1}))
+
+
+def start_devices(name: str | Path, overrides: Overrides = (), key: str = "load") -> None:
+    """Makes the devices, and joins the job, as the config of a run or the overrides say; see `processes.start`.
+
+    Raises `ConfigError` where overrides would make another run of a run.
+    """
+    path, values = base(name, key)
+    if path is not None:
+        settings = run_files.read_config(path, overrides)
+    else:
+        settings = config.typed(override(values, overrides))
+    processes.start(settings.fake_devices, settings.deadlines)
 
 
 def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Returns the values of the keys that overrides set, by key; `values` are those of a config."""
     changed = flatten(override(copy.deepcopy(values), overrides))
-    keys = flatten(overrides) if isinstance(overrides, Mapping) else [each.partition("=")[0] for each in overrides]
-    return {key: changed[key] for key in keys}
+    return {key: changed[key] for key in set_keys(overrides)}
+
+
+def class_name(names: Sequence[str], index: int) -> str:
+    """Returns the name of a class; a model may have more classes (`model.num_classes`) than its data had names for."""
+    return names[index] if index < len(names) else f"class {index}"
+
+
+def check_run(workdir: str | Path, step: int | None = None, overrides: Overrides = ()) -> Path:
+    """Returns the directory.
+
+    Raises `ConfigError` if it holds no run with a checkpoint of this step (None: of any), or overrides change the run.
+    """
+    path = expanded(workdir, "workdir")
+    run_files.read_config(path, overrides)
+    steps = run_files.checkpoint_steps(path)
+    if not steps:
+        raise ConfigError(f"{path}/checkpoints: no checkpoint here; give the workdir of a run that has saved one")
+    if step is not None and step not in steps:
+        raise ConfigError(f"{path}/checkpoints: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return path
+
+
+def set_keys(overrides: Overrides) -> list[str]:
+    """Returns the keys that overrides set."""
+    return list(
+        flatten(overrides) if isinstance(overrides, Mapping) else [each.partition("=")[0] for each in overrides]
+    )
 
 
 def _mesh(settings: config.Config, sizes: Mapping[str, int] | None) -> jax.sharding.Mesh:

@@ -7,7 +7,6 @@ split dimension against its axes. It allocates nothing, and compiles nothing bef
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class Program:
                 "model.num_classes: 0 is a model without a head, which can be neither trained nor evaluated; give the "
                 "number of classes, or null for that of the data"
             )
-        self.mesh = _mesh(settings, list(devices if devices is not None else jax.devices()))
+        self.mesh = make_mesh(settings, list(devices if devices is not None else jax.devices()))
         first = self.mesh.devices.flat[0]
         settings = decided(settings, first.platform, first.device_kind, self.mesh.size, memory_bytes(first))
         self.settings, self.steps, model = settings, steps, settings.model
@@ -125,13 +124,8 @@ class Program:
         return make()
 
     def compile_together(self, compiled: Any, *arguments: Any) -> None:
-        """Compiles a function before its first call, and waits until all processes have compiled it.
-
-        Processes compile at different speeds, and the first collective of a program times out: gloo's after 30 s.
-        """
-        if jax.process_count() > 1:
-            compiled.lower(*arguments).compile()
-            processes.gather(None)
+        """Compiles a function as `processes.compile_together`."""
+        processes.compile_together(compiled, *arguments)
 
     def training_batches(self, source: Source, start_step: int, stop_step: int) -> Batches:
         """Returns this process's rows of the batches of steps `start_step` to `stop_step - 1`."""
@@ -154,9 +148,7 @@ class Program:
 
     def evaluation_batch_size(self) -> int:
         """Returns `evaluate.batch_size`, rounded up so that every device has as many rows; added rows are masked."""
-        size = self.settings.evaluate.batch_size or self.settings.batch_size
-        shards = math.prod(self.mesh.shape[axis] for axis in layout.TABLE["batch"] if axis in self.mesh.shape)
-        return -(-size // shards) * shards
+        return feed.rounded_up(self.mesh, self.settings.evaluate.batch_size or self.settings.batch_size)
 
     def image_size(self) -> tuple[int, int]:
         """Returns (height, width) of the images that the model takes."""
@@ -255,7 +247,11 @@ def _compiler_options(settings: config.Config, platform: str) -> dict[str, int |
     return options
 
 
-def _mesh(settings: config.Config, devices: list[jax.Device]) -> Mesh:
+def make_mesh(settings: config.Config, devices: list[jax.Device]) -> Mesh:
+    """Returns the mesh of these devices that the config asks for, with its `model.num_classes` filled in.
+
+    Raises `ConfigError` where there are too few of them, the model cannot be split so, or a process would have none.
+    """
     sizes = topology.axis_sizes(settings.mesh, len(devices))
     check_model(settings.model, sizes)
     mesh = topology.make_mesh(sizes, devices)

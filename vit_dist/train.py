@@ -29,8 +29,8 @@ from vit_dist.job.preemption import StopRequest
 from vit_dist.lengths import in_steps
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.paths import expanded
-from vit_dist.plan.attached import plan_attached
-from vit_dist.plan.report import lines
+from vit_dist.plan.attached import plan_lines
+from vit_dist.probes.measure import Probes, of_run
 from vit_dist.program import Program
 from vit_dist.rates import Pending, Window
 from vit_dist.recipes import Overrides, Recipe, load_config
@@ -45,12 +45,6 @@ from vit_dist.weights.adapted import Adapted, adapted
 from vit_dist.weights.published import Published
 
 _log = logging.getLogger(__name__)
-
-# What reading the memory and cost of a compiled program can raise on an unknown backend.
-_PLAN_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
 
 
 class Preempted(Exception):
@@ -111,6 +105,7 @@ def train(
     assert steps is not None
     program = Program(settings, classes=len(source.class_names), steps=steps, augment_on_device=on_device)
     program.check_training_batch()
+    probes = of_run(program, source, splits)
     fingerprints = {name: fingerprint(each) for name, each in {"train": source, **splits}.items()}
     processes.check_same("the config and the data", repr((program.settings, fingerprints)))
     processes.check_same("init.weights", weights_fingerprint(weights))
@@ -136,7 +131,7 @@ def train(
             environment.write(workdir, environment.describe(program.mesh, fingerprints, opened))
         run_files.check_shared(workdir)
         with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as stack:
-            session = Session(program, workdir, source, splits, stack, start)
+            session = Session(program, workdir, source, splits, stack, start, probes)
             try:
                 return session.run(stop)
             except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
@@ -156,10 +151,11 @@ class Session:
         splits: dict[str, Source],
         opened: contextlib.ExitStack,
         start: Adapted | None,
+        probes: Probes | None,
     ):
         """Restores the newest checkpoint or makes a new state, of `start`; `opened` closes files and progress bar."""
         self.program, self.settings, self.workdir = program, program.settings, workdir
-        self.source, self.splits = source, splits
+        self.source, self.splits, self.probes = source, splits, probes
         keep, profile = self.settings.checkpoint, self.settings.profile
         keep_best = keep.keep_best if splits else 0
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best)
@@ -195,7 +191,9 @@ class Session:
                 processes.alive(self.step + 1)
                 if self.step == self.resumed_step:
                     program.compile_together(program.train_step, self.state, batch)
-                    self._print_plan(batch)
+                    if self.progress is not None:
+                        for line in plan_lines(program, self.state, batch):
+                            self.progress.line(line)
                 self.state, metrics = program.train_step(self.state, batch)
                 self.step += 1
                 jax.block_until_ready(previous)  # two dispatched steps are enough, and a stop request is handled soon
@@ -266,7 +264,10 @@ class Session:
         return {"top1": self.result["top1"]}
 
     def _evaluate(self) -> None:
-        """Evaluates every split on the parameters and on their average; the first split's is the run's result."""
+        """Evaluates every split on the parameters and on their average; the first split's is the run's result.
+
+        Probes are of the features of the average, where there is one.
+        """
         for number, (split, source) in enumerate(self.splits.items()):
             result = evaluate_source(self.program, self.state.parameters, source)
             self._note_bad(self.step, split, result.bad, source)
@@ -277,6 +278,10 @@ class Session:
                 self._write(f"{name}/ema", row)
             if number == 0:
                 self.result = {"step": self.step, **row}
+        if self.probes is not None:
+            averaged = self.state.parameters if self.state.ema is None else self.state.ema
+            for name, row in self.probes.measure(averaged, self.splits).items():
+                self._write(name, row)
 
     def _draw(self) -> None:
         if self.log is not None:
@@ -287,7 +292,8 @@ class Session:
         if self.log is not None:
             self.log.write(self.step, name, row)
         if self.progress is not None:
-            self.progress.line(f"{name} at step {self.step}: top1 {row['top1']:.4f}  loss {row['loss']:.4f}")
+            loss = f"  loss {row['loss']:.4f}" if "loss" in row else ""
+            self.progress.line(f"{name} at step {self.step}: top1 {row['top1']:.4f}{loss}")
 
     def _write_pending(self) -> None:
         """Writes the metrics of the last logged step, which the devices have finished by now."""
@@ -361,20 +367,6 @@ class Session:
             self.progress.line("nothing is evaluated, so checkpoint.keep_best has no effect: only the newest are kept")
         if self.step:
             self.progress.line(f"resuming from step {self.step}")
-
-    def _print_plan(self, batch: dict[str, jax.Array]) -> None:
-        """Compiles the training step and prints the memory and time that it needs."""
-        if self.progress is None:
-            return
-        step = self.program.train_step
-        executable = step.lower(self.state, batch).compile()  # cached for the next call
-        try:
-            planned = lines(plan_attached(self.program, executable, self.state, batch))
-        except _PLAN_ERRORS as error:  # a run does not need its plan
-            _log.warning("no plan of this run can be made (%s: %s); it goes on", type(error).__name__, error)
-            return
-        for line in planned:
-            self.progress.line(line)
 
 
 def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:

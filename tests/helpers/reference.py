@@ -58,9 +58,7 @@ def logits(model: Mapping[str, Any], parameters: Mapping[str, Any], images: np.n
     model["class_token"] = pools_class if model["class_token"] is None else model["class_token"]
     before = model["class_token"] + model["registers"]
     p = nested({path: value(leaf) for path, leaf in parameters.items()})
-    x, depth = _tokens(model, p, images), len(p["blocks"]["norm1"]["scale"].data)
-    for i in range(depth):
-        x = _block(model, nested({path: leaf[i] for path, leaf in flattened(p["blocks"]).items()}), x)
+    x = _encoded(model, p, images)[-1]
     if model["pool_norm"] in ("before", "both"):
         x = _norm(model, p["norm"], x)
     if model["pool"] == "map":
@@ -76,6 +74,38 @@ def logits(model: Mapping[str, Any], parameters: Mapping[str, Any], images: np.n
     if "pre_logits" in p:
         x = tanh(_linear(p["pre_logits"], x))
     return _linear(p["head"], x) if "head" in p else x
+
+
+def inside(
+    model: Mapping[str, Any], parameters: Mapping[str, Any], images: np.ndarray
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens that each block puts out, normed as the model's last are, and the attention weights of each.
+
+    They are [B, N, D] and [B, H, N, N]; arguments are those of `logits`, of a model that has no attention pooling.
+    """
+    model = DEFAULTS | model
+    model["class_token"] = (
+        model["pool"] in ("cls", "cls_mean") if model["class_token"] is None else model["class_token"]
+    )
+    p = nested({path: value(leaf) for path, leaf in parameters.items()})
+    weights: list[np.ndarray] = []
+    tokens = _encoded(model, p, images, weights)
+    return [(_norm(model, p["norm"], x) if "norm" in p else x).data for x in tokens], weights
+
+
+def _encoded(
+    model: Mapping[str, Any], p: Tree, images: np.ndarray, weights: list[np.ndarray] | None = None
+) -> list[Value]:
+    """The tokens that each block puts out; `weights` gets those of attention."""
+    x, depth, found = _tokens(model, p, images), len(p["blocks"]["norm1"]["scale"].data), []
+    for i in range(depth):
+        block = nested({path: leaf[i] for path, leaf in flattened(p["blocks"]).items()})
+        if weights is not None:
+            q, k, _ = _queries_keys_values(model, block["attention"], _norm(model, block["norm1"], x))
+            weights.append(_weights(q, k).data)
+        x = _block(model, block, x)
+        found.append(x)
+    return found
 
 
 def _tokens(model: Mapping[str, Any], p: Tree, images: np.ndarray) -> Value:
@@ -169,20 +199,27 @@ def _mlp(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
 
 
 def _self_attention(model: Mapping[str, Any], p: Tree, x: Value) -> Value:
+    return _linear(p["projection"], _attention(*_queries_keys_values(model, p, x)))
+
+
+def _queries_keys_values(model: Mapping[str, Any], p: Tree, x: Value) -> tuple[Value, Value, Value]:
     q, k, v = (_by_head(part, model["heads"]) for part in _parted(_linear(p["qkv"], x), 3))
     if "query_norm" in p:
         q, k = _norm(model, p["query_norm"], q), _norm(model, p["key_norm"], k)
     if model["position"] == "rope2d":
         q, k = _turned(model, q), _turned(model, k)
-    return _linear(p["projection"], _attention(q, k, v))
+    return q, k, v
 
 
 def _attention(q: Value, k: Value, v: Value) -> Value:
     """Vaswani et al. 2017, arXiv:1706.03762: [B, H, N, d] -> [B, N, H d]."""
+    return (_weights(q, k) @ v).transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
+def _weights(q: Value, k: Value) -> Value:
     scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1])
     weights = exp(scores - scores.data.max(-1, keepdims=True))
-    mixed = weights / weights.sum(-1, keepdims=True) @ v
-    return mixed.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+    return weights / weights.sum(-1, keepdims=True)
 
 
 def _attention_pool(model: Mapping[str, Any], p: Tree, x: Value) -> Value:

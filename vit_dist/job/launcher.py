@@ -25,7 +25,7 @@ from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, P
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
 from vit_dist.schema import one_of
 
-VERBS = ("train", "eval", "predict", "bench")  # the verbs that run as several processes
+VERBS = ("train", "eval", "predict", "features", "probe", "bench")  # the verbs that run as several processes
 # After the first failure the others may end by themselves, each with its own message (process 0, if it is at fault,
 # waits until its peers have ended). Those that still run get SIGTERM, then SIGKILL, so long after the failure.
 SIGTERM_SECONDS = 1.0

@@ -133,6 +133,16 @@ def gather(value: Any) -> list[Any]:
     return [value] if _watchdog is None else _watchdog.gather(value)
 
 
+def compile_together(compiled: Any, *arguments: Any) -> None:
+    """Compiles a function, which `jax.jit` made, before its first call, and waits until all processes have compiled it.
+
+    Processes compile at different speeds, and the first collective of a program times out: gloo's after 30 s.
+    """
+    if jax.process_count() > 1:
+        compiled.lower(*arguments).compile()
+        gather(None)
+
+
 def leave(code: int, text: str, *, together: bool) -> None:
     """Leaves the job, if there is one.
 

@@ -5,6 +5,7 @@ array. Copies to the devices are asynchronous, so a batch that was put ahead of 
 needs it.
 """
 
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first dimension is the batch."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return NamedSharding(mesh, PartitionSpec(layout.batch_axes() or None))
+
+
+def rounded_up(mesh: Mesh, batch_size: int) -> int:
+    """Returns the smallest batch size from this on that gives every device as many rows."""
+    shards = math.prod(mesh.shape[axis] for axis in layout.TABLE["batch"] if axis in mesh.shape)
+    return -(-batch_size // shards) * shards
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -49,16 +49,31 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attends over the tokens of x; `norm` and `scale` are as for a dense layer, `rotation` as for a block."""
         keys = split_key(key, 2)
-        q, k, v = (_named(y, "qkv") for y in self.qkv.each(x, norm=norm))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = self._heads(x, norm, rotation)
         if layout.shard_count("tokens") == 1:
             mixed = attend(q, k, v, self.implementation, self.attention_dropout, keys[0], tokens=self.tokens)
         else:
             mixed = attend_split(q, k, v, self.tokens, self.algorithm, self.implementation, self.attention_dropout)
         return dropout(self._project(mixed, scale), self.projection_dropout, keys[1])
+
+    def weights(self, x: jax.Array, norm: Norm | None = None, rotation: Rotation | None = None) -> jax.Array:
+        """Returns the weights with which a call sums values, softmax(QK^T / sqrt(d)): [B, H, N, N], float32.
+
+        The arguments are those of a call. N leaves out padding. The mesh must not split tokens.
+        """
+        q, k, _ = self._heads(x, norm, rotation)
+        return _weights(q[:, : self.tokens], k[:, : self.tokens])
+
+    def _heads(
+        self, x: jax.Array, norm: Norm | None, rotation: Rotation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries, keys and values [B, N, H, d]."""
+        q, k, v = (_named(y, "qkv") for y in self.qkv.each(x, norm=norm))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
 
     def _project(self, mixed: jax.Array, scale: Scale | None) -> jax.Array:
         """Returns the projection of what attention made, [B, N, H, d]."""
@@ -103,12 +118,9 @@ def attend(
         return kernels.run(kernel, q, k, v, tokens)
     if kernel is not None:
         return _named(kernels.run(kernel, q, k, v, tokens), "attention")
-    scores = _scores(q * q.shape[-1] ** -0.5, k)
     if tokens < k.shape[1]:
         mask = jnp.arange(k.shape[1]) < tokens
-    if mask is not None:
-        scores = jnp.where(mask, scores, context.MASKED)
-    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), rate, key)
+    weights = dropout(_weights(q, k, mask).astype(v.dtype), rate, key)
     return _named(jnp.einsum("bhqk,bkhd->bqhd", weights, v, out_sharding=layout.spec_of(q)), "attention")
 
 
@@ -141,6 +153,14 @@ def attend_split(
         return context.chunked_attention(q, k, v, tokens) if kernel is None else kernels.run(kernel, q, k, v, tokens)
 
     return _named(context.all_to_all_attention(q, k, v, local), "attention")
+
+
+def _weights(q: jax.Array, k: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Returns the weights [B, H, Nq, Nk] of queries [B, Nq, H, d] and keys [B, Nk, H, d], float32; mask as above."""
+    scores = _scores(q * q.shape[-1] ** -0.5, k)
+    if mask is not None:
+        scores = jnp.where(mask, scores, context.MASKED)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 @jax.custom_vjp

@@ -1,5 +1,6 @@
 """A block of the Vision Transformer, and how a row of blocks is run: as a loop or unrolled, with or without `remat`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -102,6 +103,28 @@ def run_blocks(
         rate, key = (None if values is None else values[number] for values in (rates, keys))
         x, _ = run(x, (nnx.split(block), rate, key))
     return x
+
+
+def first_blocks(blocks: nnx.Module, count: int) -> nnx.Module:
+    """Returns the first so many of the blocks, which are stacked or an `nnx.List`."""
+    if isinstance(blocks, nnx.List):
+        return nnx.List(list(blocks)[:count])
+    graph, parameters = nnx.split(blocks)
+    return nnx.merge(graph, jax.tree.map(lambda stack: stack[:count], parameters))
+
+
+def each_block(blocks: nnx.Module) -> Iterator[Block]:
+    """Yields the blocks one by one; they are stacked or an `nnx.List`."""
+    if isinstance(blocks, nnx.List):
+        parts = [nnx.split(block) for block in blocks]
+    else:
+        graph, stacks = nnx.split(blocks)
+        depth = len(jax.tree.leaves(stacks)[0])
+        parts = [(graph, jax.tree.map(lambda stack, i=i: stack[i], stacks)) for i in range(depth)]
+    for graph, parameters in parts:
+        block = nnx.merge(graph, parameters)
+        assert isinstance(block, Block)
+        yield block
 
 
 def _is_kept(primitive: Any, *arguments: Any, **parameters: Any) -> bool:

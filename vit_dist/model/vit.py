@@ -47,7 +47,7 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.mesh import layout
 from vit_dist.model import choices, context, kernels
-from vit_dist.model.block import Block, run_blocks
+from vit_dist.model.block import Block, first_blocks, run_blocks
 from vit_dist.model.layers import INITIALIZERS, Dense, dropout, lecun_normal, split_key, zeros
 from vit_dist.model.lora import attach
 from vit_dist.model.norm import Norm
@@ -140,19 +140,37 @@ class ViT(nnx.Module):
 
     def features(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns what the head classifies, [B, features], float32; the arguments are those of a call."""
+        return self.pooled(self.tokens(images, key))
+
+    def tokens(self, images: jax.Array, key: jax.Array | None = None, blocks: int | None = None) -> jax.Array:
+        """Returns the tokens [B, N, D] after the first `blocks` blocks (None: all), before any norm that follows.
+
+        Images and key are those of a call. Padding may follow the tokens, as in `embed`.
+        """
+        keys = split_key(key, 3)
+        x, rotation = self.embedded(images, keys[0], keys[2])
+        return self.encode(x, keys[1], rotation, blocks)
+
+    def embedded(
+        self, images: jax.Array, dropout_key: jax.Array | None = None, rotation_key: jax.Array | None = None
+    ) -> tuple[jax.Array, Rotation | None]:
+        """Returns what the first block takes: tokens [B, N, D] of images as for a call, and the blocks' rotation."""
         expected = (*self.shape.image, self.shape.channels)
         if images.shape[1:] != expected or not jnp.issubdtype(images.dtype, jnp.floating):
             raise ConfigError(
                 f"images: expected [B, {', '.join(map(str, expected))}] of normalised floats, found "
                 f"{list(images.shape)} of {images.dtype}; resize and normalise them first"
             )
-        keys = split_key(key, 3)
         x = self.embed(images.astype(self.model.dtype))
-        x = dropout(x, self.model.embedding_dropout, keys[0])
+        x = dropout(x, self.model.embedding_dropout, dropout_key)
         if self.model.embedding_norm == "tokens":
             assert self.embedding_norm is not None
             x = self.embedding_norm(x)
-        x = self.pool_tokens(self.encode(x, keys[1], self._rotation(x, keys[2])))
+        return x, self._rotation(x, rotation_key)
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """Returns what the head classifies, [B, features], float32, of tokens [B, N, D] that the blocks put out."""
+        x = self.pool_tokens(x)
         if self.pooled_norm is not None:
             x = self.pooled_norm(x)
         if self.output_projection is not None:
@@ -234,14 +252,18 @@ class ViT(nnx.Module):
         spans = {"cls": [(0, 1)], "mean": [patches], "cls_mean": [(0, 1), patches]}[pool]
         return jnp.concatenate([mean(x, *span, self.norm) for span in spans], -1)
 
-    def encode(self, x: jax.Array, key: jax.Array | None, rotation: Rotation | None = None) -> jax.Array:
-        """Applies all blocks: [B, N, D] -> [B, N, D]; `rotation` is as for a block."""
+    def encode(
+        self, x: jax.Array, key: jax.Array | None, rotation: Rotation | None = None, blocks: int | None = None
+    ) -> jax.Array:
+        """Applies all blocks, or the first `blocks`: [B, N, D] -> [B, N, D]; `rotation` is as for a block."""
         depth = self.shape.depth
         first = 0 if self.model.drop_path_schedule == "linear" else self.model.drop_path
         rates = jnp.linspace(first, self.model.drop_path, depth) if self.model.drop_path else None
         keys = None if key is None or not self._is_random() else jax.random.split(key, depth)
-
-        return run_blocks(self.blocks, x, rates, keys, rotation, self.model)
+        if blocks is None:
+            return run_blocks(self.blocks, x, rates, keys, rotation, self.model)
+        rates, keys = (None if values is None else values[:blocks] for values in (rates, keys))
+        return run_blocks(first_blocks(self.blocks, blocks), x, rates, keys, rotation, self.model)
 
     def _is_random(self) -> bool:
         model = self.model

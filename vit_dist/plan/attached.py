@@ -9,10 +9,27 @@ import jax
 from vit_dist.plan import targets
 from vit_dist.plan.analysis import Analysis, analysis_without_time, run_fields, step_analysis
 from vit_dist.plan.compile import CompiledStep, held_bytes
+from vit_dist.plan.report import lines
 from vit_dist.program import Program
 from vit_dist.step.state import State
 
+# What reading the memory and cost of a compiled program can raise on an unknown backend.
+_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 _log = logging.getLogger(__name__)
+
+
+def plan_lines(program: Program, state: State, batch: Mapping[str, jax.Array]) -> list[str]:
+    """Compiles the training step and returns its memory and time in a few lines, none where they cannot be read."""
+    executable = program.train_step.lower(state, batch).compile()  # cached for the next call
+    try:
+        return lines(plan_attached(program, executable, state, batch))
+    except _ERRORS as error:  # a run does not need its plan
+        _log.warning("no plan of this run can be made (%s: %s); it goes on", type(error).__name__, error)
+        return []
 
 
 def plan_attached(

@@ -24,7 +24,7 @@ from vit_dist.weights.earlier_run import PREPARED, TRAITS
 # draws other dropout masks. (Whether the data are the same is checked by their digest.)
 MAY_CHANGE = (
     "total_steps", "total_epochs", "log_every", "log_examples", "deterministic", "fake_devices", "accumulate_steps",
-    "accumulate_gather", "mesh", "evaluate", "checkpoint", "profile", "deadlines", "xla_options",
+    "accumulate_gather", "mesh", "evaluate", "probe", "checkpoint", "profile", "deadlines", "xla_options",
     "data.source", "data.path", "data.mixture", "data.name", "data.download", "data.cache_dir", "data.workers",
     "data.threads", "data.read_ahead_mb", "data.prefetch", "data.memory_limit_gb", "data.on_bad",
     "data.max_bad_fraction", "data.crop_decode", "model.remat", "model.attention", "model.context_attention",

@@ -93,8 +93,8 @@ def _content(source: Source, index: int) -> bytes:
         raise ConfigError(f"{source.name(index)}: cannot be read ({error}); repair or remove it") from error
 
 
-def recognise(path: Path) -> str:
-    """Returns the key of `SOURCES` that fits `path`. Raises `ConfigError` if none or several fit."""
+def recognise(path: Path, option: str = "--source") -> str:
+    """Returns the key of `SOURCES` that fits `path`. Raises `ConfigError` if none or several fit: `option` says it."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     kinds = _kinds_of_folder(path) if path.is_dir() else _kinds_of_file(path)
@@ -103,7 +103,7 @@ def recognise(path: Path) -> str:
     what = "no data set that is known by its files; name the folder that holds its splits, or say"
     if kinds:
         what = f"may be {' or '.join(sorted(kinds))}; say"
-    raise ConfigError(f"{path}: {what} which with --source, one of {', '.join(SOURCES)}")
+    raise ConfigError(f"{path}: {what} which with {option}, one of {', '.join(SOURCES)}")
 
 
 def _kinds_of_folder(folder: Path) -> set[str]:

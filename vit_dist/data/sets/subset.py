@@ -46,7 +46,7 @@ def subset(source: Source, classes: Sequence[str] = (), fraction: float = 1.0) -
     """
     if classes:
         source = _choose_classes(source, tuple(classes))
-    return _take(source, _fraction_ids(source, fraction)) if fraction < 1 else source
+    return take(source, _fraction_ids(source, fraction)) if fraction < 1 else source
 
 
 def check_classes(classes: Sequence[str], known: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def _choose_classes(source: Source, classes: tuple[str, ...]) -> Source:
     chosen = np.flatnonzero(labels >= 0)
     if not len(chosen):
         raise ConfigError(f"data.classes: the split has no examples of {', '.join(classes[:3])}; choose others")
-    return dataclasses.replace(_take(source, chosen), labels=labels[chosen], class_names=classes)
+    return dataclasses.replace(take(source, chosen), labels=labels[chosen], class_names=classes)
 
 
 def new_labels(source: Source, class_names: Sequence[str]) -> np.ndarray:
@@ -95,7 +95,7 @@ def _fraction_ids(source: Source, fraction: float) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
-def _take(source: Source, ids: np.ndarray) -> Source:
+def take(source: Source, ids: np.ndarray) -> Source:
     """Returns the examples `ids`, `int64 [n]`, of a source. Copies pixels, but not files."""
     labels = source.labels[ids]
     if isinstance(source, ArraySource):

@@ -151,16 +151,19 @@ def evaluation_batches(
     channels: int,
     batch_size: int,
     rows: Sequence[int] | np.ndarray,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Batches:
     """Makes this process's rows of batches that contain every example of the source once, in the order of ids.
 
-    Args and batches are those of `train_batches`. Images are not augmented. Batches also have `mask` `bool [b]`, False
-    for the zero images (label 0, id -1) that fill the last batch and for files that do not decode. Such files are
-    masked whatever `data.on_bad` is, so that every process makes equally many batches; the caller decides whether to
-    accept the examples in `Batches.bad`.
+    Args and batches are those of `train_batches`; only ids from `start` to before `stop` (None: all) are taken. Images
+    are not augmented. Batches also have `mask` `bool [b]`, False for the zero images (label 0, id -1) that fill the
+    last batch and for files that do not decode. Such files are masked whatever `data.on_bad` is, so that every process
+    makes equally many batches; the caller decides whether to accept the examples in `Batches.bad`.
     """
     pixels = Pixels(source, dataclasses.replace(data, on_bad="skip"), image_size, channels)
-    return _batches(partial(_evaluation_piece, pixels), pixels, range(0, len(source), batch_size), rows)
+    stop = len(source) if stop is None else stop
+    return _batches(partial(_evaluation_piece, pixels, stop), pixels, range(start, stop, batch_size), rows)
 
 
 def _train_piece(pixels: Pixels, order: Order, positions: np.ndarray) -> Piece:
@@ -183,10 +186,10 @@ def _train_piece(pixels: Pixels, order: Order, positions: np.ndarray) -> Piece:
     return {"image": images, "label": source.labels[ids], "id": ids.astype(np.int32)}, bad, timings
 
 
-def _evaluation_piece(pixels: Pixels, ids: np.ndarray) -> Piece:
-    """Makes the rows of evaluation batches with these ids, masked where the source has no such id."""
+def _evaluation_piece(pixels: Pixels, stop: int, ids: np.ndarray) -> Piece:
+    """Makes the rows of evaluation batches with these ids, masked from the id `stop` on."""
     source, bad, timings = pixels.source, list[BadExample](), Timings()
-    mask = ids < len(source)
+    mask = ids < stop
     valid_ids = np.where(mask, ids, 0)
     if augments_on_device(source, pixels.data):
         images = pixels.gather(valid_ids)

@@ -1,0 +1,106 @@
+"""Writes predictions to a file as they come: CSV, JSON lines or Parquet, by its suffix.
+
+A file that did not decode keeps its place: its row has the reason as `error`, and no classes.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from vit_dist.config import ConfigError
+from vit_dist.data.files import printable, replacing
+from vit_dist.paths import expanded
+
+_ROWS = 4096  # of a row group of Parquet
+
+
+def check_out(out: str | Path) -> Path:
+    """Returns the path. Raises `ConfigError` if its suffix is not known, it exists or its folder does not."""
+    path = expanded(out, "out")
+    if path.suffix not in WRITERS:
+        raise ConfigError(f"out: {path}: expected a name that ends in {', '.join(WRITERS)}")
+    if path.exists():
+        raise ConfigError(f"out: {path}: exists; remove it or give another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"out: {path}: there is no folder {path.parent}; make it first")
+    return path
+
+
+def write(out: Path, predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+    """Writes predictions, as `predict` returns them, to a file that appears when all are in it.
+
+    The rows of CSV and Parquet have `file`, `class_1`, `probability_1` and so on up to `top`, and `error`; those of
+    JSON lines are the predictions themselves.
+
+    Args:
+      out: the file, as `check_out` returns it.
+      predictions: the predictions.
+      top: how many classes they have at most.
+    """
+    with replacing(out) as stream:
+        WRITERS[out.suffix](stream, predictions, top)
+
+
+def table_rows(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns the lines of a prediction in a table: file, class and probability; the file in the first line only."""
+    file = printable(prediction["file"])
+    if "error" in prediction:
+        return [(file, f"({prediction['error']})", "")]
+    lines = [(choice["name"], f"{choice['probability']:.1%}") for choice in prediction["classes"]] or [("", "")]
+    return [(file if rank == 0 else "", *line) for rank, line in enumerate(lines)]
+
+
+def _write_csv(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
+    writer = csv.DictWriter(text, list(_columns(top)), lineterminator="\n")
+    writer.writeheader()
+    for prediction in predictions:
+        writer.writerow(_row(prediction))
+    text.detach()
+
+
+def _write_json_lines(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+    for prediction in predictions:
+        stream.write(json.dumps(prediction).encode() + b"\n")
+
+
+def _write_parquet(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+    schema = pyarrow.schema(_columns(top))
+    with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
+        for rows in _chunks(map(_row, predictions)):
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _columns(top: int) -> dict[str, Any]:
+    columns = {"file": pyarrow.string()}
+    for rank in range(1, top + 1):
+        columns |= {f"class_{rank}": pyarrow.string(), f"probability_{rank}": pyarrow.float64()}
+    return {**columns, "error": pyarrow.string()}
+
+
+def _row(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"file": printable(prediction["file"]), "error": prediction.get("error")}
+    for rank, choice in enumerate(prediction.get("classes", ()), 1):
+        row |= {f"class_{rank}": choice["name"], f"probability_{rank}": choice["probability"]}
+    return row
+
+
+def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    chunk: list[dict[str, Any]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == _ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+Writer = Callable[[IO[bytes], Iterable[Mapping[str, Any]], int], None]
+WRITERS: dict[str, Writer] = {".csv": _write_csv, ".jsonl": _write_json_lines, ".parquet": _write_parquet}

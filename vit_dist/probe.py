@@ -1,0 +1,157 @@
+"""Evaluates the features of a model, or features in files: nearest neighbours, few-shot and full linear classifiers."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pyarrow.parquet
+
+from vit_dist import config
+from vit_dist.config import ConfigError
+from vit_dist.data.sets.sources import open_source
+from vit_dist.extraction import Extractor, Rows
+from vit_dist.features import with_data
+from vit_dist.job import processes
+from vit_dist.load import base, opened, set_keys, start_devices
+from vit_dist.paths import expanded
+from vit_dist.probes.measure import NAMES, Probes, Row, check, measure
+from vit_dist.probes.shots import choose
+from vit_dist.program import make_mesh
+from vit_dist.recipes import Overrides, override
+from vit_dist.schema import one_of
+
+_SAME = ("weights", "what", "block", "shape")  # of the plans of two files of features that may be compared
+
+
+def probe(
+    model: str | Path,
+    *,
+    path: str | Path | None = None,
+    probes: Sequence[str] = NAMES,
+    split: str = "test",
+    what: str = "pooled",
+    block: int | None = None,
+    step: int | Literal["newest", "best"] = "newest",
+    overrides: Overrides = (),
+) -> dict[str, Any]:
+    """Evaluates the features of a run or of weights of others, over the mesh that the config asks for.
+
+    Args:
+      model: the workdir of a run (the moving average of its parameters where there is one), or weights, as for `load`.
+      path: the data; None: those of the run. See `features`.
+      probes: which, of knn, few_shot and linear. They learn from the split train.
+      split: the split to classify.
+      what: pooled, cls or mean; see `extraction.Extractor`.
+      block: the number of a block, from 0; None: the last.
+      step: which checkpoint of a run.
+      overrides: changes of the config, such as {"probe.k": (10, 20)}. Of a run, those that leave it the same.
+
+    Returns:
+      `split`, `count`, and `probes`: by name (knn/20, few_shot/10, linear) a row as `probes.measure.measure` returns,
+      where `top1_by_l2` is a dict.
+
+    Raises:
+      ConfigError: there is no such model, split or block, or its training examples are too few for these probes.
+    """
+    _check_names(probes)
+    if what == "tokens":
+        raise ConfigError("what: tokens are many features for an image; take pooled, cls or mean")
+    if split == "train":
+        raise ConfigError("split: train is what probes learn from; give another, such as test")
+    start_devices(model, overrides, "probe")
+    chosen = opened(model, overrides, step, "probe")
+    settings = with_data(chosen.settings, path, overrides, has_own=base(model, "probe")[0] is not None)
+    train, tested = (open_source(settings.data, name, settings.model.channels) for name in ("train", split))
+    mesh = make_mesh(settings, jax.devices())
+    function, parameters = dataclasses.replace(chosen, settings=settings).place(mesh)
+    with jax.set_mesh(mesh):
+        probing = Probes(probes, settings.probe, Extractor(settings, function, mesh, what, block), train)
+        rows = probing.measure(parameters, {split: tested})
+    found = {name.removeprefix(f"{split}/"): row for name, row in rows.items()}
+    return _answer(split, settings.probe, found)
+
+
+def probe_files(
+    train: str | Path, tested: str | Path, *, probes: Sequence[str] = NAMES, overrides: Overrides = ()
+) -> dict[str, Any]:
+    """Evaluates features that `vit-dist features` has written.
+
+    Args:
+      train: the file, .npz or .parquet, to learn from.
+      tested: the file to classify.
+      probes: as for `probe`.
+      overrides: changes of the config, of `probe` and `fake_devices` alone.
+
+    Returns:
+      As `probe`. `split` is that of the file `tested`.
+
+    Raises:
+      ConfigError: a file holds no such features, or they are of another model or other classes than the other's.
+    """
+    _check_names(probes)
+    for key in set_keys(overrides):
+        if key != "fake_devices" and key.partition(".")[0] != "probe":
+            raise ConfigError(f"{key}: has no effect on features in files; only fake_devices and probe.* can be set")
+    settings = config.typed(override(config.to_dict(config.typed({"total_steps": 1})), overrides))
+    processes.start(settings.fake_devices, settings.deadlines)
+    files = [expanded(file, "features") for file in (train, tested)]
+    (plan, classes, rows), (other_plan, other_classes, other_rows) = map(_read, files)
+    for key in _SAME:
+        if plan[key] != other_plan[key]:
+            raise ConfigError(f"{files[1]}: its {key} is {other_plan[key]}, but {plan[key]} in {files[0]}; give a pair")
+    for label in classes.keys() & other_classes.keys():
+        if classes[label] != other_classes[label]:
+            raise ConfigError(
+                f"{files[1]}: class {label} is {other_classes[label]!r}, but {classes[label]!r} in {files[0]}"
+            )
+    names = [classes.get(label, "") for label in range(max(classes) + 1)]
+    check(probes, settings.probe, rows.labels, names)
+    chosen = {count: rows.ids[choose(rows.labels, count, settings.probe.seed)] for count in settings.probe.shots}
+    found = measure(probes, settings.probe, rows, chosen, other_rows, jax.devices())
+    return _answer(other_plan["split"], settings.probe, found)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
+    """Returns what `features` wrote into a file: its plan, the names of classes by label, and the rows."""
+    columns: dict[str, np.ndarray] = {}
+    try:
+        if file.suffix == ".parquet":
+            table = pyarrow.parquet.read_table(file, columns=["id", "label", "class", "features"])
+            plan = json.loads((table.schema.metadata or {})[b"vit_dist"])
+            values = table["features"].combine_chunks()
+            while values.type.num_fields:  # lists of lists
+                values = values.flatten()
+            columns = {name: table[name].to_numpy() for name in ("id", "label", "class")}
+            features = values.to_numpy().reshape(len(table), *plan["shape"])
+            names = dict(zip(columns["label"].tolist(), columns["class"].tolist(), strict=True))
+        else:
+            with np.load(file, allow_pickle=False) as arrays:
+                plan, features = json.loads(str(arrays["plan"])), arrays["features"]
+                columns = {name: arrays[name] for name in ("id", "label")}
+                names = dict(enumerate(arrays["class_names"].tolist()))
+    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+        raise ConfigError(
+            f"{file}: holds no features of `vit-dist features` ({error}); give its .npz or .parquet"
+        ) from error
+    if features.ndim != 2 or not len(features):
+        raise ConfigError(f"{file}: holds features {list(features.shape)}; expected one vector for each example")
+    return plan, names, Rows(columns["id"], columns["label"], features)
+
+
+def _check_names(probes: Sequence[str]) -> None:
+    if not probes:
+        raise ConfigError(f"probes: none is named; give some of {', '.join(NAMES)}")
+    for name in probes:
+        one_of("probes", name, NAMES)
+
+
+def _answer(split: str, settings: config.Probe, rows: dict[str, Row]) -> dict[str, Any]:
+    count = next(iter(rows.values()))["count"]
+    for row in rows.values():
+        if "top1_by_l2" in row:
+            row["top1_by_l2"] = {f"{l2:g}": top1 for l2, top1 in zip(settings.l2, row["top1_by_l2"], strict=True)}
+    return {"split": split, "count": count, "probes": rows}
