@@ -15,7 +15,7 @@ ROOT = Path(vit_dist.__file__).parent
 FLOORS = (
     ("schema", "configs"),
     ("config", "paths"),
-    ("recipes", "job", "keys"),
+    ("recipes", "job", "keys", "lengths"),
     ("mesh", "data"),
     ("model",),
     ("weights",),
