@@ -139,9 +139,9 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ("the block before", "else self.block + 1", "else max(self.block, 1)", TOKENS),
         ("tokens without the last norm", "x if model.norm is None else model.norm(x)", "x", TOKENS),
         (
-            "the last batch is not cut",
-            "range(start, stop, self.batch_size), device_batches, strict=True",
-            "range(start, stop - self.batch_size, self.batch_size), device_batches, strict=False",
+            "labels of the first batch for all",
+            "source.labels[ids]",
+            "source.labels[ids - first]",
             "test_features.py::test_every_example_is_there_once_on_any_mesh_whatever_the_batch",
         ),
     ],
