@@ -120,6 +120,18 @@ def test_every_example_is_there_once_on_any_mesh_whatever_the_batch(run, tmp_pat
         np.testing.assert_allclose(arrays["features"][some], expected, atol=1e-5)
 
 
+def test_a_mesh_that_splits_tokens_changes_nothing(timm, photos, tmp_path):
+    split = ["mesh.data=2", "mesh.tensor=2", "mesh.context=2", "evaluate.batch_size=8"]
+    for what in ("pooled", "cls", "mean", "tokens"):
+        found = []
+        for overrides in (["mesh.data=1"], split):
+            out = tmp_path / f"{what}{len(overrides)}.npz"
+            features(timm, out, path=photos, what=what, block=1, overrides=overrides)
+            with np.load(out) as arrays:
+                found.append(arrays["features"])
+        np.testing.assert_allclose(*found, atol=1e-5, err_msg=what)
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np
