@@ -150,7 +150,10 @@ class _Parts:
             return ""
         self.plan = plan
         if (self.folder / _PLAN).is_file():
-            old = read_json(self.folder / _PLAN, dict)
+            try:
+                old = read_json(self.folder / _PLAN, dict)
+            except ConfigError:
+                return f"{self.folder}: {_PLAN} cannot be read; remove the folder or give another OUT"
             self.rows = old.pop("rows_of_a_part", self.rows)
             different = [key for key in {**old, **plan} if old.get(key) != plan.get(key)]
             if different:
