@@ -163,7 +163,7 @@ class _Parts:
                     f"{plan.get(key)!r}); remove it or give another OUT"
                 )
             return ""
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(not file.name.startswith(".") for file in self.folder.iterdir()):
             return f"{self.folder}: is no folder of parts ({_PLAN} is missing); remove it or give another OUT"
         self.folder.mkdir(exist_ok=True)
         write_atomically(self.folder / _PLAN, json.dumps({**plan, "rows_of_a_part": self.rows}, indent=2) + "\n")
