@@ -187,7 +187,7 @@ def test_help_is_quick_and_needs_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for verb in ("train", "eval", "predict", "inspect", "bench", "prepare", "configs"):
+    for verb in ("train", "eval", "predict", "features", "inspect", "bench", "prepare", "configs"):
         assert f"    {verb} " in done.stdout
 
 

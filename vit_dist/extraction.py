@@ -123,8 +123,8 @@ class Extractor:
           stop: the id after the last; None: all that the split has.
 
         Raises:
-          TooManyBadExamples: on all processes, for files that do not decode. If `data.on_bad` is "skip" they are left
-            out and logged, and only too many of them are an error, after the last batch.
+          TooManyBadExamples: on all processes, for a batch with a file that does not decode. If `data.on_bad` is "skip"
+            such files are left out and logged, and only too many of them are an error, after the last batch.
         """
         data = self.settings.data
         stop = len(source) if stop is None else stop

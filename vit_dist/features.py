@@ -150,7 +150,10 @@ class _Parts:
             return ""
         self.plan = plan
         if (self.folder / _PLAN).is_file():
-            old = read_json(self.folder / _PLAN, dict)
+            try:
+                old = read_json(self.folder / _PLAN, dict)
+            except ConfigError:
+                return f"{self.folder}: {_PLAN} cannot be read; remove the folder or give another OUT"
             self.rows = old.pop("rows_of_a_part", self.rows)
             different = [key for key in {**old, **plan} if old.get(key) != plan.get(key)]
             if different:
@@ -160,7 +163,7 @@ class _Parts:
                     f"{plan.get(key)!r}); remove it or give another OUT"
                 )
             return ""
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(not file.name.startswith(".") for file in self.folder.iterdir()):
             return f"{self.folder}: is no folder of parts ({_PLAN} is missing); remove it or give another OUT"
         self.folder.mkdir(exist_ok=True)
         write_atomically(self.folder / _PLAN, json.dumps({**plan, "rows_of_a_part": self.rows}, indent=2) + "\n")
@@ -210,7 +213,7 @@ def _extract(extractor: Extractor, parameters: Parameters, source: Source, parts
                 continue
             progress.advance(task, len(rows.ids))
             waiting.append(rows)
-            while rows.ids[-1:] >= (number + 1) * size:  # the part is whole
+            while len(rows.ids) and rows.ids[-1] >= (number + 1) * size - 1:  # all of the part is there
                 number, waiting = number + 1, _cut(parts, number, waiting, (number + 1) * size)
         while number * size < len(source) and not processes.index():
             number, waiting = number + 1, _cut(parts, number, waiting, (number + 1) * size)

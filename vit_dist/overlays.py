@@ -22,8 +22,9 @@ _COLOURS = "inferno"
 class Overlays:
     """A folder with NAME.rollout.png and NAME.last.png for each image, made when the context ends without an error.
 
-    A map is stretched so that its largest value is the brightest colour. The image is as the model sees it: cropped and
-    resized. Until the end the pictures are in a folder beside it, so that no half of one is taken for all.
+    A map is scaled so that its largest value is the brightest colour, and 0 the darkest. The image below it is as the
+    model sees it, cropped and resized, but gray, so that all colour is the map's. Until the end the pictures are in a
+    folder beside it, so that some of them are not taken for all.
     """
 
     def __init__(self, folder: str | Path):
@@ -57,13 +58,13 @@ class Overlays:
 
 
 def overlaid(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Returns an image, uint8 [H, W, C], at `SIDE` or more, under the colours of a map [rows, columns]."""
+    """Returns an image, uint8 [H, W, C], in gray and at `SIDE` or more, under the colours of a map [rows, columns]."""
     height, width = pixels.shape[:2]
     factor = max(1, -(-SIDE // max(height, width)))
     size = width * factor, height * factor
-    gray = pixels.shape[2] == 1
-    image = Image.fromarray(pixels[:, :, 0] if gray else pixels).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("L")
+    gray = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)[:, :, None]
     levels = (values / max(float(values.max()), np.finfo(np.float32).tiny)).astype(np.float32)
     smooth = np.clip(np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC)), 0, 1)
     colours = matplotlib.colormaps[_COLOURS](smooth)[:, :, :3] * 255
-    return np.round((1 - _SHARE) * np.asarray(image) + _SHARE * colours).astype(np.uint8)
+    return np.round((1 - _SHARE) * gray + _SHARE * colours).astype(np.uint8)
