@@ -13,6 +13,8 @@ KEPT = "run/test_checkpoints.py::test_the_newest_and_the_best_are_kept"
 BEST = "test_loop.py::test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are"
 AXES = "mesh/test_layout.py::test_names_become_the_axes_that_the_mesh_has"
 PREDICT = "step/test_evaluation.py::test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average"
+TOKENS = "test_features.py::test_class_token_mean_and_tokens_are_the_references_of_any_block"
+MAPS = "model/test_attention_maps.py::test_maps_are_rows_of_the_last_weights_and_of_the_product_of_all"
 
 TABLE: dict[str, list[tuple[str, ...]]] = {
     "data/pictures/augment.py": [
@@ -133,6 +135,38 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "test_evaluate.py::test_an_evaluation_that_misses_an_example_is_an_error",
         ),
     ],
+    "extraction.py": [
+        ("the block before", "else self.block + 1", "else max(self.block, 1)", TOKENS),
+        ("tokens without the last norm", "x if model.norm is None else model.norm(x)", "x", TOKENS),
+        (
+            "labels of the first batch for all",
+            "source.labels[ids]",
+            "source.labels[ids - first]",
+            "test_features.py::test_every_example_is_there_once_on_any_mesh_whatever_the_batch",
+        ),
+    ],
+    "features.py": [
+        (
+            "parts of any features are continued",
+            "if old.get(key) != plan.get(key)",
+            'if key == "weights" and old.get(key) != plan.get(key)',
+            "test_features.py::test_parts_of_another_extraction_are_not_continued",
+        ),
+        (
+            "too many bad files are forgotten after a stop",
+            "skipped > max_bad_fraction * len(source) or not count",
+            "not count",
+            "test_features.py::test_a_file_that_does_not_decode_is_an_error_or_left_out_as_data_on_bad_says",
+        ),
+    ],
+    "load.py": [
+        (
+            "predict names two classes alike",
+            "distinct_names(published.description.classes or ())",
+            "published.description.classes or ()",
+            "test_predict.py::test_classes_of_one_name_are_told_apart",
+        ),
+    ],
     "mesh/layout.py": [
         ("fsdp splits no batch", '"batch": ("dcn_data", "data", "fsdp"),', '"batch": ("dcn_data", "data"),', AXES),
         ("parameters whole everywhere", '"width": ("fsdp",),', '"width": (),', AXES),
@@ -162,6 +196,16 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "mesh/test_layout.py::test_a_size_that_does_not_divide_is_refused_with_the_nearest_that_do",
         ),
     ],
+    "model/attention_maps.py": [
+        ("rollout without the residual path", "(last + jnp.eye(model.shape.tokens)) / 2", "last", MAPS),
+        ("rollout from the last block", '"bqk,bkn->bqn", step, rollout', '"bqk,bkn->bqn", rollout, step', MAPS),
+        (
+            "weights of inputs without their norm",
+            "block.norm1.normalise(x), block.norm1",
+            "x, block.norm1",
+            "model/test_attention_maps.py::test_weights_are_the_softmax_of_the_references_scores",
+        ),
+    ],
     "plan/overlap.py": [
         (
             "a transfer ends with anybody's answer",
@@ -175,18 +219,6 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "predict's sigmoid as softmax",
             'jax.nn.sigmoid(logits) if settings.loss == "sigmoid" else jax.nn.softmax(logits)',
             "jax.nn.softmax(logits)",
-            PREDICT,
-        ),
-        (
-            "predict names two classes alike",
-            "distinct_names(class_names(workdir))",
-            "class_names(workdir)",
-            "test_predict.py::test_classes_of_one_name_are_told_apart",
-        ),
-        (
-            "predict by the plain parameters",
-            'trees.get("ema", trees["parameters"])',
-            'trees["parameters"]',
             PREDICT,
         ),
     ],
@@ -230,6 +262,9 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "test_resume.py::test_a_run_that_leaves_scan_to_the_program_keeps_what_it_began_with",
             "ConfigError",  # the saved config has blocks in a loop, and the new one has not
         ),
+    ],
+    "weights/earlier_run.py": [
+        ("predict by the plain parameters", '"ema" if settings.ema_decay else "parameters"', '"parameters"', PREDICT),
     ],
     "train.py": [
         (

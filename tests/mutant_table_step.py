@@ -226,8 +226,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ("registers are pooled", "(self.shape.special, self.shape.tokens)", "(0, self.shape.tokens)", VIT),
         (
             "the norm of embeddings left out",
-            "            x = self.embedding_norm(x)\n        x = self.pool",
-            "            pass\n        x = self.pool",
+            "            x = self.embedding_norm(x)\n        return x, self",
+            "            pass\n        return x, self",
             VIT,
         ),
         ("what is pooled is not normalised", "x = self.pooled_norm(x)", "pass", VIT),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A minute of vit-dist as a user runs it, in an empty folder: plans and trains twenty steps, asks again, evaluates,
-# classifies a picture, trains from prepared records, trains a recipe of the user's own, and loads the run in Python.
+# classifies a picture and a folder, writes features, trains from prepared records, trains a recipe of the user's own, and
+# loads the run in Python.
 # The one argument is the command to try; `make smoke` gives that of the environment that holds the wheel.
 set -euo pipefail
 command=$(realpath -s "$1")
@@ -36,6 +37,12 @@ pixels = load_digits().images[0] * 255 / 16
 Image.fromarray(pixels.astype(np.uint8)).save(sys.argv[1])
 PY
 "$command" predict --workdir="$folder/run" --json "$folder/digit.png" | check "predict classifies a file" "result"
+mkdir digits && cp digit.png digits/1.png && cp digit.png digits/2.png
+"$command" predict --workdir="$folder/run" digits --out=classes.csv --attention=maps |
+  check "predict writes a table of a folder" "result['images'] == 2 and result['errors'] == 0"
+test "$(wc -l <classes.csv)" = 3 && test -s maps/1.rollout.png && test -s maps/2.last.png
+"$command" features --workdir="$folder/run" --split=test --what=mean features.parquet |
+  check "features writes those of 360 digits" "result['count'] == 360 and result['skipped'] == 0"
 "$command" prepare --source=digits "$folder/records" | check "prepare makes records of the digits" "result['records'] == 1797"
 "$command" prepare --verify "$folder/records" | check "and finds them whole" "result['splits'] == {'train': 1437, 'test': 360}"
 train --workdir="$folder/other" --config.data.source=array_record --config.data.path="$folder/records" \

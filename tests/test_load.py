@@ -121,6 +121,24 @@ def test_a_run_is_loaded_with_its_average_and_its_classes(tmp_path):
     )
 
 
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "tensor": 2}], ids=str)
+def test_attention_of_a_loaded_model_sums_to_one_and_its_maps_are_made_of_it(mesh, timm):
+    model = vit_dist.load(timm, mesh)
+    images = golden_weights.images(golden_weights.fixture("timm_vit_cls"))[[0, 1, 0]]
+    weights, maps = model.attention(images), model.attention_maps(images)
+    blocks, heads = model.settings.model.depth, model.settings.model.heads
+    assert weights.shape == (3, blocks, heads, 10, 10) and weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(maps["last"], weights[:, -1].mean(1)[:, 0, 1:].reshape(3, 3, 3), atol=1e-6)
+    np.testing.assert_allclose(weights[0], weights[2], atol=1e-6)
+    product = np.eye(10)
+    for block in weights[1].mean(1):
+        product = (block + np.eye(10)) / 2 @ product
+    np.testing.assert_allclose(maps["rollout"][1], product[0, 1:].reshape(3, 3), atol=1e-6)
+    with pytest.raises(ConfigError, match=r"images: expected \[B, 48, 48, 3\]"):
+        model.attention(np.zeros((1, 32, 32, 3), np.float32))
+
+
 def test_many_images_are_run_a_batch_at_a_time(timm, monkeypatch):
     model, images = vit_dist.load(timm, {"data": 2}), np.random.default_rng(0).normal(size=(7, 48, 48, 3))
     whole = model.model(images.astype(np.float32))

@@ -210,7 +210,7 @@ def _extract(extractor: Extractor, parameters: Parameters, source: Source, parts
                 continue
             progress.advance(task, len(rows.ids))
             waiting.append(rows)
-            while rows.ids[-1:] >= (number + 1) * size:  # the part is whole
+            while len(rows.ids) and rows.ids[-1] >= (number + 1) * size - 1:  # all of the part is there
                 number, waiting = number + 1, _cut(parts, number, waiting, (number + 1) * size)
         while number * size < len(source) and not processes.index():
             number, waiting = number + 1, _cut(parts, number, waiting, (number + 1) * size)

@@ -97,6 +97,14 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
     np.testing.assert_allclose(weights, expected_weights("registers and rotation"), atol=2e-5)
 
 
+def test_padding_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vit_dist.model.vit.kernels.padded_length", lambda *_, **__: 12)  # as for cuDNN; 10 are real
+    _, function, parameters = model("registers and rotation", True)
+    found = jax.jit(lambda p, x: attention_weights(function.module(p), x))(parameters, IMAGES)
+    assert function.module(parameters).tokens(IMAGES).shape[1] == 12
+    np.testing.assert_allclose(found, expected_weights("registers and rotation"), atol=2e-5)
+
+
 def test_a_mesh_that_splits_tokens_is_refused() -> None:
     with jax.set_mesh(make_mesh({"context": 8}, jax.devices())):
         function = ModelFunction(model("mean", False)[0])
