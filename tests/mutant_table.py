@@ -14,6 +14,7 @@ BEST = "test_loop.py::test_the_best_is_saved_when_it_is_measured_however_seldom_
 AXES = "mesh/test_layout.py::test_names_become_the_axes_that_the_mesh_has"
 PREDICT = "step/test_evaluation.py::test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average"
 TOKENS = "test_features.py::test_class_token_mean_and_tokens_are_the_references_of_any_block"
+KNN, LINEAR, OF_RUN = "probes/test_knn.py", "probes/test_linear.py", "probes/test_of_run.py"
 MAPS = "model/test_attention_maps.py::test_maps_are_rows_of_the_last_weights_and_of_the_product_of_all"
 
 TABLE: dict[str, list[tuple[str, ...]]] = {
@@ -254,6 +255,92 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         ("one more than the best is saved", "len(as_good) < self._keep_best", "len(as_good) <= self._keep_best", BEST),
     ],
+    "probes/knn.py": [
+        (
+            "features are not moved by their mean",
+            "sum(chosen(features[block]).sum(0) for block in blocks) / len(features)",
+            "np.zeros(features.shape[1])",
+            f"{KNN}::test_features_that_are_nearly_alike_are_told_apart",
+        ),
+        (
+            "every block of features numbered from 0",
+            "which + first",
+            "which",
+            f"{KNN}::test_features_and_queries_that_fill_no_block_and_several_are_searched_whole",
+        ),
+        (
+            "of equally near features the last",
+            "np.lexsort((candidates, -similarity))",
+            "np.lexsort((-candidates, -similarity))",
+            f"{KNN}::test_of_equal_votes_the_lowest_class_wins_and_of_equal_neighbours_the_first",
+        ),
+        (
+            "votes that fall with the similarity",
+            "(similarity - similarity[:, :1]) / temperature",
+            "(similarity[:, :1] - similarity) / temperature",
+            f"{KNN}::test_classes_are_those_of_scikit_learn_by_even_votes_and_by_dinos",
+        ),
+        (
+            "the length of a vector of zeros divided by",
+            "np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), _TINY)",
+            "np.linalg.norm(rows, axis=-1, keepdims=True)",
+            f"{KNN}::test_a_vector_of_zeros_is_at_right_angles_to_all",
+        ),
+    ],
+    "probes/linear.py": [
+        (
+            "the penalty grows with the number of examples",
+            "squares += x.T @ x / n",
+            "squares += x.T @ x",
+            f"{LINEAR}::test_classes_are_those_of_scikit_learn_at_every_strength",
+        ),
+        (
+            "the strength is chosen by what has been learnt",
+            "predictions(features[~out], labels[~out], features[out], l2)",
+            "predictions(features, labels, features[out], l2)",
+            f"{LINEAR}::test_the_strength_is_the_best_of_a_cross_validation_by_scikit_learn",
+        ),
+        (
+            "classes without an example are numbered away",
+            "each[rows] = known[(x @ weight + offset).argmax(1)]",
+            "each[rows] = (x @ weight + offset).argmax(1)",
+            f"{LINEAR}::test_two_classes_do_and_those_without_an_example_are_never_predicted",
+        ),
+        (
+            "of equally good strengths the least",
+            "max(zip(right.tolist(), l2, strict=True))[1]",
+            "-max(zip(right.tolist(), [-each for each in l2], strict=True))[1]",
+            f"{LINEAR}::test_of_equally_good_strengths_the_greatest_is_taken_whatever_their_order",
+        ),
+    ],
+    "probes/measure.py": [
+        (
+            "the strength is chosen by the test split",
+            "shares[settings.l2.index(best)]",
+            "max(shares)",
+            f"{OF_RUN}::test_every_evaluation_has_a_row_of_each_probe_after_those_of_its_splits",
+        ),
+        (
+            "training examples find themselves",
+            'if split != "train":',
+            "if split:",
+            f"{OF_RUN}::test_the_training_split_is_not_classified_by_itself",
+        ),
+        (
+            "few shots need all features",
+            'if set(names) == {"few_shot"}:',
+            "if not names:",
+            f"{OF_RUN}::test_a_few_shot_probe_alone_reads_the_images_of_its_shots_alone",
+        ),
+    ],
+    "probes/shots.py": [
+        (
+            "one shuffle for all classes",
+            "(_KEY, int(label))",
+            "(_KEY,)",
+            "probes/test_shots.py::test_classes_of_one_size_have_choices_of_their_own",
+        ),
+    ],
     "run/workdir.py": [
         (
             "a resumed run's blocks stacked or not as this platform likes",
@@ -267,6 +354,12 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ("predict by the plain parameters", '"ema" if settings.ema_decay else "parameters"', '"parameters"', PREDICT),
     ],
     "train.py": [
+        (
+            "features of the parameters though there is an average",
+            "averaged = self.state.parameters if self.state.ema is None else self.state.ema",
+            "averaged = self.state.parameters",
+            f"{OF_RUN}::test_the_rows_are_of_the_average_and_the_verb_finds_the_same",
+        ),
         (
             "a best between two saves is lost",
             "if saving or (evaluating and self._is_one_of_the_best()):",

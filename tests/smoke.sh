@@ -43,6 +43,8 @@ mkdir digits && cp digit.png digits/1.png && cp digit.png digits/2.png
 test "$(wc -l <classes.csv)" = 3 && test -s maps/1.rollout.png && test -s maps/2.last.png
 "$command" features --workdir="$folder/run" --split=test --what=mean features.parquet |
   check "features writes those of 360 digits" "result['count'] == 360 and result['skipped'] == 0"
+"$command" probe --workdir="$folder/run" --shots=5 |
+  check "probe classifies 360 digits by neighbours and two regressions" "all(row['count'] == 360 for row in result['probes'].values())"
 "$command" prepare --source=digits "$folder/records" | check "prepare makes records of the digits" "result['records'] == 1797"
 "$command" prepare --verify "$folder/records" | check "and finds them whole" "result['splits'] == {'train': 1437, 'test': 360}"
 train --workdir="$folder/other" --config.data.source=array_record --config.data.path="$folder/records" \

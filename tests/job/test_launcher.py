@@ -456,7 +456,7 @@ def test_the_verb_and_its_arguments_are_passed_on_untouched(between, monkeypatch
         ("--processes=2", "no verb is given"),
         ("--processes=2 --", "no verb is given"),
         ("--processes=2 -- trian", "did you mean train"),
-        ("--processes=2 -- launch -- train", "'launch' is none of train, eval, predict, features, bench"),
+        ("--processes=2 -- launch -- train", "'launch' is none of train, eval, predict, features, probe, bench"),
         ("--processes=2 -- configs", "'configs' is none of"),
         ("--processes=2 -- --config=x.py", "'--config=x.py' is none of"),
         ("--processes=2 trian", "unrecognized arguments: trian"),
