@@ -65,6 +65,7 @@ def keys_of(hint: type, prefix: str = "") -> list[str]:
         ("data.crop_area=(1e-2,1)", (0.01, 1.0)),
         ("evaluate.splits=[test,val]", ("test", "val")),
         ("evaluate.splits=[]", ()),
+        ('data.classes=["3", b]', ("3", "b")),
         ("optimizer.rules=[]", ()),
         ("optimizer.rules=[{path: 'mlp/(up|down)', frozen: true}]", (config.Rule("mlp/(up|down)", frozen=True),)),
         ("model.variant=B/16", "B/16"),

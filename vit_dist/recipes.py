@@ -187,7 +187,10 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         raise ConfigError(f"{key}: cannot read {text!r} as a value") from error
     if isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint):
         return None
-    return [_number(item) for item in value] if isinstance(value, list) else _number(value)
+    if isinstance(value, list):
+        texts = typing.get_args(hint)[:1] == (str,)  # such as "3", the name of a class
+        return value if texts else [_number(item) for item in value]
+    return _number(value)
 
 
 def _number(value: Any) -> Any:
