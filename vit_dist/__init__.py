@@ -12,6 +12,7 @@ predict      returns the classes of image files, with probabilities
 plan         returns memory, time and layout of a config on hardware that is not attached
 bench        measures images per second of a config on the attached devices
 inspect      returns the parameters of a config, their layout and size
+export       writes a run, or weights of others, for other libraries
 prepare      converts a data set into sharded records that are quick to read
 load_config  returns a recipe with changes as the config that these functions take
 ViT          the model, a Flax NNX module
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vit_dist.data.prepare.convert import prepare as prepare
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
+    from vit_dist.exporting.verb import export as export
     from vit_dist.load import load as load
     from vit_dist.model.vit import ViT as ViT
     from vit_dist.plan.verb import plan as plan
@@ -39,9 +41,12 @@ if TYPE_CHECKING:
     from vit_dist.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"]
+__all__ = [
+    "ViT", "bench", "evaluate", "export", "inspect", "load", "load_config", "plan", "predict", "prepare", "train",
+]  # fmt: skip
 _MODULES = {
     "ViT": "model.vit",
+    "export": "exporting.verb",
     "inspect": "describe",
     "load_config": "recipes",
     "plan": "plan.verb",

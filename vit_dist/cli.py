@@ -296,6 +296,32 @@ _PREPARING = ("source", "split", "resize", "encode", "shards", "shard_range", "o
 _OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limit_gb")
 
 
+def _export(options: argparse.Namespace) -> None:
+    from vit_dist.exporting.verb import export
+
+    if options.weights is not None and (options.step is not None or options.best):
+        raise ConfigError(
+            f"export --{'best' if options.best else 'step'}: is of a run; give --workdir, or leave it out"
+        )
+    step: Any = "best" if options.best else "newest" if options.step is None else options.step
+    name = options.weights if options.workdir is None else options.workdir
+    if options.workdir is not None:
+        from vit_dist.run.workdir import read_config
+
+        read_config(Path(name))  # says so if there is no run
+    _print_json(
+        export(
+            name,
+            options.out,
+            options.format,
+            step=step,
+            input=options.input,
+            converter=options.converter,
+            overrides=options.overrides,
+        )
+    )
+
+
 def _launch(options: argparse.Namespace) -> int:
     if options.overrides:
         raise ConfigError(f"launch --config.{options.overrides[0]}: the verb's own arguments come after --")
@@ -384,6 +410,7 @@ _VERBS = {
     "plan": _plan,
     "bench": _bench,
     "prepare": _prepare,
+    "export": _export,
     "launch": _launch,
     "configs": _configs,
     "version": _version,

@@ -155,9 +155,14 @@ def weights_fingerprint(published: Published | None) -> str:
 
 
 def record(settings: config.Init, published: Published) -> dict[str, Any]:
-    """Returns what a run keeps of the weights that it starts from: their name, family and digest, for JSON."""
+    """Returns what a run keeps of the weights that it starts from: their name, family, digest and licence, for JSON."""
     family = published.description.family
-    return {"name": settings.weights, "family": family, "digest": published.origin.digest()}
+    return {
+        "name": settings.weights,
+        "family": family,
+        "digest": published.origin.digest(),
+        "license": published.license,
+    }
 
 
 def started(state: State, start: Adapted, mesh: Mesh) -> State:

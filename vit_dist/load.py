@@ -25,8 +25,8 @@ from vit_dist.recipes import Overrides, override
 from vit_dist.run import workdir as run_files
 from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
-from vit_dist.weights.adapted import adapted, placed
-from vit_dist.weights.published import open_published
+from vit_dist.weights.adapted import Adapted, adapted, placed
+from vit_dist.weights.published import Published, open_published
 
 BATCH = 64  # images at a time on a device
 Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels uint8 [H, W], [H, W, C]
@@ -146,18 +146,48 @@ def load(
     Raises:
       ConfigError: there is no such model, or nothing says how its images are prepared; the error names the key to set.
     """
+    opened = open_model(name, overrides, step)
+    devices = _mesh(opened.settings, mesh)
+    with jax.set_mesh(devices):
+        function = ModelFunction(opened.settings.model)
+        abstract = jax.eval_shape(lambda: function.initialise(0))
+        parameters = placed(opened.fitted.parameters, abstract, devices)
+    return Loaded(opened.settings, function, parameters, devices, opened.classes, opened.fitted.notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model whose parameters are not read yet.
+
+    Attributes:
+      published: the weights as they lie in their files.
+      settings: the config; `model` and `data` say what it is and how its images are prepared.
+      fitted: the parameters of this model.
+      classes: as `Loaded` has them.
+    """
+
+    published: Published
+    settings: config.Config
+    fitted: Adapted
+    classes: tuple[str, ...]
+
+
+def open_model(
+    name: str | Path, overrides: Overrides = (), step: int | Literal["newest", "best"] = "newest", key: str = "load"
+) -> Opened:
+    """Opens what `load` loads, with the same arguments and errors; `key` begins these."""
     if not isinstance(name, str | Path):
-        raise ConfigError(f"load: expected a folder, a file or a name, found {type(name).__name__}")
-    path = expanded(name, "load")
+        raise ConfigError(f"{key}: expected a folder, a file or a name, found {type(name).__name__}")
+    path = expanded(name, key)
     values = config.to_dict(config.typed({"total_steps": 1}))
     given = _given(values, overrides)
     if str(name) and run_files.holds_run(path):
-        published = open_earlier(path, step, "load: step")
+        published = open_earlier(path, step, f"{key}: step")
         values = config.to_dict(run_files.read_config(path))
     elif step != "newest":
-        raise ConfigError(f"load: step: {step}, but {name} holds no run of ours; leave it out")
+        raise ConfigError(f"{key}: step: {step}, but {name} holds no run of ours; leave it out")
     else:
-        published = open_published(name, "load", given)
+        published = open_published(name, key, given)
     described = {f"model.{key}": value for key, value in published.description.model.items()}
     described |= published.description.preprocessing(given)
     settings = config.resolve(override(override(values, described), overrides))
@@ -165,13 +195,8 @@ def load(
     wanted, count = settings.model.num_classes, published.model.num_classes
     if wanted not in (0, count):
         raise ConfigError(f"model.num_classes: {wanted}, but {name} has {count}; leave it out, or set 0 for features")
-    fitted = adapted(published, settings.model, "keep")
-    devices = _mesh(settings, mesh)
-    with jax.set_mesh(devices):
-        function = ModelFunction(settings.model)
-        parameters = placed(fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), devices)
-    classes = distinct_names(published.description.classes or ())
-    return Loaded(settings, function, parameters, devices, classes, fitted.notes)
+    classes = distinct_names(published.description.classes or ()) if wanted else ()
+    return Opened(published, settings, adapted(published, settings.model, "keep"), tuple(classes))
 
 
 def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:

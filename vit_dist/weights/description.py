@@ -73,7 +73,7 @@ class Draft:
     """
 
     description: Description
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, dict[str, Any]]
     weights_file: str = "model.safetensors"
     before: int = 0
     unused: Mapping[str, Shape] = dataclasses.field(default_factory=dict)

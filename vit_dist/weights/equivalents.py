@@ -1,7 +1,7 @@
 """Makes a model another one that computes the same, for a format that has no other: zeros and ones are filled in.
 
 A function takes the model and the value that a trait is to have; it returns the other model, or None where there is
-none.
+none. The outputs are the same up to rounding; without a head, a projection becomes one.
 """
 
 import dataclasses
@@ -43,12 +43,20 @@ def _cls_position(subject: Subject, wanted: Any) -> Subject | None:
 
 
 def _layer_scale(subject: Subject, wanted: Any) -> Subject | None:
-    """Scales of one."""
-    if wanted is None:
-        return None
+    """Scales of one, or the layers before them with their scales."""
     shape = shape_of(subject.model)
-    names = (f"blocks/{number}/scale{branch}/scale" for number in range(shape.depth) for branch in (1, 2))
-    return _changed(subject, {name: np.ones(shape.width, np.float32) for name in names}, layer_scale=1.0)
+    scales = {f"blocks/{i}/scale{branch}/scale": (i, branch) for i in range(shape.depth) for branch in (1, 2)}
+    if wanted is not None:
+        return _changed(subject, {path: np.ones(shape.width, np.float32) for path in scales}, layer_scale=1.0)
+    parameters = dict(subject.parameters)
+    for path, (number, branch) in scales.items():
+        scale, last = parameters.pop(path), ("attention/projection", "mlp/down")[branch - 1]
+        for kind in ("kernel", "bias"):
+            scaled = f"blocks/{number}/{last}/{kind}"
+            if scaled in parameters:
+                parameters[scaled] = parameters[scaled] * scale
+    model = dataclasses.replace(subject.model, layer_scale=None)
+    return dataclasses.replace(subject, model=model, parameters=parameters)
 
 
 def _bias(key: str, subject: Subject, wanted: Any) -> Subject | None:
@@ -75,6 +83,21 @@ def _pool(subject: Subject, wanted: Any) -> Subject | None:
     )
 
 
+def _output_projection(subject: Subject, wanted: Any) -> Subject | None:
+    """The projection as the head, or in it."""
+    if wanted is not None or subject.model.pre_logits is not None:
+        return None
+    parameters = dict(subject.parameters)
+    kernel = parameters.pop("output_projection/kernel")
+    if "head/kernel" in parameters:
+        parameters["head/kernel"] = kernel @ parameters["head/kernel"]
+    else:
+        parameters |= {"head/kernel": kernel, "head/bias": np.zeros(kernel.shape[1], np.float32)}
+    classes = parameters["head/kernel"].shape[1]
+    model = dataclasses.replace(subject.model, output_projection=None, num_classes=classes)
+    return dataclasses.replace(subject, model=model, parameters=parameters)
+
+
 EQUIVALENTS: dict[str, Callable[[Subject, Any], Subject | None]] = {
     "position": _position,
     "cls_position": _cls_position,
@@ -82,6 +105,7 @@ EQUIVALENTS: dict[str, Callable[[Subject, Any], Subject | None]] = {
     "qkv_bias": lambda subject, wanted: _bias("qkv_bias", subject, wanted),
     "projection_bias": lambda subject, wanted: _bias("projection_bias", subject, wanted),
     "pool": _pool,
+    "output_projection": _output_projection,
 }
 
 

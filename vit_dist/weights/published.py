@@ -51,6 +51,13 @@ class Published:
     taken: Mapping[str, list[str]]
     left_out: tuple[str, ...]
 
+    @property
+    def license(self) -> str | None:
+        """The licence of the weights, as timm's config says it; None: nothing tells it."""
+        told = (self.origin.config or {}).get("pretrained_cfg")
+        found = told.get("license") if isinstance(told, Mapping) else (self.origin.config or {}).get("license")
+        return printed(found) if isinstance(found, str) and found else None
+
 
 def open_published(name: str | Path, key: str = "init.weights", given: Mapping[str, Any] | None = None) -> Published:
     """Returns the weights that `name` names.

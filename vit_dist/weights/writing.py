@@ -49,7 +49,7 @@ class Files:
 
     weights_file: str
     tensors: Mapping[str, np.ndarray]
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, dict[str, Any]]
     written: Subject
 
 

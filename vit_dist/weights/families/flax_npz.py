@@ -4,6 +4,7 @@ The code of both is the same for all their models, so the file's names tell the 
 approximation by tanh, and big_vision computes the positions that are not in the file.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
+from vit_dist.model.shape import shape_of
 from vit_dist.weights.description import Description, Draft, Subject
 from vit_dist.weights.naming import Entry, Naming
 from vit_dist.weights.origin import Origin
@@ -92,8 +94,13 @@ def draft(subject: Subject) -> Draft:
     old = bool(traits["class_token"] and traits["cls_position"] and traits["position"] == "learned")
     prefix, block = ("" if old else "params/"), "Transformer/encoderblock"
     width, depth, heads, mlp = (traits[key] for key in ("width", "depth", "heads", "mlp"))
-    sides = zip(traits["image_size"], traits["patch_size"], strict=True)
-    positions = math.prod(side // patch for side, patch in sides) + old
+    high, wide = shape_of(subject.model).grid
+    if high != wide and traits["position"] == "learned":
+        raise ConfigError(
+            f"model.image_size: {high}x{wide} patches, but big_vision's and vision_transformer's files do not say "
+            "their shape and are read as a square; export --format=safetensors"
+        )
+    positions = high * wide + old
     # Those that tell the model's size; the rest follows from their names.
     shapes: dict[str, tuple[int, ...]] = {"embedding/kernel": (*traits["patch_size"], traits["channels"], width)}
     for number in range(depth):
@@ -109,7 +116,10 @@ def draft(subject: Subject) -> Draft:
     shapes |= {"head/kernel": (layer or width, traits["num_classes"])} if traits["num_classes"] else {}
     file = "model.npz"
     origin = Origin(stubs({f"{prefix}{name}": shape for name, shape in shapes.items()}), {}, (Path(file),))
-    return Draft(describe(origin), {}, file, before=int(old))
+    described = describe(origin)
+    if traits["position"] != "learned":  # the file then says nothing of the image's size
+        described = dataclasses.replace(described, model={**described.model, "image_size": traits["image_size"]})
+    return Draft(described, {}, file, before=int(old))
 
 
 def _prefix(tensors: Mapping[str, StoredTensor]) -> str | None:

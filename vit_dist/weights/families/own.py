@@ -43,6 +43,7 @@ def draft(subject: Subject) -> Draft:
     """Returns our own files of a model."""
     model, data = traits_of(subject.model), {key: getattr(subject.data, key) for key in PREPARED}
     values = {"format": FORMAT, "model": model, "data": data, "classes": list(subject.classes)}
+    values |= {} if subject.license is None else {"license": subject.license}
     before = 1 if model["cls_position"] and model["class_token"] else 0
     return Draft(_description(Said(values, "config.json"), "config.json"), {"config.json": values}, before=before)
 

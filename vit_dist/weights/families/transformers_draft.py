@@ -138,7 +138,9 @@ def _markers(kind: str, traits: Traits) -> list[str]:
 
 def _mask_token(kind: str, width: int) -> list[Shape]:
     """Returns the shape of the token that hides patches in training, where there is one."""
-    return {"dinov3_vit": [(1, 1, width)]}.get(kind, [(1, width)] if kind.startswith("dinov2") else [])
+    if kind == "dinov3_vit":
+        return [(1, 1, width)]
+    return [(1, width)] if kind.startswith("dinov2") else []
 
 
 def _side(sides: tuple[int, int]) -> Any:
