@@ -23,7 +23,7 @@ FLOORS = (
     ("run",),
     ("program",),
     ("rates", "initial"),
-    ("train", "evaluate", "predict", "load", "describe", "plan", "bench"),
+    ("train", "evaluate", "predict", "load", "describe", "plan", "bench", "exporting"),
     ("arguments",),
     ("cli",),
     ("__main__",),
@@ -147,7 +147,7 @@ def test_the_data_room_imports_neither_jax_nor_flax(name):
     assert {one.partition(".")[0] for one in imports(modules()[name])}.isdisjoint({"jax", "flax", "optax", "orbax"})
 
 
-NAMES = "ViT, train, evaluate, predict, inspect, plan, bench, prepare"
+NAMES = "ViT, train, evaluate, predict, inspect, plan, bench, prepare, export"
 
 
 def test_public_names_are_callables_even_after_their_modules_were_imported():
@@ -169,12 +169,14 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
         "vit_dist.plan.verb.plan",
         "vit_dist.bench.bench",
         "vit_dist.data.prepare.convert.prepare",
+        "vit_dist.exporting.verb.export",
     ]
 
 
 def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
     assert {name: callable(getattr(vit_dist, name)) for name in vit_dist.__all__} == dict.fromkeys(
-        ["ViT", "bench", "evaluate", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"], True
+        ["ViT", "bench", "evaluate", "export", "inspect", "load", "load_config", "plan", "predict", "prepare", "train"],
+        True,
     )
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         vit_dist.trian  # noqa: B018

@@ -298,17 +298,15 @@ _OF_SOURCES = ("data.cache_dir", "data.name", "data.download", "data.memory_limi
 
 def _export(options: argparse.Namespace) -> None:
     from vit_dist.exporting.verb import export
+    from vit_dist.run.workdir import holds_run
 
     if options.weights is not None and (options.step is not None or options.best):
-        raise ConfigError(
-            f"export --{'best' if options.best else 'step'}: is of a run; give --workdir, or leave it out"
-        )
+        option = "--best" if options.best else "--step"
+        raise ConfigError(f"export: {option} is of a run; give --workdir, or leave it out")
     step: Any = "best" if options.best else "newest" if options.step is None else options.step
     name = options.weights if options.workdir is None else options.workdir
-    if options.workdir is not None:
-        from vit_dist.run.workdir import read_config
-
-        read_config(Path(name))  # says so if there is no run
+    if options.workdir is not None and not holds_run(Path(name)):
+        raise ConfigError(f"{name}: holds no run; --weights=PATH is for weights of others")
     _print_json(
         export(
             name,

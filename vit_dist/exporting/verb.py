@@ -1,7 +1,6 @@
 """`export`: a run of ours, or weights of others, as files that other libraries open: see `FORMATS`."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -9,9 +8,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-import numpy as np
-import safetensors.numpy
 
 from vit_dist.config import ConfigError
 from vit_dist.exporting import card, onnx, stablehlo
@@ -77,7 +73,7 @@ def export(
     subject = _subject(opened, started.get("license"))
     if format in writing.FORMATS:
         files = writing.files_of(subject, format)
-        fill: Callable[[Path], Any] = lambda folder: _write(files, folder)  # noqa: E731
+        fill: Callable[[Path], Any] = lambda folder: writing.save(files, folder)  # noqa: E731
         written = files.written
     elif format == "stablehlo":
         fill, written = (lambda folder: stablehlo.write(subject, input, folder)), subject
@@ -119,16 +115,6 @@ def _started_from(name: str | Path) -> dict[str, Any]:
     if not run_files.holds_run(file.parent) or not file.is_file():
         return {}
     return next((session["weights"] for session in read_json(file, list) if session.get("weights")), {})
-
-
-def _write(files: writing.Files, folder: Path) -> None:
-    for file, values in files.configs.items():
-        (folder / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tensors = {name: np.ascontiguousarray(array) for name, array in files.tensors.items()}
-    if files.weights_file.endswith(".npz"):
-        np.savez(folder / files.weights_file, **tensors)  # type: ignore[arg-type]
-    else:
-        safetensors.numpy.save_file(tensors, folder / files.weights_file, {"format": "pt"})
 
 
 def _in_new_folder(target: Path, fill: Callable[[Path], None]) -> tuple[list[str], int]:

@@ -5,12 +5,14 @@ model takes its place, or the difference is an error: no format is ever given a 
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from vit_dist import config
 from vit_dist.config import ConfigError
@@ -73,6 +75,17 @@ def files_of(subject: Subject, format: str) -> Files:
     tensors |= {unused: np.zeros(shape, np.float32) for unused, shape in draft.unused.items()}
     _check(subject, draft, tensors)
     return Files(draft.weights_file, tensors, draft.configs, subject)
+
+
+def save(files: Files, folder: Path) -> None:
+    """Writes files into a folder."""
+    for file, values in files.configs.items():
+        (folder / file).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tensors = {name: np.ascontiguousarray(array) for name, array in files.tensors.items()}
+    if files.weights_file.endswith(".npz"):
+        np.savez(folder / files.weights_file, **tensors)  # type: ignore[arg-type]
+    else:
+        safetensors.numpy.save_file(tensors, folder / files.weights_file, {"format": "pt"})
 
 
 def _expressed(subject: Subject, family: ModuleType, name: str) -> tuple[Subject, Draft]:

@@ -54,7 +54,7 @@ def draft(subject: Subject) -> Draft:
     configs = {"config.json": config, "preprocessor_config.json": processor_config(subject)}
     described = transformers.describe(Origin(stubs(names_there), configs, (Path("model.safetensors"),)))
     tokens = {"deit": 2, "dinov3_vit": 0, "siglip": 0}
-    unused = {f"{prefix}embeddings.mask_token": shape for shape in _mask_token(kind, traits["width"])}
+    unused = {f"{prefix}{name}": shape for name, shape in _unused(kind, traits["width"], bool(classes)).items()}
     return Draft(described, configs, before=tokens.get(kind, 1), unused=unused)
 
 
@@ -120,10 +120,9 @@ def _values(kind: str, traits: Traits, subject: Subject) -> dict[str, Any]:
     return values
 
 
-def _ratio(traits: Traits, gated: bool) -> int | float:
-    """Returns Dinov2's `mlp_ratio`; of a gated MLP, that of which two thirds are the hidden units."""
-    ratio = traits["mlp"] / traits["width"] * (1.5 if gated else 1)
-    return int(ratio) if ratio == int(ratio) else ratio + 1e-9  # rounded down
+def _ratio(traits: Traits, gated: bool) -> int:
+    """Returns Dinov2's `mlp_ratio`, a whole number; of a gated MLP, that of which two thirds are the hidden units."""
+    return round(traits["mlp"] / traits["width"] * (1.5 if gated else 1))
 
 
 def _markers(kind: str, traits: Traits) -> list[str]:
@@ -136,11 +135,13 @@ def _markers(kind: str, traits: Traits) -> list[str]:
     return names + (["encoder.layer.0.mlp.weights_in.weight"] if traits["activation"] == "swiglu" else [])
 
 
-def _mask_token(kind: str, width: int) -> list[Shape]:
-    """Returns the shape of the token that hides patches in training, where there is one."""
+def _unused(kind: str, width: int, has_head: bool) -> dict[str, Shape]:
+    """Returns the tensors that a class has and does not use: a token that hides patches, CLIP's last norm."""
     if kind == "dinov3_vit":
-        return [(1, 1, width)]
-    return [(1, width)] if kind.startswith("dinov2") else []
+        return {"embeddings.mask_token": (1, 1, width)}
+    if kind.startswith("dinov2"):
+        return {"embeddings.mask_token": (1, width)}
+    return {f"post_layernorm.{part}": (width,) for part in ("weight", "bias")} if kind == "clip" and has_head else {}
 
 
 def _side(sides: tuple[int, int]) -> Any:
