@@ -31,6 +31,8 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
         options.parser.error("--config and --target are both required, or --targets alone")
     if options.run is verbs["inspect"] and options.config is None is options.weights:
         options.parser.error("--config or --weights is required")
+    if options.run is verbs["export"] and options.weights is not None and (options.best or options.step is not None):
+        options.parser.error("--best and --step are of a run, which --workdir names")
     if overrides and hasattr(options, "config") and options.config is None and not getattr(options, "targets", False):
         options.parser.error(f"--config.{overrides[0].partition('=')[0]} changes a recipe; name one by --config")
     return options

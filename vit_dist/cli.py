@@ -126,11 +126,8 @@ def _train(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> None:
     from vit_dist.evaluate import evaluate
 
-    _print_json(
-        evaluate(
-            options.workdir, split=options.split, step=options.step, best=options.best, overrides=options.overrides
-        )
-    )
+    given = {key: getattr(options, key) for key in ("split", "step", "best", "overrides")}
+    _print_json(evaluate(options.workdir, **given))
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -300,24 +297,11 @@ def _export(options: argparse.Namespace) -> None:
     from vit_dist.exporting.verb import export
     from vit_dist.run.workdir import holds_run
 
-    if options.weights is not None and (options.step is not None or options.best):
-        option = "--best" if options.best else "--step"
-        raise ConfigError(f"export: {option} is of a run; give --workdir, or leave it out")
+    if options.workdir is not None and not holds_run(Path(options.workdir)):
+        raise ConfigError(f"{options.workdir}: holds no run; --weights=PATH is for weights of others")
     step: Any = "best" if options.best else "newest" if options.step is None else options.step
-    name = options.weights if options.workdir is None else options.workdir
-    if options.workdir is not None and not holds_run(Path(name)):
-        raise ConfigError(f"{name}: holds no run; --weights=PATH is for weights of others")
-    _print_json(
-        export(
-            name,
-            options.out,
-            options.format,
-            step=step,
-            input=options.input,
-            converter=options.converter,
-            overrides=options.overrides,
-        )
-    )
+    given = {key: getattr(options, key) for key in ("input", "converter", "overrides")}
+    _print_json(export(options.workdir or options.weights, options.out, options.format, step=step, **given))
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 
     python benchmarks/onnx/compare.py PYTHON
 
-PYTHON is that of an environment with `requirements.txt` beside this file. The exit code is 1 if a model is not converted
-or a logit differs by more than 1e-4 of their standard deviation.
+PYTHON is that of an environment with `requirements.txt` beside this file. The exit code is 1 if a model is not
+converted or a logit differs by more than 1e-4 of their standard deviation.
 """
 
 import argparse

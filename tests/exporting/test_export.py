@@ -222,8 +222,12 @@ def test_one_process_of_a_job_of_several_does_not_export(run, tmp_path, monkeypa
 
 
 def test_a_step_is_of_a_run(weights, tmp_path, capsys):
-    assert main(["export", f"--weights={weights}", "--best", "--format=timm", str(tmp_path / "out")]) == MISTAKE
-    assert "error: export: --best is of a run; give --workdir, or leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=str(MISTAKE)):
+        main(["export", f"--weights={weights}", "--best", "--format=timm", str(tmp_path / "out")])
+    assert (
+        "error: --best and --step are of a run, which --workdir names; see vit-dist export --help"
+        in capsys.readouterr().err
+    )
     assert main(["export", f"--workdir={weights}", "--format=timm", str(tmp_path / "out")]) == MISTAKE
     assert f"{weights}: holds no run; --weights=PATH is for weights of others" in capsys.readouterr().err
     assert listing(tmp_path) == []
