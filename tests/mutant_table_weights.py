@@ -91,7 +91,7 @@ WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
             "a model that a format cannot express is written as another",
             "        if not wrong:\n",
             "        if True:\n",
-            f"{REFUSED_MODEL}[timm-{{'pool': 'cls_mean'}}-model.pool: cls_mean, which timm cannot express: the nearest]",
+            f"{REFUSED_MODEL}[timm-{{'pre_logits': 8}}-model.pre_logits: 8, which timm cannot express: .* has none]",
             "ValueError",
         ),
     ],
