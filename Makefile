@@ -16,7 +16,7 @@ MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled peers visit-kit gpu-visit visit-proof
+.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled peers onnx visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -32,6 +32,7 @@ help:
 	@echo 'make bench-compiled memory, traffic, kernels, collectives of compiled steps beside the committed figures; no hardware'
 	@echo 'make bench-data the loader beside Pillow, on ../shared/data/photos'
 	@echo 'make peers      the architectures, files and outputs of timm, transformers and OpenCLIP, which the tests read; ours beside them'
+	@echo 'make onnx       models of ours exported to ONNX, run by onnxruntime and compared with jax'
 	@echo 'make visit-kit  what a visit to a GPU takes along, .visit; see benchmarks/README.md'
 	@echo 'make gpu-visit  the visit itself; ARGS=--dry-run: in miniature, on the CPU'
 	@echo 'make visit-proof the dry run as on the GPU machine: its jax, the kit'"'"'s wheels (MACHINE_PYTHON=python3.12)'
@@ -151,6 +152,23 @@ peers: setup
 	@$(PEER) peers.preprocessing_fixtures fixtures tests/weights/preprocessing.json
 	@results=benchmarks/results/$$(date +%F)-peers-cpu.md; \
 	$(RUN)/python benchmarks/peers/compare.py $(PEERS)/files > $$results && echo "$$results"
+	@$(RUN)/python benchmarks/peers/write_back.py $(PEERS)/files
+	@results=benchmarks/results/$$(date +%F)-written-cpu.md; \
+	$(PEER) peers.read_back $(PEERS)/files > $$results && echo "$$results"
+
+# ONNX, by a converter that needs other libraries than ours, in an environment of its own.
+ONNX := .cache/onnx
+
+onnx: setup
+	@made_from=$$({ $(PYTHON) -VV && echo '$(CURDIR)' && cat benchmarks/onnx/requirements.txt; } | cksum); \
+	if [ "$$made_from" != "$$(cat $(ONNX)/made-from 2>/dev/null)" ]; then \
+	  set -e; \
+	  $(call new_venv,$(ONNX)); \
+	  $(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/onnx/requirements.txt >&2; \
+	  echo "$$made_from" > $(ONNX)/made-from; \
+	fi
+	@results=benchmarks/results/$$(date +%F)-onnx-cpu.md; \
+	$(RUN)/python benchmarks/onnx/compare.py $(ONNX)/bin/python > $$results && echo "$$results"
 
 # A kit for this machine: without wheels, and with plans for the CPU of a dry run.
 KIT := .cache/visit-kit

@@ -72,4 +72,9 @@ from vit_dist.weights.timm_architectures import table
 assert table()["architectures"]
 print(json.dumps(vit_dist.load(sys.argv[1]).predict([sys.argv[2]])[0]))
 PY
+"$command" export --workdir="$folder/run" --format=timm "$folder/timm" |
+  check "export writes a folder for timm" "result['files'] == ['README.md', 'config.json', 'model.safetensors']"
+"$command" inspect --weights="$folder/timm" --json | check "which is read as timm's" "result['family'] == 'timm'"
+"$command" export --workdir="$folder/run" --format=stablehlo --input=uint8 "$folder/program" |
+  check "export writes a program" "'model.stablehlo' in result['files']"
 echo "smoke: passed with $("$python" --version)"

@@ -24,7 +24,7 @@ FLOORS = (
     ("program",),
     ("rates", "initial", "extraction", "answers", "overlays"),
     ("probes",),
-    ("train", "evaluate", "predict", "features", "probe", "load", "describe", "plan", "bench"),
+    ("train", "evaluate", "predict", "features", "probe", "load", "describe", "plan", "bench", "exporting"),
     ("arguments", "printing"),
     ("commands",),
     ("cli",),
@@ -149,7 +149,7 @@ def test_the_data_room_imports_neither_jax_nor_flax(name):
     assert {one.partition(".")[0] for one in imports(modules()[name])}.isdisjoint({"jax", "flax", "optax", "orbax"})
 
 
-NAMES = "ViT, train, evaluate, predict, inspect, plan, bench, prepare"
+NAMES = "ViT, train, evaluate, predict, inspect, plan, bench, prepare, export"
 
 
 def test_public_names_are_callables_even_after_their_modules_were_imported():
@@ -171,6 +171,7 @@ def test_public_names_are_callables_even_after_their_modules_were_imported():
         "vit_dist.plan.verb.plan",
         "vit_dist.bench.bench",
         "vit_dist.data.prepare.convert.prepare",
+        "vit_dist.exporting.verb.export",
     ]
 
 
@@ -180,6 +181,7 @@ def test_public_names_are_what_is_said_to_be_public_and_nothing_else():
             "ViT",
             "bench",
             "evaluate",
+            "export",
             "features",
             "inspect",
             "load",

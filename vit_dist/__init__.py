@@ -14,6 +14,7 @@ features     writes the features of every example of a split
 plan         returns memory, time and layout of a config on hardware that is not attached
 bench        measures images per second of a config on the attached devices
 inspect      returns the parameters of a config, their layout and size
+export       writes a run, or weights of others, for other libraries
 prepare      converts a data set into sharded records that are quick to read
 load_config  returns a recipe with changes as the config that these functions take
 ViT          the model, a Flax NNX module
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from vit_dist.data.prepare.convert import prepare as prepare
     from vit_dist.describe import inspect as inspect
     from vit_dist.evaluate import evaluate as evaluate
+    from vit_dist.exporting.verb import export as export
     from vit_dist.features import features as features
     from vit_dist.load import load as load
     from vit_dist.model.vit import ViT as ViT
@@ -44,11 +46,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ViT", "bench", "evaluate", "features", "inspect", "load", "load_config", "plan", "predict", "prepare", "probe",
-    "train",
+    "ViT", "bench", "evaluate", "export", "features", "inspect", "load", "load_config", "plan", "predict", "prepare",
+    "probe", "train",
 ]  # fmt: skip
 _MODULES = {
     "ViT": "model.vit",
+    "export": "exporting.verb",
     "inspect": "describe",
     "load_config": "recipes",
     "plan": "plan.verb",

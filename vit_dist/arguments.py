@@ -33,6 +33,8 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
         options.parser.error("--config or --weights is required")
     if options.run is verbs["predict"] and options.json and options.out is not None:
         options.parser.error("--json prints and --out writes the result; give one of them")
+    if options.run is verbs["export"] and options.weights is not None and (options.best or options.step is not None):
+        options.parser.error("--best and --step are of a run, which --workdir names")
     if overrides and hasattr(options, "config") and options.config is None and not getattr(options, "targets", False):
         options.parser.error(f"--config.{overrides[0].partition('=')[0]} changes a recipe; name one by --config")
     return options
@@ -161,6 +163,14 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
     finish = prepare.add_mutually_exclusive_group()
     finish.add_argument("--merge", action="store_true", help="finish what several hosts have made in DEST")
     finish.add_argument("--verify", action="store_true", help="check every byte of DEST")
+    export = verb("export", "checkpoint", help="write a run, or weights, for other libraries")
+    model = export.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", metavar="DIR", type=_path, help="the directory of the run")
+    model.add_argument("--weights", metavar="PATH", help="weights, as for init.weights")
+    export.add_argument("--format", required=True, help="timm, huggingface, safetensors, npz, stablehlo or onnx")
+    export.add_argument("--input", default="float", help="of a program: float, normalised images; or uint8, pixels")
+    export.add_argument("--converter", metavar="PYTHON", type=_path, help="for onnx: a Python that has jax2onnx")
+    export.add_argument("out", metavar="OUT", type=_path, help="the folder to make")
     launch = verb("launch", help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
     launch.add_argument("--processes", type=_count, help="how many on this host; else one per GPU")
     launch.add_argument(

@@ -330,6 +330,7 @@ _VERBS = {
     "plan": _plan,
     "bench": _bench,
     "prepare": _prepare,
+    "export": commands.export,
     "launch": _launch,
     "configs": _configs,
     "version": _version,

@@ -105,6 +105,16 @@ def probe(options: argparse.Namespace) -> None:
     )
 
 
+def export(options: argparse.Namespace) -> None:
+    from vit_dist.exporting.verb import export
+    from vit_dist.run.workdir import holds_run
+
+    if options.workdir is not None and not holds_run(Path(options.workdir)):
+        raise ConfigError(f"{options.workdir}: holds no run; --weights=PATH is for weights of others")
+    given = {key: getattr(options, key) for key in ("input", "converter", "overrides")}
+    print_json(export(options.workdir or options.weights, options.out, options.format, step=_step(options), **given))
+
+
 def _step(options: argparse.Namespace) -> Any:
     return "best" if options.best else "newest" if options.step is None else options.step
 

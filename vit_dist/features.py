@@ -34,7 +34,7 @@ from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides
 from vit_dist.run.files import read_json, write_atomically
 from vit_dist.step.state import Parameters
-from vit_dist.weights.earlier_run import PREPARED, TRAITS
+from vit_dist.weights.traits import PREPARED, TRAITS
 
 PART_BYTES = 1 << 26  # of features in a part, about
 _PLAN = "plan.json"

@@ -23,8 +23,9 @@ from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.schema import flatten, near_miss
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, placed
-from vit_dist.weights.earlier_run import PREPARED, open_run
+from vit_dist.weights.earlier_run import open_run
 from vit_dist.weights.published import FITTED, Published, open_published
+from vit_dist.weights.traits import PREPARED
 
 _SIZES = ("width", "depth", "mlp", "heads", "activation", "parallel", "qk_norm")  # what a variant says
 
@@ -154,9 +155,14 @@ def weights_fingerprint(published: Published | None) -> str:
 
 
 def record(settings: config.Init, published: Published) -> dict[str, Any]:
-    """Returns what a run keeps of the weights that it starts from: their name, family and digest, for JSON."""
+    """Returns what a run keeps of the weights that it starts from: their name, family, digest and licence, for JSON."""
     family = published.description.family
-    return {"name": settings.weights, "family": family, "digest": published.origin.digest()}
+    return {
+        "name": settings.weights,
+        "family": family,
+        "digest": published.origin.digest(),
+        "license": published.license,
+    }
 
 
 def started(state: State, start: Adapted, mesh: Mesh) -> State:

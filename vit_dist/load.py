@@ -214,7 +214,8 @@ def opened(
     if wanted not in (0, count):
         raise ConfigError(f"model.num_classes: {wanted}, but {name} has {count}; leave it out, or set 0 for features")
     fitted = adapted(published, settings.model, "keep")
-    return Opened(settings, published, fitted, tuple(distinct_names(published.description.classes or ())))
+    classes = distinct_names(published.description.classes or ()) if wanted else ()
+    return Opened(settings, published, fitted, tuple(classes))
 
 
 def base(name: str | Path, key: str = "load") -> tuple[Path | None, dict[str, Any]]:

@@ -17,7 +17,7 @@ from vit_dist.config import Config, ConfigError
 from vit_dist.job import processes
 from vit_dist.run.files import read_json, write_atomically
 from vit_dist.schema import flatten
-from vit_dist.weights.earlier_run import PREPARED, TRAITS
+from vit_dist.weights.traits import PREPARED, TRAITS
 
 # Keys that a resumed run may change: where and how it runs, what it writes and when. Its curve stays the same up to
 # rounding, with two exceptions: a new length changes the rest of the schedule, and another number of micro-batches

@@ -1,10 +1,13 @@
-"""What a family tells of a file of weights."""
+"""What a family tells of a file of weights, and what it would write of a model of ours."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vit_dist.weights.naming import Naming
+import numpy as np
+
+from vit_dist import config
+from vit_dist.weights.naming import Naming, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +34,46 @@ class Description:
     cls: str | None = None
     registers: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to write.
+
+    Attributes:
+      model: what it is.
+      data: how its images are prepared.
+      parameters: by path, float32, the blocks one by one.
+      classes: the names of its classes, or nothing where they have none.
+      license: of the weights, if it is known.
+    """
+
+    model: config.Model
+    data: config.Data
+    parameters: Mapping[str, np.ndarray]
+    classes: tuple[str, ...] = ()
+    license: str | None = None
+
+    def has_key_biases(self) -> bool:
+        """Returns whether the bias of any key is not zero: some formats have none."""
+        biases = (array for path, array in self.parameters.items() if path.endswith("attention/qkv/bias"))
+        return any(bias[1].any() for bias in biases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """The files that a family would write of a model, but for the numbers.
+
+    Attributes:
+      description: what the family's own reader makes of them.
+      configs: JSON objects by the name of their file.
+      weights_file: the name of the file of tensors.
+      before: how many positions its tensor of positions has before those of the patches.
+      unused: the shapes of tensors that the library expects and does not use; they are zeros.
+    """
+
+    description: Description
+    configs: Mapping[str, dict[str, Any]]
+    weights_file: str = "model.safetensors"
+    before: int = 0
+    unused: Mapping[str, Shape] = dataclasses.field(default_factory=dict)

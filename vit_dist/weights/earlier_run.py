@@ -11,22 +11,12 @@ import tensorstore
 
 from vit_dist.config import Config, ConfigError
 from vit_dist.model import lora
-from vit_dist.model.shape import shape_of
 from vit_dist.weights.description import Description
 from vit_dist.weights.lazy import Index, Lazy
 from vit_dist.weights.naming import Naming
 from vit_dist.weights.origin import Origin
 from vit_dist.weights.published import Published, shapes_of
-
-# The keys of `config.Model` that say what a model computes, and how its rotations vary in training; the others are of
-# its training and its arithmetic.
-TRAITS = (
-    "width", "depth", "mlp", "heads", "image_size", "patch_size", "channels", "num_classes", "pool", "pool_norm",
-    "output_projection", "class_token", "position", "cls_position", "registers", "rope_base", "rope_jitter",
-    "rope_rescale", "layer_scale", "qk_norm", "qk_norm_bias", "norm", "norm_epsilon", "embedding_norm", "qkv_bias",
-    "projection_bias", "parallel", "activation", "pre_logits",
-)  # fmt: skip
-PREPARED = ("mean", "std", "interpolation", "eval_crop", "eval_crop_mode", "eval_rounding")
+from vit_dist.weights.traits import PREPARED, traits_of
 
 
 def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: int) -> Published:
@@ -42,9 +32,7 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
     stacked, shapes = settings.model.scan, shapes_of(settings.model, settings.lora)
     parameters = {path: _parameter(tree, path, shape, bool(stacked)) for path, shape in shapes.items()}
     parameters = _merged(parameters, lora.factor(settings.lora)) if settings.lora.rank else parameters
-    shape = shape_of(settings.model)  # has the numbers of the variant
-    numbers = {**vars(shape), "patch_size": shape.patch}
-    model = {key: numbers.get(key, getattr(settings.model, key)) for key in TRAITS}
+    model = traits_of(settings.model)
     data = {f"data.{key}": getattr(settings.data, key) for key in PREPARED}
 
     def preprocessing(given: Collection[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.weights.lazy import Lazy, computed, stacked, stored, zeros
+from vit_dist.weights.lazy import Lazy, stacked, stored, zeros
 from vit_dist.weights.stored_tensor import StoredTensor, printed
 
 Shape = tuple[int, ...]
@@ -135,34 +135,129 @@ def parameters(naming: Naming, tensors: Tensors, shapes: Mapping[str, Shape], pi
     }
 
 
-def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape, pixels: Shape, depth: int) -> Lazy:
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A tensor, or some of its rows, that a parameter of ours is made of, or a part of it.
+
+    Attributes:
+      name: of the tensor.
+      stored: the shape of the whole tensor, of one block where those of all are stacked.
+      rows: those that count, from and to before.
+      shape: of the parameter, or of the part.
+    """
+
+    name: str
+    stored: Shape
+    rows: tuple[int, int]
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a parameter of ours is made of: its pieces, None for zeros, along `axis` if it is a stack of several.
+
+    Attributes:
+      own: its path without the number of the block.
+      block: that number; None: it is in none.
+      as_ours: whether its tensors lie as ours do.
+      axis: of the stack; None: there is one piece.
+      pieces: see above.
+    """
+
+    own: str
+    block: int | None
+    as_ours: bool
+    axis: int | None
+    pieces: tuple[_Piece | None, ...]
+
+
+def _source(naming: Naming, path: str, shape: Shape, pixels: Shape) -> _Source:
     block = _BLOCK.match(path)
-    number, own = (int(block[1]), path[block.end() :]) if block else (0, path)
+    number, own = (int(block[1]), path[block.end() :]) if block else (None, path)
     module, _, kind = own.rpartition("/")
     entry = naming.table[own] if own in naming.table else naming.table[module]
+    as_ours = naming.manner == "flax" or own in naming.as_stored
 
-    def one(entry: str | Part | None, shape: Shape) -> Lazy:
+    def piece(entry: str | Part | None, shape: Shape) -> _Piece | None:
         if entry is None:
-            return zeros(*shape)
+            return None
         part = entry if isinstance(entry, Part) else Part(entry, 0, 1, 1)
         name = part.name.replace("{}", KINDS[naming.manner].get(kind, kind)).replace("#", str(number))
-        as_ours = naming.manner == "flax" or own in naming.as_stored
-        expected = rows, *rest = _stored_shape(own, shape, pixels, as_ours)
+        rows, *rest = stored = _stored_shape(own, shape, pixels, as_ours)
+        if part.of == 1:
+            return _Piece(name, stored, (0, rows), shape)
         share = rows // (part.stop - part.start)
-        if part.of > 1:
-            expected = (share * part.of, *rest)
-        in_blocks = block and naming.stacked
-        tensor = tensors.take(name, path, [(depth, *expected) if in_blocks else tuple(expected)], naming.told_by)
-        if in_blocks:
-            tensor = tensor.at(number)
-        if part.of > 1:
-            tensor = tensor.part(0, part.start * share, part.stop * share)
-        return _as_ours(tensor, own, shape, as_ours)
+        return _Piece(name, (share * part.of, *rest), (part.start * share, part.stop * share), shape)
 
     if not isinstance(entry, tuple):
-        return one(entry, shape)
+        return _Source(own, number, as_ours, None, (piece(entry, shape),))
     axis = 1 if kind == "kernel" else 0
-    return stacked([one(each, (*shape[:axis], *shape[axis + 1 :])) for each in entry], axis)
+    part_shape = (*shape[:axis], *shape[axis + 1 :])
+    return _Source(own, number, as_ours, axis, tuple(piece(each, part_shape) for each in entry))
+
+
+def _parameter(naming: Naming, tensors: Tensors, path: str, shape: Shape, pixels: Shape, depth: int) -> Lazy:
+    source = _source(naming, path, shape, pixels)
+    in_stack = naming.stacked and source.block is not None
+
+    def one(piece: _Piece | None, shape: Shape) -> Lazy:
+        if piece is None:
+            return zeros(*shape)
+        allowed = (depth, *piece.stored) if in_stack else piece.stored
+        tensor = tensors.take(piece.name, path, [allowed], naming.told_by)
+        if in_stack:
+            assert source.block is not None
+            tensor = tensor.at(source.block)
+        if piece.rows != (0, piece.stored[0]):
+            tensor = tensor.part(0, *piece.rows)
+        return _as_ours(tensor, source.own, shape, source.as_ours)
+
+    axis = source.axis
+    if axis is None:
+        return one(source.pieces[0], shape)
+    part_shape = (*shape[:axis], *shape[axis + 1 :])
+    return stacked([one(each, part_shape) for each in source.pieces], axis)
+
+
+def stored_tensors(naming: Naming, ours: Mapping[str, np.ndarray], pixels: Shape) -> dict[str, np.ndarray]:
+    """Returns the tensors by name of which `parameters` would make `ours`, except those of the tokens.
+
+    Args:
+      naming: the family's.
+      ours: our parameters by path, the blocks one by one.
+      pixels: (height, width, channels) of a patch.
+
+    Raises:
+      ConfigError: the family has no tensor for a parameter that is not zero, or one for two that differ.
+    """
+    depth = len({block[1] for path in ours if (block := _BLOCK.match(path))})
+    found: dict[str, np.ndarray] = {}
+    filled: dict[tuple, str] = {}  # name, block of a stack and rows -> path
+
+    def put(piece: _Piece, source: _Source, value: np.ndarray, path: str) -> None:
+        in_stack = naming.stacked and source.block is not None
+        shape = (depth, *piece.stored) if in_stack else piece.stored
+        whole = found.setdefault(piece.name, np.zeros(shape, np.float32))
+        rows = (whole[source.block] if in_stack else whole)[slice(*piece.rows)]
+        key = (piece.name, source.block if in_stack else None, piece.rows)
+        if key in filled and not np.array_equal(rows, value):
+            raise ConfigError(f"{path}: differs from {filled[key]}, and both would be tensor {piece.name}")
+        filled[key] = path
+        rows[...] = value
+
+    for path, array in ours.items():
+        if path in TOKENS:
+            continue
+        source = _source(naming, path, array.shape, pixels)
+        axis = source.axis
+        parts = [array] if axis is None else [array.take(i, axis) for i in range(array.shape[axis])]
+        for piece, part in zip(source.pieces, parts, strict=True):
+            if piece is not None:
+                put(piece, source, _as_stored(part, source.own, piece, pixels, source.as_ours), path)
+            elif part.any():
+                which = "" if axis is None else " in part"
+                raise ConfigError(f"{path}: is not zero{which}, as the format has no tensor for it")
+    return found
 
 
 def _stored_shape(own: str, shape: Shape, pixels: Shape, as_ours: bool) -> Shape:
@@ -176,8 +271,13 @@ def _stored_shape(own: str, shape: Shape, pixels: Shape, as_ours: bool) -> Shape
         return shape
     if not own.endswith("kernel"):
         return (math.prod(shape),)
-    inputs = 2 if own in ("attention/projection/kernel", "pool/projection/kernel") else 1  # axes, such as heads
+    inputs = _inputs(own)
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+
+
+def _inputs(own: str) -> int:
+    """Returns how many axes of a kernel of ours, such as heads, count its inputs."""
+    return 2 if own in ("attention/projection/kernel", "pool/projection/kernel") else 1
 
 
 def _as_ours(tensor: Lazy, own: str, shape: Shape, as_ours: bool) -> Lazy:
@@ -195,68 +295,12 @@ def _as_ours(tensor: Lazy, own: str, shape: Shape, as_ours: bool) -> Lazy:
     return tensor
 
 
-def tokens(
-    naming: Naming,
-    tensors: Tensors,
-    names: tuple[str | None, str | None, Sequence[str]],
-    shapes: Mapping[str, Shape],
-    patches: int,
-) -> dict[str, Lazy]:
-    """Returns our tokens and learned positions by path.
-
-    The positions of a file begin with that of the class token if ours do, and with those of the registers or without. A
-    position for which we have no row is added to its token.
-
-    Args:
-      naming: the family's.
-      tensors: those of the file.
-      names: of the positions, of the class token, and of the other special tokens; None or nothing: there are none.
-      shapes: those of our parameters by path.
-      patches: the number of patches.
-
-    Raises:
-      ConfigError: names a tensor that is missing or has another shape.
-    """
-    (width,), registers = shapes["patch/bias"], shapes.get("registers", (0,))[0]
-
-    def take(name: str, path: str, *counts: int) -> Lazy:
-        """Returns tokens [N, D], of which there may be so many."""
-        lead = (1,) if naming.batched_tokens else ()
-        allowed = [(*lead, count, width) for count in counts]
-        if path == "cls" and not lead:
-            allowed = [(width,)]
-        token = tensors.take(name, path, allowed, naming.told_by)
-        return token.shaped(math.prod(token.shape) // width, width)
-
-    position, cls, others = names
-    special = [take(cls, "cls", 1)] if cls else []
-    special += [take(name, "registers", registers // len(others)) for name in others]
-    counts = [token.shape[0] for token in special]
-    found: dict[str, Lazy] = {}
-    if position:
-        own = shapes["position"][0] - patches  # 1: the class token has a position
-        possible = {own, own if cls and not own else sum(counts)}
-        rows = take(position, "position", *(patches + before for before in sorted(possible)))
-        before = rows.shape[0] - patches
-        # What ours keeps: the class token's row, if it has one, and those of the patches.
-        added, place = [], 0
-        for token, count in zip(special, counts, strict=True):
-            keeps = place == 0 and own == 1
-            extra = rows.part(0, place, place + count) if place + count <= before and not keeps else None
-            added.append(token if extra is None else computed(token.shape, lambda a, b: a + b, token, extra))
-            place += count
-        special = added
-        found["position"] = rows.part(0, before, rows.shape[0])
-        if own:
-            found["position"] = joined([rows.part(0, 0, 1), found["position"]])
-    if cls:
-        found["cls"] = special.pop(0).shaped(width)
-    if registers:
-        found["registers"] = joined(special)
-    return found
-
-
-def joined(parts: list[Lazy]) -> Lazy:
-    """Returns small arrays joined along their first axis."""
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return computed(shape, lambda *arrays: np.concatenate(arrays), *parts)
+def _as_stored(array: np.ndarray, own: str, piece: _Piece, pixels: Shape, as_ours: bool) -> np.ndarray:
+    """Returns a parameter of ours, or a part of one, as the rows of its tensor: what `_as_ours` undoes."""
+    if own == "patch/kernel":
+        array = array.reshape(*pixels, -1)
+        array = array if as_ours else array.transpose(3, 2, 0, 1)
+    elif own.endswith("kernel") and not as_ours:
+        array = array.reshape(math.prod(array.shape[: _inputs(own)]), -1).T
+    first, last = piece.rows
+    return array.reshape(last - first, *piece.stored[1:])

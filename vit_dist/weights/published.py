@@ -14,8 +14,9 @@ from vit_dist.config import ConfigError
 from vit_dist.model.shape import shape_of
 from vit_dist.model.vit import ViT
 from vit_dist.weights import naming
+from vit_dist.weights import tokens as special_tokens
 from vit_dist.weights.description import Description
-from vit_dist.weights.families import dinov3, flax_npz, open_clip, timm, transformers
+from vit_dist.weights.families import dinov3, flax_npz, open_clip, own, timm, transformers
 from vit_dist.weights.lazy import Lazy
 from vit_dist.weights.naming import Tensors
 from vit_dist.weights.origin import Origin, open_origin
@@ -27,7 +28,7 @@ FITTED = ("image_size", "patch_size", "channels", "num_classes")
 UNSEEN = ("model.heads", "model.activation", "model.norm_epsilon", "model.rope_base")
 _MOST_BLOCKS = 1000
 # The first that recognises the files counts: names of tensors tell more than a config that may lie beside other files.
-FAMILIES: tuple[ModuleType, ...] = (open_clip, flax_npz, timm, transformers, dinov3)
+FAMILIES: tuple[ModuleType, ...] = (own, open_clip, flax_npz, timm, transformers, dinov3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Published:
     parameters: Mapping[str, Lazy]
     taken: Mapping[str, list[str]]
     left_out: tuple[str, ...]
+
+    @property
+    def license(self) -> str | None:
+        """The licence of the weights, as timm's config says it; None: nothing tells it."""
+        told = (self.origin.config or {}).get("pretrained_cfg")
+        found = told.get("license") if isinstance(told, Mapping) else (self.origin.config or {}).get("license")
+        return printed(found) if isinstance(found, str) and found else None
 
 
 def open_published(name: str | Path, key: str = "init.weights", given: Mapping[str, Any] | None = None) -> Published:
@@ -99,7 +107,7 @@ def understood(origin: Origin) -> Published:
     tensors, shape = Tensors(origin.tensors, origin.files[0]), shape_of(model)
     parameters = naming.parameters(described.naming, tensors, shapes, (*shape.patch, shape.channels))
     special = described.position, described.cls, described.registers
-    parameters |= naming.tokens(described.naming, tensors, special, shapes, shape.patches)
+    parameters |= special_tokens.tokens(described.naming, tensors, special, shapes, shape.patches)
     left_out = tensors.check_all_taken(described.naming.left_out)
     assert {path: lazy.shape for path, lazy in parameters.items()} == shapes
     return Published(origin, described, model, parameters, tensors.taken, tuple(left_out))

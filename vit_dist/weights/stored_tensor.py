@@ -5,8 +5,9 @@ of a file than the slices that it asked for. What a file says about itself is ch
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,19 @@ class StoredTensor:
         else:
             values[...] = stored
         return values.view(self.dtype)
+
+
+def stubs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
+    """Returns tensors of float32 by name that have these shapes and no numbers yet."""
+    return in_memory({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
+
+
+def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, StoredTensor]:
+    """Returns arrays by name as tensors of a file that is not written."""
+    return {
+        name: StoredTensor(name, array.shape, array.dtype, Path("memory"), functools.partial(np.asarray, array))
+        for name, array in arrays.items()
+    }
 
 
 def map_array(

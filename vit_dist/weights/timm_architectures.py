@@ -60,6 +60,15 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
     Raises:
       ConfigError: the architecture is not known, or our model cannot be it.
     """
+    cls, given = arguments(config, file)
+    return _eva(given, file) if cls == "Eva" else _plain(given, file)
+
+
+def arguments(config: Mapping[str, Any], file: str = "config.json") -> tuple[str, dict[str, Any]]:
+    """Returns the class of the model that timm's config.json says, and all arguments that it is called with.
+
+    Raises `ConfigError` as `model_keys`.
+    """
     name, given = config.get("architecture"), config.get("model_args", {})
     rows = table()["architectures"]
     cls = next((cls for cls in rows if isinstance(name, str) and name in rows[cls]), None)
@@ -79,11 +88,11 @@ def model_keys(config: Mapping[str, Any], file: str = "config.json") -> dict[str
         for key, value in given.items()
         if key not in table()["ignored"]
     }
-    arguments = {**defaults, **_implied(config, defaults, file), **rows[cls][name], **checked}
+    merged = {**defaults, **_implied(config, defaults, file), **rows[cls][name], **checked}
     for key, allowed in FIXED.items():
-        if key in arguments and arguments[key] not in allowed:
-            raise ConfigError(f"{file}: model_args.{key}: our model cannot be {arguments[key]!r:.60}")
-    return _eva(arguments, file) if cls == "Eva" else _plain(arguments, file)
+        if key in merged and merged[key] not in allowed:
+            raise ConfigError(f"{file}: model_args.{key}: our model cannot be {merged[key]!r:.60}")
+    return cls, merged
 
 
 def _checked(key: str, value: Any, defaults: Mapping[str, Any], where: str) -> Any:

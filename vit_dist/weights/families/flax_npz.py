@@ -4,6 +4,7 @@ The code of both is the same for all their models, so the file's names tell the 
 approximation by tanh, and big_vision computes the positions that are not in the file.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Collection, Mapping
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
-from vit_dist.weights.description import Description
+from vit_dist.model.shape import shape_of
+from vit_dist.weights.description import Description, Draft, Subject
 from vit_dist.weights.naming import Entry, Naming
 from vit_dist.weights.origin import Origin
-from vit_dist.weights.stored_tensor import StoredTensor
+from vit_dist.weights.stored_tensor import StoredTensor, stubs
+from vit_dist.weights.traits import full_traits_of
 
 # What stands before the names: of a model, of a checkpoint of training, of a model of images and texts.
 _PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
@@ -83,6 +86,40 @@ def describe(origin: Origin) -> Description:
         position=position,
         cls=f"{prefix}cls" if model["class_token"] else None,
     )
+
+
+def draft(subject: Subject) -> Draft:
+    """Returns the files of a model: of vision_transformer where the class token has a position, else of big_vision."""
+    traits = full_traits_of(subject.model)
+    old = bool(traits["class_token"] and traits["cls_position"] and traits["position"] == "learned")
+    prefix, block = ("" if old else "params/"), "Transformer/encoderblock"
+    width, depth, heads, mlp = (traits[key] for key in ("width", "depth", "heads", "mlp"))
+    high, wide = shape_of(subject.model).grid
+    if high != wide and traits["position"] == "learned":
+        raise ConfigError(
+            f"model.image_size: {high}x{wide} patches, but big_vision's and vision_transformer's files do not say "
+            "their shape and are read as a square; export --format=safetensors"
+        )
+    positions = high * wide + old
+    # Those that tell the model's size; the rest follows from their names.
+    shapes: dict[str, tuple[int, ...]] = {"embedding/kernel": (*traits["patch_size"], traits["channels"], width)}
+    for number in range(depth):
+        query = f"{block}_{number}/MultiHeadDotProductAttention_{int(old)}/query/kernel"
+        shapes[query] = (width, heads, width // heads)
+    shapes[f"{block}_0/MlpBlock_{3 if old else 0}/Dense_0/kernel"] = (width, mlp)
+    if traits["position"] == "learned":
+        shapes[_POSITIONS[-1] if old else _POSITIONS[0]] = (1, positions, width)
+    shapes |= {"cls": (1, 1, width)} if traits["class_token"] else {}
+    shapes |= {"MAPHead_0/probe": (1, 1, width)} if traits["pool"] == "map" else {}
+    layer = traits["pre_logits"]
+    shapes |= {"pre_logits/kernel": (width, layer)} if layer else {}
+    shapes |= {"head/kernel": (layer or width, traits["num_classes"])} if traits["num_classes"] else {}
+    file = "model.npz"
+    origin = Origin(stubs({f"{prefix}{name}": shape for name, shape in shapes.items()}), {}, (Path(file),))
+    described = describe(origin)
+    if traits["position"] != "learned":  # the file then says nothing of the image's size
+        described = dataclasses.replace(described, model={**described.model, "image_size": traits["image_size"]})
+    return Draft(described, {}, file, before=int(old))
 
 
 def _prefix(tensors: Mapping[str, StoredTensor]) -> str | None:

@@ -1,14 +1,19 @@
 """timm: plain ViTs, DeiT-III, DINOv2 and 3, SigLIP, CLIP, AIMv2, as its `VisionTransformer` and `Eva` name them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from vit_dist.weights.description import Description
+from vit_dist.weights.description import Description, Draft, Subject
 from vit_dist.weights.naming import Entry, Naming, Part
 from vit_dist.weights.origin import Origin
+from vit_dist.weights.prepared import timm_cfg
 from vit_dist.weights.preprocessing import from_timm
 from vit_dist.weights.said import Said
-from vit_dist.weights.timm_architectures import model_keys
+from vit_dist.weights.stored_tensor import stubs
+from vit_dist.weights.timm_architectures import arguments, model_keys
+from vit_dist.weights.timm_config import architecture_of
+from vit_dist.weights.traits import full_traits_of
 
 _MAP: dict[str, Entry] = {
     "pool/probe": "attn_pool.latent",
@@ -46,6 +51,38 @@ def describe(origin: Origin) -> Description:
         registers=("reg_token",) if model["registers"] else (),
         classes=classes,
     )
+
+
+def draft(subject: Subject) -> Draft:
+    """Returns the files of the model of timm that is nearest to ours."""
+    config = architecture_of(full_traits_of(subject.model))
+    cls, given = arguments(config)
+    if cls == "Eva" and subject.has_key_biases():
+        config["model_args"]["attn_type"] = "rope"  # whose keys have one
+        cls, given = arguments(config)
+    classes = given["num_classes"]
+    config |= {"num_classes": classes, "num_features": given["embed_dim"], "global_pool": given["global_pool"]}
+    if subject.classes and classes:
+        config["label_names"] = list(subject.classes)
+    config["pretrained_cfg"] = timm_cfg(subject) | {"num_classes": classes}
+    tokens = given["num_reg_tokens" if cls == "Eva" else "reg_tokens"] + given["class_token"]
+    origin = Origin(
+        stubs(dict.fromkeys(_markers(cls, given), ())), {"config.json": config}, (Path("model.safetensors"),)
+    )
+    return Draft(describe(origin), origin.configs, before=0 if given["no_embed_class"] else tokens)
+
+
+def _markers(cls: str, given: Mapping[str, Any]) -> list[str]:
+    """Returns names that tell which of several ways of naming a class with these arguments has; see `_table`."""
+    names = []
+    if cls == "Eva":
+        names += ["blocks.0.gamma_1"]
+        names += ["blocks.0.attn.q_bias"] if given["qkv_bias"] and given["attn_type"] != "rope" else []
+    if given.get("mlp_layer") == "SwiGLU" or given.get("swiglu_mlp"):
+        names += ["blocks.0.mlp.fc1_g.weight"]
+    if given.get("block_fn") == "ParallelScalingBlock" and not given["qkv_bias"]:
+        names += ["blocks.0.mlp_bias"]
+    return names
 
 
 def _any(names: Mapping[str, Any], *ends: str) -> bool:
