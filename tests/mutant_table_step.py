@@ -442,8 +442,8 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "EMA of the old parameters",
-            "average(state.ema, parameters,",
-            "average(state.ema, state.parameters,",
+            "average(own_ema, own,",
+            "average(own_ema, trained.parted(state.parameters, rules)[0],",
             SOFTMAX,
         ),
         ("step not counted", "step=state.step + 1", "step=state.step", SOFTMAX),
@@ -459,7 +459,6 @@ STEP_TABLE: dict[str, list[tuple[str, ...]]] = {
             "gradients, example_losses",
             SIGMOID,
         ),
-        ("what is frozen is averaged", "average(own_ema, own,", "average(own_ema, own_ema,", SIGMOID),
         ("flipped by host and device", "if not augment_on_device:", "if False:", SIGMOID),
     ],
 }

@@ -6,7 +6,7 @@ fixed: those that fit into the 59 GiB that jax takes of an H100's memory, by the
 
 from visit.runner import Part
 
-MACHINE = Part("machine", "visit.machine:run", 5)
+MACHINE = Part("machine", "visit.machine:run", 20)
 
 _OURS, _PROFILE, _TIMM = "visit.ours:throughput", "visit.ours:profile", "visit.peer:run"
 _TINY_SHAPE = {"depth": 1, "embed_dim": 32, "num_heads": 2}
@@ -34,11 +34,11 @@ PARTS = (
     ),
     _ours("b16", 45, "B/16", 256, rounds=9),
     _timm("b16_timm", 55, "vit_base_patch16_224", 256),
-    Part("golden", "visit.golden:run", 75),
+    Part("golden", "visit.golden:run", 72),
     Part(
         "attention",
         "visit.attention:run",
-        40,
+        38,
         {"tokens": [197, 196], "examples": 8, "heads": 12, "head_size": 64},
         {"tokens": [17, 16], "examples": 2, "heads": 2},
     ),
@@ -49,9 +49,9 @@ PARTS = (
         {"examples": 64, "width": 384, "depth": 3, "mlp": 768, "heads": 6, "image_size": 224, "patch_size": 16},
         {"examples": 2, "width": 16, "depth": 2, "mlp": 32, "heads": 2, "image_size": 32, "patch_size": 8},
     ),
-    Part("resume", "visit.resume:run", 75, {"steps": 300}, {"steps": 60}),
-    _ours("s16", 35, "S/16", 512, rounds=4),
-    _ours("l16", 52, "L/16", 128, rounds=4),
+    Part("resume", "visit.resume:run", 74, {"steps": 300}, {"steps": 60}),
+    _ours("s16", 32, "S/16", 512, rounds=4),
+    _ours("l16", 50, "L/16", 128, rounds=4),
     Part("profile", _PROFILE, 22, {"model": "B/16", "batch": 256, "image": 224, "steps": 10}, _TINY),
     _timm("s16_timm", 42, "vit_small_patch16_224", 512),
     _timm("l16_timm", 82, "vit_large_patch16_224", 128),
