@@ -61,6 +61,21 @@ def test_the_accuracy_is_scikit_learns_on_what_the_verb_features_writes(files, c
     assert found["probes"] == {"knn/7": {"count": 360, "top1": pytest.approx(expected), "examples": 1437}}
 
 
+def test_a_run_is_probed_on_other_data_of_which_classes_are_chosen(workdir, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 60), ("test", 30)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 3
+    np.savez(tmp_path / "data.npz", **arrays)
+    chosen = ('--config.data.classes=["0","2"]', "--probes=knn", "--k=3")
+    code, found = run(capsys, f"--workdir={workdir}", f"--data.path={tmp_path / 'data.npz'}", *chosen)
+    assert code == 0, found
+    assert (found["count"], found["probes"]["knn/3"]["examples"]) == (20, 40)
+    code, found = run(capsys, f"--workdir={workdir}", *chosen)
+    assert code == 2 and "holds a run of another config: data.classes" in found
+
+
 def test_weights_of_others_are_probed_on_data_that_are_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), np.arange(40) % 2

@@ -125,4 +125,5 @@ def _model(options: argparse.Namespace) -> str | Path:
         return options.weights
     from vit_dist.load import check_run
 
-    return check_run(options.workdir, options.step, options.overrides)
+    own_data = getattr(options, "data_path", None) is None  # of other data, classes may be chosen
+    return check_run(options.workdir, options.step, options.overrides if own_data else ())

@@ -73,7 +73,7 @@ def features(
         extraction.
     """
     out = expanded(out, "OUT")
-    start_devices(model, overrides, "features")
+    start_devices(model, overrides, "features", on_other_data=path is not None)
     _agree(_refusal(out))
     chosen = opened(model, overrides, step, "features")
     settings = with_data(chosen.settings, path, overrides, has_own=base(model, "features")[0] is not None)

@@ -30,6 +30,7 @@ from vit_dist.step.state import ModelFunction, Parameters
 from vit_dist.weights.adapted import Adapted, adapted, placed
 from vit_dist.weights.published import Published, open_published
 
+_SELECTION = ("data.classes", "data.fraction")
 BATCH = 64  # images at a time on a device
 Picture = str | Path | Image.Image | np.ndarray  # a file, or pixels uint8 [H, W], [H, W, C]
 
@@ -230,14 +231,17 @@ def base(name: str | Path, key: str = "load") -> tuple[Path | None, dict[str, An
     return None, config.to_dict(config.typed({"total_steps": 1}))
 
 
-def start_devices(name: str | Path, overrides: Overrides = (), key: str = "load") -> None:
+def start_devices(
+    name: str | Path, overrides: Overrides = (), key: str = "load", *, on_other_data: bool = False
+) -> None:
     """Makes the devices, and joins the job, as the config of a run or the overrides say; see `processes.start`.
 
-    Raises `ConfigError` where overrides would make another run of a run.
+    Raises `ConfigError` where overrides would make another run of a run. On data that are not the run's they may select
+    classes and a fraction.
     """
     path, values = base(name, key)
     if path is not None:
-        settings = run_files.read_config(path, overrides)
+        settings = run_files.read_config(path, _without(overrides, _SELECTION) if on_other_data else overrides)
     else:
         settings = config.typed(override(values, overrides))
     processes.start(settings.fake_devices, settings.deadlines)
@@ -247,6 +251,12 @@ def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     """Returns the values of the keys that overrides set, by key; `values` are those of a config."""
     changed = flatten(override(copy.deepcopy(values), overrides))
     return {key: changed[key] for key in set_keys(overrides)}
+
+
+def _without(overrides: Overrides, keys: Sequence[str]) -> Overrides:
+    if isinstance(overrides, Mapping):
+        return {key: value for key, value in flatten(overrides).items() if key not in keys}
+    return [each for each in overrides if each.partition("=")[0] not in keys]
 
 
 def class_name(names: Sequence[str], index: int) -> str:

@@ -62,7 +62,7 @@ def probe(
         raise ConfigError("what: tokens are many features for an image; take pooled, cls or mean")
     if split == "train":
         raise ConfigError("split: train is what probes learn from; give another, such as test")
-    start_devices(model, overrides, "probe")
+    start_devices(model, overrides, "probe", on_other_data=path is not None)
     chosen = opened(model, overrides, step, "probe")
     settings = with_data(chosen.settings, path, overrides, has_own=base(model, "probe")[0] is not None)
     train, tested = (open_source(settings.data, name, settings.model.channels) for name in ("train", split))
