@@ -26,6 +26,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "last two blocks": ("finetune", {"init.freeze": "all_but_last_2", "optimizer.layer_decay": 1.0}),
     "head alone": ("linear_probe", {}),
 }
+SCRATCH: dict[str, Any] = {
+    **MODEL, "model.patch_size": 8, "model.image_size": 32, "model.pool": "mean", "optimizer.layer_decay": 1.0,
+    "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616),
+}  # fmt: skip
 RATES = (3e-4, 1e-3, 3e-3)  # each way at each; the table has them all
 
 
@@ -66,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| trained | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " | s a run |")
     print("| --- |" + " --- |" * (len(RATES) + 1))
     start = {"init.weights": str(options.out / "first")}
-    plain = {**MODEL, "model.patch_size": 8, "model.image_size": 32, "model.pool": "mean", "optimizer.layer_decay": 1.0,
-             "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616)}  # fmt: skip
     rows = {name: (recipe, {**start, **changes}) for name, (recipe, changes) in WAYS.items()}
-    for name, (recipe, changes) in (rows | {"from scratch": ("finetune", plain)}).items():
+    for name, (recipe, changes) in (rows | {"from scratch": ("finetune", SCRATCH)}).items():
         begun, found = time.perf_counter(), []
         for rate in RATES:
             workdir = options.out / f"{name} {rate:g}".replace(",", "").replace(" ", "-")

@@ -9,12 +9,13 @@ head is new unless the weights have all your classes by name. Lengths are in epo
 for many, `--config.batch_size=512 --config.optimizer.learning_rate=1e-3` is quicker. Add `--config.fake_devices=1`
 without an accelerator.
 
-All parameters are trained, the first layers more slowly than the last (`optimizer.layer_decay`). Adapters alone, with a
-third of the memory: `--config.lora.rank=16 --config.optimizer.layer_decay=1 --config.optimizer.learning_rate=1e-3`. The
-last blocks alone: `--config.init.freeze=all_but_last_4`. The head alone: `linear_probe.py`.
+All parameters are trained, the first layers more slowly than the last (`optimizer.layer_decay`). Adapters and the head
+alone, whose optimizer state is small: `--config.lora.rank=16 --config.optimizer.layer_decay=1
+--config.optimizer.learning_rate=1e-3`. The last blocks alone: `--config.init.freeze=all_but_last_4`. The head alone:
+`linear_probe.py`.
 
-Expected: depends on weights and images. On half of CIFAR-10's classes, from a small model of the other half:
-`benchmarks/results/`, by `benchmarks/fine_tuning.py`.
+Expected: depends on weights and images. On 500 images of five of CIFAR-10's classes, from a small model of the other
+five, `benchmarks/fine_tuning.py` measured 0.49 where training from scratch reached 0.45 (`benchmarks/results/`).
 """
 
 from vit_dist.config import default_config

@@ -5,7 +5,7 @@
 The arguments are those of `finetune.py`. A step costs a third of fine-tuning's and keeps no activations. The features
 are those of the model as it is evaluated, of augmented images.
 
-Expected: depends on weights and images; see `finetune.py`.
+Expected: depends on weights and images; there, 0.45.
 """
 
 import finetune

@@ -2,12 +2,14 @@
 
 import signal
 
+import fine_tuning
 import golden_weights
 import jax
 import numpy as np
 import pytest
 from golden_weights import fixture
 from system import (
+    DATA,
     NO_DROPOUT,
     assert_same_run,
     checkpoint_steps,
@@ -110,3 +112,18 @@ def test_adapters_start_from_the_weights_and_are_merged_where_a_run_is_opened(sc
 def digits():
     images, labels = read_digits("test")
     return list(images), labels
+
+
+CIFAR10 = DATA / "cifar10"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason="no CIFAR-10 beside the checkout")
+def test_a_few_images_of_new_classes_are_learnt_better_from_other_classes_than_from_scratch(tmp_path):
+    """The benchmark in small: four epochs on five classes, then 200 steps on 500 images of the other five."""
+    fine_tuning.first(CIFAR10, tmp_path, 4)
+    found = {}
+    for name, changes in (("tuned", {"init.weights": str(tmp_path / "first")}), ("scratch", fine_tuning.SCRATCH)):
+        found[name] = fine_tuning.other(CIFAR10, tmp_path / name, "finetune", 1e-3, 0.02, 20, **changes)
+    print(found)
+    assert found["tuned"] > found["scratch"] + 0.01 > 0.35

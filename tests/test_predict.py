@@ -13,7 +13,8 @@ import pytest
 from vit_dist import evaluate, load, predict, recipes
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.formats.idx import read_digits
-from vit_dist.overlays import overlaid
+from vit_dist.data.stream.image_files import find_images
+from vit_dist.overlays import Overlays, overlaid
 from vit_dist.predict import predictions
 from vit_dist.train import train
 
@@ -225,3 +226,24 @@ def test_no_classes_at_all_is_refused(run, digits, top):
 def test_predicting_leaves_the_mesh_as_it_was(run, digits):
     predict(run, digits[:1])
     assert jax.sharding.get_mesh().empty
+
+
+def test_images_behind_links_are_found_once_and_a_link_to_its_own_folder_ends_nothing(tmp_path):
+    (tmp_path / "real" / "cats").mkdir(parents=True)
+    for name in ("cats/a.jpg", "b.png"):
+        (tmp_path / "real" / name).touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "cats").symlink_to(tmp_path / "real" / "cats")
+    (tmp_path / "linked" / "c.jpg").symlink_to(tmp_path / "real" / "b.png")
+    (tmp_path / "linked" / "again").symlink_to(tmp_path / "linked")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path / "linked"], "predict")]
+    assert found == ["linked/c.jpg", "linked/cats/a.jpg"]
+
+
+def test_maps_of_files_of_one_name_are_all_kept(tmp_path):
+    pixels, maps = np.zeros((4, 4, 3), np.uint8), {"last": np.eye(2, dtype=np.float32)}
+    with Overlays(tmp_path / "maps") as overlays:
+        for file in ("x/a.jpg", "y/a.jpg", "z/a.2.jpg"):
+            overlays.write(Path(file), pixels, maps)
+    names = sorted(file.name for file in (tmp_path / "maps").iterdir())
+    assert names == ["a.2.2.last.png", "a.2.last.png", "a.last.png"]

@@ -165,10 +165,28 @@ def test_files_that_are_no_pair_are_refused(files, tmp_path, capsys):
     )
 
 
+def test_a_file_is_not_classified_by_itself_nor_by_one_of_other_pixels(files, tmp_path, capsys):
+    train, test = files["npz"]
+    code, said = run(capsys, "--features", train, train)
+    assert (code, said) == (
+        2,
+        f"error: {train}: holds the examples of {train}, from which probes learn; give other ones",
+    )
+    with np.load(test) as arrays:
+        plan = json.loads(str(arrays["plan"]))
+    other = cut(test, tmp_path, plan=np.array(json.dumps({**plan, "data.mean": 0.1})))
+    code, said = run(capsys, "--features", train, other)
+    assert code == 2 and "its data.mean is 0.1, but 0.5 in" in said
+
+
 def test_files_of_something_else_are_refused(files, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    for other in ("text.npz", "other.npz", "missing.parquet"):
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "cut.npz").write_bytes(files["npz"][0].read_bytes()[:-100])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for other in ("text.npz", "other.npz", "missing.parquet", "empty.npz", "cut.npz", "array.npz"):
         code, said = run(capsys, "--features", files["npz"][0], tmp_path / other)
         assert code == 2
         assert said.startswith(f"error: {tmp_path / other}: holds no features of `vit-dist features` (")

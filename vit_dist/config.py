@@ -391,6 +391,8 @@ def _check(config: Config) -> None:
             f"model.attention: cudnn takes dtype=bfloat16 and attention_dropout=0, found {model.dtype} and "
             f"{model.attention_dropout:g}; change these or set model.attention=auto"
         )
+    if not config.lora.rank and config.lora != Lora():
+        raise ConfigError("lora.rank: 0, so there are no adapters, but another key of lora is set; set lora.rank")
     if config.batch_size % config.accumulate_steps:
         raise ConfigError(
             f"batch_size: {config.batch_size} does not divide into accumulate_steps={config.accumulate_steps} "

@@ -15,7 +15,6 @@ from rich.table import Table
 from vit_dist.config import ConfigError, Init
 from vit_dist.initial import open_weights, with_own_traits, with_traits
 from vit_dist.job import processes
-from vit_dist.model import flops
 from vit_dist.program import UNUSED, Program
 from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.weights.adapted import adapted
@@ -51,7 +50,7 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     trees = {"parameters": state.parameters, "optimizer": state.optimizer, "ema": state.ema}
     return {
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters)),
-        "flops_per_image": flops.training_flops(program.settings.model),
+        "flops_per_image": program.flops_per_step() // program.settings.batch_size,
         "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()},
         "mesh": dict(program.mesh.shape),
         "tensors": list(tensors(state.parameters)),

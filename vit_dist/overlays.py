@@ -35,7 +35,7 @@ class Overlays:
         if not self.folder.parent.is_dir():
             raise ConfigError(f"attention: {self.folder}: there is no folder {self.folder.parent}; make it first")
         self._work = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-        self._taken: dict[str, int] = {}
+        self._taken = set[str]()
 
     def __enter__(self) -> Self:
         self._work.mkdir()
@@ -51,8 +51,11 @@ class Overlays:
 
     def write(self, file: Path, pixels: np.ndarray, maps: Mapping[str, np.ndarray]) -> None:
         """Writes the maps [rows, columns] of an image, uint8 [H, W, C]; a second file of a name gets a number."""
-        number = self._taken[file.stem] = self._taken.get(file.stem, 0) + 1
-        name = file.stem if number == 1 else f"{file.stem}.{number}"
+        name, number = file.stem, 1
+        while name in self._taken:
+            number += 1
+            name = f"{file.stem}.{number}"
+        self._taken.add(name)
         for kind, values in maps.items():
             Image.fromarray(overlaid(pixels, values)).save(self._work / f"{name}.{kind}.png")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides, override
 from vit_dist.schema import one_of
 
-_SAME = ("weights", "what", "block", "shape")  # of the plans of two files of features that may be compared
+_OF_A_FILE = {"data", "split", "examples"}  # in which the plans of two files of features may differ
 
 
 def probe(
@@ -100,9 +101,13 @@ def probe_files(
     processes.start(settings.fake_devices, settings.deadlines)
     files = [expanded(file, "features") for file in (train, tested)]
     (plan, classes, rows), (other_plan, other_classes, other_rows) = map(_read, files)
-    for key in _SAME:
-        if plan[key] != other_plan[key]:
-            raise ConfigError(f"{files[1]}: its {key} is {other_plan[key]}, but {plan[key]} in {files[0]}; give a pair")
+    for key in sorted({*plan, *other_plan} - _OF_A_FILE):
+        if plan.get(key) != other_plan.get(key):
+            raise ConfigError(
+                f"{files[1]}: its {key} is {other_plan.get(key)}, but {plan.get(key)} in {files[0]}; give a pair"
+            )
+    if all(plan[key] == other_plan[key] for key in _OF_A_FILE):
+        raise ConfigError(f"{files[1]}: holds the examples of {files[0]}, from which probes learn; give other ones")
     for label in classes.keys() & other_classes.keys():
         if classes[label] != other_classes[label]:
             raise ConfigError(
@@ -133,7 +138,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
                 plan, features = json.loads(str(arrays["plan"])), arrays["features"]
                 columns = {name: arrays[name] for name in ("id", "label")}
                 names = dict(enumerate(arrays["class_names"].tolist()))
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{file}: holds no features of `vit-dist features` ({error}); give its .npz or .parquet"
         ) from error

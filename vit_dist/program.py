@@ -156,7 +156,8 @@ class Program:
 
     def flops_per_step(self) -> int:
         """Returns the floating-point operations of one training step over all devices."""
-        return flops.training_flops(self.settings.model) * self.settings.batch_size
+        passes = trained.passes(self.settings)
+        return round(flops.forward_flops(self.settings.model) * passes) * self.settings.batch_size
 
     def mfu(self, step_seconds: float) -> float | None:
         """Returns the model FLOPs utilisation of a step of this length; None where the devices' peak is unknown."""

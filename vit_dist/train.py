@@ -91,6 +91,8 @@ def train(
     elif settings.init.weights is not None:
         weights = open_weights(settings.init, settings.model)
         settings = with_traits(settings, weights)
+    elif settings.init.freeze != "none" or settings.lora.rank:
+        _log.warning("init.weights: not set, so that what init.freeze or lora keeps as it is are random numbers")
     source = open_split(settings, "train")
     settings = in_steps(settings, len(source))
     splits = {name: open_split(settings, name) for name in settings.evaluate.splits if settings.evaluate.every_steps}

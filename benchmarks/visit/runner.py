@@ -309,7 +309,8 @@ def _wait(
 def _unpack(cache: Path, folder: Path) -> None:
     try:
         with tarfile.open(cache, "r:gz") as archive:
-            archive.extractall(folder, filter="data")
+            safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4 on
+            archive.extractall(folder, **safely)
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise NoArchive(f"{cache} cannot be unpacked: {error}") from error
 

@@ -8,6 +8,7 @@ import pytest
 from system import NOTHING_RANDOM, settings
 
 from vit_dist.config import ConfigError
+from vit_dist.model.flops import forward_flops
 from vit_dist.program import Program
 from vit_dist.step.optimizer import parameter_paths
 from vit_dist.step.trained import parted, rules_of
@@ -57,6 +58,9 @@ def test_a_linear_probe_has_no_backward_pass_and_reduces_the_heads_gradient_alon
     assert probe.temporaries < 0.5 * full.temporaries
     assert probe.moments == 2 * head
     assert head <= probe.reduced <= head + 64  # and the loss
+    for name, cost in costs.items():
+        print(f"{name}: {cost.flops / 1e6:.1f} MFLOP, {cost.temporaries / 1e6:.2f} MB of temporaries a device, "
+              f"{cost.moments / 1e3:.1f} kB of moments, {cost.reduced / 1e3:.1f} kB reduced")  # fmt: skip
 
 
 def test_adapters_cost_no_gradient_of_the_kernels_and_state_for_themselves_alone(costs):
@@ -82,6 +86,21 @@ def test_blocks_before_the_first_that_is_trained_keep_no_activations():
 
 
 @pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ((), 3),
+        (("init.freeze=backbone",), 1),
+        (("lora.rank=4",), 2),
+        (("init.freeze=all_but_last_1", "model.scan=false"), 1 + 2 / 3),
+    ],
+    ids=str,
+)
+def test_the_operations_of_a_step_are_counted_by_what_is_trained(changes, passes):
+    program = Program(settings(*WIDE, *changes), classes=10, steps=10, augment_on_device=False)
+    assert program.flops_per_step() == pytest.approx(passes * forward_flops(program.settings.model) * 64, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (("init.freeze=backbon",), "init.freeze: 'backbon' matches no parameter"),
@@ -94,6 +113,8 @@ def test_blocks_before_the_first_that_is_trained_keep_no_activations():
             ("init.freeze=backbone", "optimizer.rules=[{path: blocks, learning_rate: 0.1}]"),
             r"optimizer.rules\[0\].path: 'blocks' matches only parameters that an earlier rule takes",
         ),
+        (("init.freeze=blocks/0/", "model.scan=true"), "'blocks/0/' matches no parameter .*set model.scan=false"),
+        (("lora.alpha=8",), "lora.rank: 0, so there are no adapters, but another key of lora is set; set lora.rank"),
         (("lora.rank=65",), "lora.rank: 65, but a layer of qkv maps 64 to 64; take a smaller one"),
         (("lora.rank=4", "lora.targets=[]"), "lora.targets: "),
         (("lora.rank=4", "init.freeze=backbone"), "init.freeze: backbone, which holds the adapters of lora.rank too"),

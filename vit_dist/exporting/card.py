@@ -6,11 +6,12 @@ from typing import Any
 
 import jinja2
 
-from vit_dist.config import pair
+from vit_dist.config import Data, pair, to_dict
 from vit_dist.load import Opened
 from vit_dist.paths import expanded
 from vit_dist.run import workdir as run_files
 from vit_dist.run.metrics import read_rows
+from vit_dist.schema import flatten
 from vit_dist.weights.description import Subject
 from vit_dist.weights.traits import PREPARED, traits_of
 
@@ -18,17 +19,12 @@ FILE = "README.md"
 _SHOWN = ("top1", "top5", "loss", "count")  # of an evaluation
 _DATA = ("source", "name", "path", "classes", "fraction")
 _RECIPE = (
-    "total_steps",
-    "total_epochs",
-    "batch_size",
-    "loss",
-    "label_smoothing",
-    "mixup",
-    "cutmix",
-    "ema_decay",
-    "seed",
-)
-_OPTIMIZER = ("name", "learning_rate", "weight_decay", "schedule")
+    "total_steps", "batch_size", "loss", "label_smoothing", "mixup", "cutmix", "ema_decay", "seed",
+    "optimizer.name", "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.schedule",
+    "optimizer.warmup_steps", "optimizer.layer_decay", "optimizer.clip", "init.freeze", "lora.rank", "lora.alpha",
+    "model.drop_path", "model.dropout", "data.crop_area", "data.flip", "data.color_jitter", "data.randaugment_layers",
+    "data.three_augment", "data.erase", "data.rotate",
+)  # fmt: skip
 
 
 def facts(name: Path, opened: Opened, subject: Subject, written: Subject, started: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +48,7 @@ def facts(name: Path, opened: Opened, subject: Subject, written: Subject, starte
         "step": step,
         "digest": None if is_run else opened.published.origin.digest(),
         "license": subject.license,
-        "started": started,
+        "started": _started(started),
         "parameters": sum(array.size for array in subject.parameters.values()),
         "model": {key: value for key, value in ours.items() if value not in (None, False, 0, "none")},
         "changed": [f"model.{key}: {ours[key]} as {theirs[key]}" for key in ours if ours[key] != theirs[key]],
@@ -61,7 +57,7 @@ def facts(name: Path, opened: Opened, subject: Subject, written: Subject, starte
         "outputs": subject.model.num_classes or 0,
         "classes": classes,
         "averaged": is_run and settings.ema_decay > 0,
-        "source": {key: value for key in _DATA if (value := getattr(settings.data, key, None))} if is_run else {},
+        "source": _source(settings.data) if is_run else {},
         "recipe": _recipe(settings) if is_run else {},
         "metrics": _metrics(workdir, step) if is_run else [],
         "notes": opened.fitted.notes,
@@ -74,9 +70,21 @@ def text(facts: dict[str, Any], format: str, input: str) -> str:
 
 
 def _recipe(settings: Any) -> dict[str, Any]:
-    values = {key: getattr(settings, key) for key in _RECIPE}
-    values |= {f"optimizer.{key}": getattr(settings.optimizer, key) for key in _OPTIMIZER}
-    return {key: value for key, value in values.items() if value not in (None, 0, 0.0) or key == "seed"}
+    values = flatten(to_dict(settings))
+    return {key: values[key] for key in _RECIPE if values[key] not in (None, False, 0, "none") or key == "seed"}
+
+
+def _started(started: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is known of the starting weights, by their own name where they were a folder or file."""
+    name = str(started.get("name", ""))
+    local = name.startswith(("/", "~", ".")) or Path(name).exists()
+    return started | {"name": Path(name).name} if local and name else started
+
+
+def _source(data: Data) -> dict[str, Any]:
+    """Returns what the data of a run are, without the folders of this machine."""
+    found = {key: value for key in _DATA if (value := getattr(data, key))}
+    return found | ({"path": Path(found["path"]).name} if "path" in found else {})
 
 
 def _metrics(workdir: Path, step: int | None) -> list[dict[str, Any]]:

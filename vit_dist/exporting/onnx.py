@@ -65,13 +65,16 @@ def write(subject: Subject, input: Input, converter: str | Path | None, folder: 
 
 def _run(python: str, *arguments: str) -> str:
     """Returns what a Python with this package on its path prints on stdout; raises `ConfigError` if it fails."""
-    package = Path(__file__).resolve().parents[2]
-    # Nothing else of this environment: a library of ours may be too new for the converter's.
-    variables = {**os.environ, "PYTHONPATH": str(package), "JAX_PLATFORMS": "cpu"}
-    try:
-        done = subprocess.run([python, *arguments], env=variables, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise ConfigError(f"export: --converter={python}: cannot be run ({error.strerror}); name a Python") from error
+    package = Path(__file__).resolve().parents[1]
+    # Nothing else of this environment, where the package may be installed beside libraries too new for the converter's.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / package.name).symlink_to(package)
+        variables = {**os.environ, "PYTHONPATH": folder, "JAX_PLATFORMS": "cpu"}
+        try:
+            done = subprocess.run([python, *arguments], env=variables, capture_output=True, text=True, check=False)
+        except OSError as error:
+            message = f"export: --converter={python}: cannot be run ({error.strerror}); name a Python"
+            raise ConfigError(message) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["nothing said"]
         raise ConfigError(f"export: --converter={python}: cannot convert the model ({lines[-1][:300]})")

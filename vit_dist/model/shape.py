@@ -55,7 +55,9 @@ def shape_of(model: config.Model) -> Shape:
         configured = getattr(model, name)
         numbers[name] = configured if configured is not None else getattr(variant or variants.PLAIN, name)
         if numbers[name] is None:
-            raise ConfigError(f"model.{name}: not set; set it, or model.variant to a name such as B/16")
+            raise ConfigError(
+                f"model.{name}: not set; set it, or model.variant to a name such as B/16, or init.weights to weights"
+            )
     size = model.patch_size if model.patch_size is not None else patch
     if size is None:
         raise ConfigError("model.patch_size: not set; set it, or model.variant to a name such as B/16")

@@ -31,7 +31,7 @@ def rules_of(settings: Config) -> tuple[Rule, ...]:
     freeze, rules = settings.init.freeze, []
     if settings.lora.rank:
         if not settings.lora.targets:
-            raise ConfigError("lora.targets: there are none, but lora.rank is set; name some of qkv, projection, mlp")
+            raise ConfigError("lora.targets: none, but lora.rank is set; name some of qkv, projection, mlp")
         if freeze == "backbone":
             raise ConfigError("init.freeze: backbone, which holds the adapters of lora.rank too; leave out one of them")
         rules.append(Rule("^(?!head/)(?!.*/lora/)", frozen=True))
@@ -50,6 +50,19 @@ def rules_of(settings: Config) -> tuple[Rule, ...]:
 def cuts_blocks(settings: Config) -> bool:
     """Returns whether `init.freeze` trains some of the blocks, which are then not stacked."""
     return _LAST.fullmatch(settings.init.freeze) is not None
+
+
+def passes(settings: Config) -> float:
+    """Returns what a training step costs in forward passes, by what `lora` and `init.freeze` train.
+
+    The gradients of activations and of kernels cost a pass each: both, of what is trained; of activations alone, for
+    adapters; none before the first block that is trained. What adapters and the head add is left out, and an expression
+    of `init.freeze` and the optimizer's rules count as if all were trained.
+    """
+    freeze = settings.init.freeze
+    last = _LAST.fullmatch(freeze)
+    backward = 1.0 if settings.lora.rank else 0.0 if freeze == "backbone" else 2.0
+    return 1 + backward * (int(last.group(1)) / shape_of(settings.model).depth if last else 1.0)
 
 
 def _first_trained(settings: Config, count: int) -> int:
@@ -81,9 +94,15 @@ def check(rules: Sequence[Rule], own: int, paths: Sequence[str]) -> None:
         if i not in first_rules:
             matches = any(re.search(rule.path, path) for path in paths)
             problem = "matches only parameters that an earlier rule takes" if matches else "matches no parameter"
+            if not matches and re.search(r"blocks/[\d(\[]", rule.path) and _stacked(paths):
+                problem += " (those of all blocks are one array; set model.scan=false)"
             raise ConfigError(f"{name}: {rule.path!r} {problem}; {such}")
     if all(i is not None and rules[i].frozen for i in first_rules):
         raise ConfigError(f"{names[0]}: all parameters are frozen; {such}")
+
+
+def _stacked(paths: Sequence[str]) -> bool:
+    return any(re.match(r"blocks/\D", path) for path in paths)
 
 
 def _names(rules: Sequence[Rule], own: int) -> list[str]:

@@ -32,7 +32,7 @@ def containers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FileSource
         return open_files(name, path, "test", cache_dir=str(root / "cache"))
 
     with tarfile.open(packed) as tar:
-        tar.extractall(root / "folder", filter="data")
+        tar.extractall(root / "folder", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     sources = {"tar": opened("tar", packed.parent), "folder": opened("folder", root / "folder")}
     prepare(str(root / "folder"), str(root / "records"), data=Data(cache_dir=str(root / "cache")))
     sources["array_record"] = opened("array_record", root / "records")

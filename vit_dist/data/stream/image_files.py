@@ -2,6 +2,7 @@
 
 import collections
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,12 @@ def read_ahead(
 
 
 def _below(folder: Path) -> list[Path]:
-    """Returns the images below a folder, sorted, without those in hidden folders."""
-    images = (path for path in folder.rglob("*") if is_image(path.name) and path.is_file())
-    return sorted(path for path in images if not any(map(is_hidden, path.relative_to(folder).parts)))
+    """Returns the images below a folder, sorted, without those in hidden folders; links to folders are followed."""
+    found, seen = list[Path](), set[Path]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [] if real in seen else [name for name in folders if not is_hidden(name)]
+        if real not in seen:
+            found += [Path(place, name) for name in files if is_image(name) and not is_hidden(name)]
+        seen.add(real)
+    return sorted(path for path in found if path.is_file())
