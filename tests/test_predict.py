@@ -1,6 +1,7 @@
 """Classes of image files by name, from a run of the digits with two classes more than the digits have."""
 
 import importlib
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from vit_dist import evaluate, load, predict, recipes
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.formats.idx import read_digits
-from vit_dist.data.stream.image_files import find_images
+from vit_dist.data.stream.image_files import find_images, read_ahead
 from vit_dist.overlays import Overlays, overlaid
 from vit_dist.predict import predictions
 from vit_dist.train import train
@@ -247,3 +248,9 @@ def test_maps_of_files_of_one_name_are_all_kept(tmp_path):
             overlays.write(Path(file), pixels, maps)
     names = sorted(file.name for file in (tmp_path / "maps").iterdir())
     assert names == ["a.2.2.last.png", "a.2.last.png", "a.last.png"]
+
+
+def test_a_pipe_has_an_error_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    ((_, found),) = read_ahead([tmp_path / "pipe.png"], lambda content: np.zeros(1), threads=1, ahead=1)
+    assert found == "it is a pipe, device or folder and no file"

@@ -182,6 +182,7 @@ def listing(folder):
         (["--format=onnx", "--input=int8"], "export: input: 'int8', expected float or uint8"),
         (["--format=timm", "--step=3"], "export: step: 3, but .* has saved 2, 4; take one, newest or best"),
         (["--format=onnx", "--converter=nowhere/python"], "export: --converter=.*nowhere/python: cannot be run"),
+        (["--format=onnx", "--converter=true"], "export: --converter=true: has written no model.onnx"),
         (["--format=onnx"], "export: --format=onnx needs jax2onnx, onnxruntime, which .*; make an environment for it"),
         (["--format=timm", "--config.model.width=8"], "init.weights: "),
     ],

@@ -61,6 +61,8 @@ def write(subject: Subject, input: Input, converter: str | Path | None, folder: 
         values = {"model": {**traits_of(subject.model), "scan": False}, "data": data, "input": input}
         (Path(work) / "model.json").write_text(json.dumps(values))
         _run(python, "-m", "vit_dist.exporting.convert", work, str(folder / FILE))
+    if not (folder / FILE).is_file():
+        raise ConfigError(f"export: --converter={python}: has written no {FILE}; name a Python that has jax2onnx")
 
 
 def _run(python: str, *arguments: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import read_file
 from vit_dist.data.pictures.images import BadImage
 from vit_dist.data.sets.formats.listing import is_hidden, is_image
 from vit_dist.paths import expanded
@@ -59,7 +60,7 @@ def read_ahead(
 
     def read(file: Path) -> np.ndarray | str:
         try:
-            return decode(file.read_bytes())
+            return decode(read_file(file))
         except OSError as error:
             return error.strerror or str(error)
         except BadImage as error:
