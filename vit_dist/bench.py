@@ -54,7 +54,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
     with contextlib.closing(host_batches), contextlib.closing(batches), program.in_use():
         state = program.new_state()
         begun, batch = time.perf_counter(), next(batches)
-        program.compile_together(program.train_step, state, batch)
+        processes.compile_together(program.train_step, state, batch)
         state, metrics = program.train_step(state, batch)
         jax.block_until_ready(metrics)
         first = time.perf_counter() - begun

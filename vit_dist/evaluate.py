@@ -69,7 +69,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
         for number, batch in enumerate(device_batches):
             processes.alive()
             if number == 0:
-                program.compile_together(program.evaluation_step, parameters, batch, totals)
+                processes.compile_together(program.evaluation_step, parameters, batch, totals)
             totals = program.evaluation_step(parameters, batch, totals)
         sums: dict[str, np.ndarray] = jax.device_get(totals)
     count = int(sums["count"])

@@ -120,12 +120,8 @@ class Program:
     def new_state(self) -> State:
         """Returns the state before the first step; every device makes only its own shards."""
         make = jax.jit(self._make_state)
-        self.compile_together(make)
+        processes.compile_together(make)
         return make()
-
-    def compile_together(self, compiled: Any, *arguments: Any) -> None:
-        """Compiles a function as `processes.compile_together`."""
-        processes.compile_together(compiled, *arguments)
 
     def training_batches(self, source: Source, start_step: int, stop_step: int) -> Batches:
         """Returns this process's rows of the batches of steps `start_step` to `stop_step - 1`."""
@@ -223,8 +219,11 @@ def decided(settings: config.Config, platform: str, kind: str, devices: int, mem
                 "model.attention: XLA cannot compile cudnn's backward pass to be deterministic; take auto or xla, or "
                 "deterministic=false"
             )
+        if model.attention == "auto":
+            _log.info("model.attention=auto: xla, which is deterministic")
         model = dataclasses.replace(model, attention="xla")
     if model.scan == "auto" and trained.cuts_blocks(settings):
+        _log.info("model.scan=auto: false, for init.freeze=%s", settings.init.freeze)
         model = dataclasses.replace(model, scan=False)
     # The number of classes, which may be left to the data, makes no difference.
     with_classes = dataclasses.replace(model, num_classes=model.num_classes or 1)

@@ -192,7 +192,7 @@ class Session:
             for batch in batches:
                 processes.alive(self.step + 1)
                 if self.step == self.resumed_step:
-                    program.compile_together(program.train_step, self.state, batch)
+                    processes.compile_together(program.train_step, self.state, batch)
                     if self.progress is not None:
                         for line in plan_lines(program, self.state, batch):
                             self.progress.line(line)

@@ -40,7 +40,7 @@ def with_adapters_added(tree: Any, stacked: bool) -> Any:
     return kept
 
 
-def close(found: jax.Array, expected: jax.Array, name: str = "") -> None:
+def assert_close(found: jax.Array, expected: jax.Array, name: str = "") -> None:
     scale = float(jnp.abs(expected).max())
     np.testing.assert_allclose(found, expected, atol=2e-5 * scale, rtol=2e-4, err_msg=name)
 
@@ -56,11 +56,11 @@ def test_an_adapted_model_is_that_of_the_sums_in_value_and_gradient(scan: bool, 
     def loss(function: ModelFunction, parameters: Any) -> jax.Array:
         return jnp.sum(jnp.sin(function(parameters, images, key)))
 
-    close(adapted(parameters, images), plain(with_adapters_added(parameters, scan), images))
+    assert_close(adapted(parameters, images), plain(with_adapters_added(parameters, scan), images))
     found = jax.jit(jax.grad(lambda tree: loss(adapted, tree)))(parameters)
     expected = jax.jit(jax.grad(lambda tree: loss(plain, with_adapters_added(tree, scan))))(parameters)
     for (path, leaf), wanted in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        close(leaf, wanted, jax.tree_util.keystr(path))
+        assert_close(leaf, wanted, jax.tree_util.keystr(path))
 
 
 def test_only_the_targets_have_adapters_and_a_new_model_is_unchanged_by_them() -> None:

@@ -16,7 +16,7 @@ from vit_dist.config import ConfigError, Optimizer, Rule
 from vit_dist.step.muon import RMS
 from vit_dist.step.optimizer import DIRECTIONS, layers_after, make_optimizer, parameter_paths
 from vit_dist.step.schedule import make_schedule
-from vit_dist.step.trained import merged, parted
+from vit_dist.step.trained import parted, rejoined
 
 DEPTH, WIDTH, HEADS, SIZE, MLP, CLASSES = 4, 32, 2, 32, 64, 10
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
@@ -227,7 +227,7 @@ def test_frozen_parameters_have_no_state_and_no_update_and_do_not_count_in_the_c
     assert moments == sorted(2 * [(WIDTH,), (CLASSES,), (WIDTH, CLASSES)])
     own, rest = parted(nested(numbers(0)), rules)
     assert sorted(flattened(own)) == ["cls", "head/bias", "head/kernel"]
-    assert sorted(flattened(merged(own, rest))) == sorted(SHAPES)
+    assert sorted(flattened(rejoined(own, rest))) == sorted(SHAPES)
 
     gradients = numbers(1)
     moved = update(dataclasses.replace(PLAIN, learning_rate=1.0, clip=0.5, rules=rules), gradients)

@@ -39,11 +39,11 @@ def facts(name: Path, opened: Opened, subject: Subject, written: Subject, starte
     """
     workdir, settings, classes = expanded(name, "export"), opened.settings, subject.classes
     is_run = run_files.holds_run(workdir)
-    step = int(opened.published.description.family.rpartition(" ")[2]) if is_run else None
+    step = opened.published.step
     ours, theirs = traits_of(subject.model), traits_of(written.model)
     return {
         "is_run": is_run,
-        "name": workdir.name if is_run else str(name),
+        "name": workdir.name if workdir.exists() else str(name),
         "family": opened.published.description.family,
         "step": step,
         "digest": None if is_run else opened.published.origin.digest(),

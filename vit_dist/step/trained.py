@@ -126,12 +126,12 @@ def parted(parameters: Tree, rules: Sequence[Rule]) -> tuple[Tree, Tree]:
     return parts
 
 
-def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> Tree:
+def rejoined(one: Mapping[str, Any], other: Mapping[str, Any]) -> Tree:
     """Returns the tree of which two were parted."""
 
     def of(key: Any) -> Any:
         if key in one and key in other:
-            return merged(one[key], other[key])
+            return rejoined(one[key], other[key])
         return one[key] if key in one else other[key]
 
     return {key: of(key) for key in {**one, **other}}

@@ -73,7 +73,7 @@ def make_train_step(
         own, frozen = trained.parted(state.parameters, rules)
         deferred = jax.tree.map(lambda p: layout.defer_reduction(p, gather), frozen)
         gradients, example_losses = sum_gradients(
-            lambda own, *arguments: loss_sum(trained.merged(own, deferred), *arguments),
+            lambda own, *arguments: loss_sum(trained.rejoined(own, deferred), *arguments),
             own,
             (images, targets),
             dropout_key,
@@ -85,10 +85,10 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             own_ema, frozen_ema = trained.parted(ema, rules)
-            ema = trained.merged(average(own_ema, own, settings.ema_decay, state.step), frozen_ema)
+            ema = trained.rejoined(average(own_ema, own, settings.ema_decay, state.step), frozen_ema)
         new = State(
             step=state.step + 1,
-            parameters=trained.merged(own, frozen),
+            parameters=trained.rejoined(own, frozen),
             optimizer=optimizer_state,
             ema=ema,
         )

@@ -41,7 +41,8 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
     described = Description(f"an earlier run, step {step}", model, Naming({}), preprocessing, classes=classes)
     files = tuple(sorted(file for file in tree.rglob("*") if file.is_file()))
     source = dataclasses.replace(settings.model, scan=False)
-    return Published(Origin({}, {}, files), described, source, parameters, {path: [path] for path in parameters}, ())
+    taken = {path: [path] for path in parameters}
+    return Published(Origin({}, {}, files), described, source, parameters, taken, (), step)
 
 
 def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> Lazy:

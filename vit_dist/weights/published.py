@@ -42,6 +42,7 @@ class Published:
       parameters: ours by path, of this model, the blocks one by one.
       taken: for each tensor that is used, the paths of those that are made of it.
       left_out: the names of tensors that are not used, on purpose.
+      step: that of the checkpoint, of an earlier run; None of others.
     """
 
     origin: Origin
@@ -50,6 +51,7 @@ class Published:
     parameters: Mapping[str, Lazy]
     taken: Mapping[str, list[str]]
     left_out: tuple[str, ...]
+    step: int | None = None
 
     @property
     def license(self) -> str | None:
