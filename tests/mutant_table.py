@@ -315,6 +315,18 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
     ],
     "probes/measure.py": [
         (
+            "an example that was skipped is listed by its place among the shots",
+            "int(self.ids[example.id])",
+            "example.id",
+            "probes/test_of_run.py::test_a_file_that_a_probe_skips_is_listed_once_by_its_id",
+        ),
+        (
+            "features that are not finite are measured",
+            "        if wrong:",
+            "        if wrong > len(features):",
+            "test_probe.py::test_features_that_are_not_finite_are_refused",
+        ),
+        (
             "the strength is chosen by the test split",
             "shares[settings.l2.index(best)]",
             "max(shares)",

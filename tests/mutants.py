@@ -8,8 +8,8 @@ same tests run on an untouched copy, where they must pass.
 
     .venv/bin/python tests/mutants.py [WORD ...]     # those whose file or slip contains one of the words; none: all
 
-The last line reads `45 tried, 45 killed`. The exit code is 1 where one survives or cannot be judged, and 2 where a word
-matches no mutant.
+The last line reads `45 tried, 45 killed`; those that were not killed stand once more before it. The exit code is 1
+where one survives or cannot be judged, and 2 where a word matches no mutant.
 """
 
 import concurrent.futures
@@ -171,18 +171,19 @@ def main(words: Sequence[str]) -> int:
         )
         return 1
     print(f"{len(tests)} tests pass without a mutant ({time.monotonic() - begun:.0f} s)", flush=True)
-    killed = 0
+    left: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         for verdict in pool.map(judge, chosen):
             mutant, outcome = verdict.mutant, verdict.outcome
             how = f" [{outcome.failure[:80]}]" if outcome.failure else ""
-            print(f"{verdict.word:10} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.slip}{how}", flush=True)
-            killed += verdict.word == "killed"
+            line = f"{verdict.word:10} {verdict.seconds:5.1f} s  {mutant.file}: {mutant.slip}{how}"
+            print(line, flush=True)
             if verdict.word != "killed":
+                left.append(line)
                 print(outcome.output[-2000:], flush=True)
     print(f"{time.monotonic() - begun:.0f} s")
-    print(f"{len(chosen)} tried, {killed} killed")
-    return 0 if killed == len(chosen) else 1
+    print(*left, f"{len(chosen)} tried, {len(chosen) - len(left)} killed", sep="\n")
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

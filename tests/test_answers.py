@@ -96,13 +96,38 @@ def test_many_rows_are_row_groups(run, photos, tmp_path, said, monkeypatch):
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [2, 2, 1]
 
 
+def test_there_are_as_many_columns_as_classes_and_the_case_of_a_suffix_is_no_matter(run, photos, tmp_path, said):
+    for suffix in ("CSV", "Parquet"):
+        assert said(f"--workdir={run}", "--top=20000000", photos, f"--out={tmp_path}/out.{suffix}")[0] == 2
+    with open(tmp_path / "out.CSV", newline="") as stream:
+        columns = next(csv.reader(stream))
+    assert columns == pyarrow.parquet.read_schema(tmp_path / "out.Parquet").names
+    assert columns == [
+        "file",
+        *(f"{name}_{rank}" for rank in range(1, 11) for name in ("class", "probability")),
+        "error",
+    ]
+    assert said(f"--workdir={run}", photos / "2.png", f"--out={tmp_path}/bad.csv")[0] == 2
+    assert (tmp_path / "bad.csv").read_text() == f"file,error\n{photos}/2.png,no known image format\n"
+
+
+def test_a_folder_in_which_no_file_can_be_made_is_one_line(run, photos, said):
+    code, printed, errors = said(f"--workdir={run}", photos, "--out=/proc/self/out.csv")
+    assert (code, printed) == (2, "")
+    assert errors == (
+        "error: /proc/self/out.csv: nothing can be made in /proc/self (No such file or directory); give another\n"
+    )
+
+
 def test_an_out_that_cannot_be_is_refused_before_anything_is_computed(run, photos, tmp_path, said, monkeypatch):
     said(f"--workdir={run}", photos)  # imports the module
     monkeypatch.setattr(sys.modules["vit_dist.predict"], "opened", lambda *_: pytest.fail("read the run"))
     (tmp_path / "mine.csv").write_text("mine")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere.csv")
     for out, message in (
         ("out.xlsx", "expected a name that ends in .csv, .jsonl, .parquet"),
         ("mine.csv", "exists; remove it or give another name"),
+        ("link.csv", "exists; remove it or give another name"),
         ("no/out.csv", f"there is no folder {tmp_path}/no"),
     ):
         code, printed, errors = said(f"--workdir={run}", photos, f"--out={tmp_path}/{out}")

@@ -186,6 +186,7 @@ def test_parts_of_another_extraction_are_not_continued(run, timm, photos, tmp_pa
         features(timm, out, path=photos)
     before = {file: file.read_bytes() for file in (tmp_path / "out.parquet.parts").iterdir()}
     assert len(before) == 2
+    monkeypatch.setattr(MODULE._Parts, "finish", lambda *_: pytest.fail("parts of another extraction were continued"))
     fewer = shutil.copytree(photos, tmp_path / "fewer")
     (fewer / "train/cat/00.png").unlink()
     retrained = golden_weights.fixture("timm_vit_cls")
@@ -206,6 +207,36 @@ def test_parts_of_another_extraction_are_not_continued(run, timm, photos, tmp_pa
     monkeypatch.undo()
     assert features(timm, out, path=photos, overrides=["evaluate.batch_size=40"])["count"] == 21  # another batch size
     assert not (tmp_path / "out.parquet.parts").exists()
+
+
+def test_a_damaged_part_is_made_again(run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(MODULE, "PART_BYTES", 1)
+    whole = tmp_path / "whole.npz"
+    features(run, whole, overrides=["mesh.data=8", "evaluate.batch_size=200"])
+    for number, damage in enumerate((b"", b"noise" * 20, None)):
+        out = tmp_path / f"{number}.npz"
+        with monkeypatch.context() as patch:
+            patch.setattr(MODULE._Parts, "finish", lambda *_: pytest.fail("stopped"))
+            with pytest.raises(pytest.fail.Exception, match="stopped"):
+                features(run, out, overrides=["mesh.data=8", "evaluate.batch_size=200"])
+        part = tmp_path / f"{number}.npz.parts/000002.npz"
+        part.write_bytes(part.read_bytes()[:-9] if damage is None else damage)
+        features(run, out, overrides=["mesh.data=8", "evaluate.batch_size=200"])
+        assert out.read_bytes() == whole.read_bytes()
+        assert f"{part}: cannot be read (" in caplog.text
+
+
+def test_an_attempt_that_made_no_part_hinders_no_other(timm, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "train/cat/03.png").write_text("no image")
+    out, parts = tmp_path / "out.npz", tmp_path / "out.npz.parts"
+    with pytest.raises(ConfigError, match="no known image format"):
+        features(timm, out, path=folder)
+    assert not parts.exists()
+    parts.mkdir()
+    (parts / "plan.json").write_text('{"what": "cls"}')  # as a kill before the first part leaves it
+    assert features(timm, out, path=photos)["count"] == 21
+    assert not parts.exists()
 
 
 def test_a_file_that_does_not_decode_is_an_error_or_left_out_as_data_on_bad_says(

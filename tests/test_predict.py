@@ -93,7 +93,7 @@ def test_files_of_any_size_format_and_colour_are_taken(run, tmp_path):
 
 def test_a_step_and_the_best_can_be_asked_for(run, digits):
     newest = predict(run, digits[:1])
-    assert predict(run, digits[:1], step=30) == newest == predict(run, digits[:1], best=True)
+    assert predict(run, digits[:1], step=30) == newest == predict(run, digits[:1], step="best")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,15 @@ def test_maps_of_files_of_one_name_are_all_kept(tmp_path):
             overlays.write(Path(file), pixels, maps)
     names = sorted(file.name for file in (tmp_path / "maps").iterdir())
     assert names == ["a.2.2.last.png", "a.2.last.png", "a.last.png"]
+
+
+def test_maps_of_a_file_with_the_longest_name_are_kept(tmp_path):
+    pixels, maps = np.zeros((4, 4, 3), np.uint8), {"rollout": np.eye(2, dtype=np.float32)}
+    with Overlays(tmp_path / "maps") as overlays:
+        for folder in ("x", "y"):
+            overlays.write(Path(folder, "é" * 125 + ".jpg"), pixels, maps)
+    names = sorted(file.name for file in (tmp_path / "maps").iterdir())
+    assert names == ["é" * 100 + ".2.rollout.png", "é" * 100 + ".rollout.png"]
 
 
 def test_a_pipe_has_an_error_and_is_not_waited_for(tmp_path):

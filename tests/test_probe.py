@@ -179,6 +179,48 @@ def test_a_file_is_not_classified_by_itself_nor_by_one_of_other_pixels(files, tm
     assert code == 2 and "its data.mean is 0.1, but 0.5 in" in said
 
 
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"plan": "[]"}, "its plan has no data"),
+        ({"plan": '{"data": "", "split": "", "examples": 1, "shape": 3}'}, "its plan has no shape"),
+        ({"plan": "{"}, "Expecting property name"),
+        ({"id": np.arange(3)}, "labels is [1437] of int32"),
+        ({"id": np.int64(3)}, "ids is [] of int64"),
+        ({"label": np.zeros(1437)}, "labels is [1437] of float64"),
+        ({"label": np.full(1437, -1)}, "its labels go from -1 to -1"),
+        ({"label": np.full(1437, 10)}, "label 10, but there are 10 class names"),
+        ({"label": np.zeros((1437, 1), np.int32)}, "labels is [1437, 1]"),
+        ({"features": np.full((1437, 32), "x")}, "features is [1437, 32] of <U1"),
+        ({"class_names": np.arange(10)}, "class_names is [10] of int64"),
+    ],
+)
+def test_a_file_with_columns_of_another_kind_is_refused(changed, problem, files, tmp_path, capsys):
+    other = cut(files["npz"][0], tmp_path, **changed)
+    code, said = run(capsys, "--features", other, files["npz"][1])
+    assert code == 2
+    assert said.startswith(f"error: {other}: holds no features of `vit-dist features` ({problem}")
+
+
+def test_features_that_are_not_finite_are_refused(files, tmp_path, capsys):
+    with np.load(files["npz"][1]) as arrays:
+        features = arrays["features"].copy()
+    features[7, 3], features[9, :] = np.inf, np.nan
+    code, said = run(capsys, "--features", files["npz"][0], cut(files["npz"][1], tmp_path, features=features))
+    assert code == 2
+    assert said.startswith("error: probe: the features of 2 of 360 other examples are not finite")
+
+
+def test_a_number_that_nobody_set_is_told_as_the_default(files, tmp_path, capsys):
+    with np.load(files["npz"][0]) as arrays:
+        few = {name: arrays[name][:15] for name in ("id", "label", "features")}
+    code, said = run(capsys, "--features", cut(files["npz"][0], tmp_path, **few), files["npz"][1])
+    assert (code, said) == (
+        2,
+        "error: probe.k: 20 by default, but there are 15 training examples; take 15 at most",
+    )
+
+
 def test_files_of_something_else_are_refused(files, tmp_path, capsys):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))

@@ -70,6 +70,13 @@ def test_a_recipe_may_import_one_beside_it_or_one_of_the_packages_own(tmp_path):
     assert (found.batch_size, found.log_every) == (11, 96)
 
 
+def test_recipes_of_two_folders_import_the_neighbours_of_their_own(tmp_path):
+    for batch in (11, 12):
+        written(tmp_path / str(batch), "base_of_mine", SMALL.format(batch=batch))
+        written(tmp_path / str(batch), "mine", "from base_of_mine import get_config")
+    assert [recipes.load(tmp_path / f"{batch}/mine.py").batch_size for batch in (11, 12)] == [11, 12]
+
+
 def test_a_recipe_may_have_dataclasses_and_annotations_that_are_texts(tmp_path):
     written(
         tmp_path,

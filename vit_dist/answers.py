@@ -5,7 +5,9 @@ A file that did not decode keeps its place: its row has the reason as `error`, a
 
 import csv
 import io
+import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -23,28 +25,27 @@ _ROWS = 4096  # of a row group of Parquet
 def check_out(out: str | Path) -> Path:
     """Returns the path. Raises `ConfigError` if its suffix is not known, it exists or its folder does not."""
     path = expanded(out, "out")
-    if path.suffix not in WRITERS:
+    if path.suffix.lower() not in WRITERS:
         raise ConfigError(f"out: {path}: expected a name that ends in {', '.join(WRITERS)}")
-    if path.exists():
+    if os.path.lexists(path):
         raise ConfigError(f"out: {path}: exists; remove it or give another name")
     if not path.parent.is_dir():
         raise ConfigError(f"out: {path}: there is no folder {path.parent}; make it first")
     return path
 
 
-def write(out: Path, predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+def write(out: Path, predictions: Iterator[Mapping[str, Any]]) -> None:
     """Writes predictions, as `predict` returns them, to a file that appears when all are in it.
 
-    The rows of CSV and Parquet have `file`, `class_1`, `probability_1` and so on up to `top`, and `error`; those of
-    JSON lines are the predictions themselves.
+    The rows of CSV and Parquet have `file`, `class_1`, `probability_1` and so on for as many classes as a prediction
+    has, and `error`; those of JSON lines are the predictions themselves.
 
     Args:
       out: the file, as `check_out` returns it.
-      predictions: the predictions.
-      top: how many classes they have at most.
+      predictions: the predictions, which have equally many classes, but for those with an error.
     """
     with replacing(out) as stream:
-        WRITERS[out.suffix](stream, predictions, top)
+        WRITERS[out.suffix.lower()](stream, predictions)
 
 
 def table_rows(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -56,32 +57,40 @@ def table_rows(prediction: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [(file if rank == 0 else "", *line) for rank, line in enumerate(lines)]
 
 
-def _write_csv(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+def _write_csv(stream: IO[bytes], predictions: Iterator[Mapping[str, Any]]) -> None:
+    columns, predictions = _columns(predictions)
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
-    writer = csv.DictWriter(text, list(_columns(top)), lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     for prediction in predictions:
         writer.writerow(_row(prediction))
     text.detach()
 
 
-def _write_json_lines(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
+def _write_json_lines(stream: IO[bytes], predictions: Iterator[Mapping[str, Any]]) -> None:
     for prediction in predictions:
         stream.write(json.dumps(prediction).encode() + b"\n")
 
 
-def _write_parquet(stream: IO[bytes], predictions: Iterable[Mapping[str, Any]], top: int) -> None:
-    schema = pyarrow.schema(_columns(top))
+def _write_parquet(stream: IO[bytes], predictions: Iterator[Mapping[str, Any]]) -> None:
+    columns, predictions = _columns(predictions)
+    schema = pyarrow.schema(columns)
     with pyarrow.parquet.ParquetWriter(stream, schema) as writer:
         for rows in _chunks(map(_row, predictions)):
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
-def _columns(top: int) -> dict[str, Any]:
+def _columns(predictions: Iterator[Mapping[str, Any]]) -> tuple[dict[str, Any], Iterator[Mapping[str, Any]]]:
+    """Returns name -> type of the columns, which the first prediction without an error shows; and all predictions."""
+    seen: list[Mapping[str, Any]] = []
+    for prediction in predictions:
+        seen.append(prediction)
+        if "error" not in prediction:
+            break
     columns = {"file": pyarrow.string()}
-    for rank in range(1, top + 1):
+    for rank in range(1, len(seen[-1].get("classes", ())) + 1):
         columns |= {f"class_{rank}": pyarrow.string(), f"probability_{rank}": pyarrow.float64()}
-    return {**columns, "error": pyarrow.string()}
+    return {**columns, "error": pyarrow.string()}, itertools.chain(seen, predictions)
 
 
 def _row(prediction: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,5 +111,5 @@ def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield chunk
 
 
-Writer = Callable[[IO[bytes], Iterable[Mapping[str, Any]], int], None]
+Writer = Callable[[IO[bytes], Iterator[Mapping[str, Any]]], None]
 WRITERS: dict[str, Writer] = {".csv": _write_csv, ".jsonl": _write_json_lines, ".parquet": _write_parquet}

@@ -33,8 +33,6 @@ def parse(words: Sequence[str], verbs: Verbs) -> argparse.Namespace:
         options.parser.error("--config or --weights is required")
     if options.run is verbs["predict"] and options.json and options.out is not None:
         options.parser.error("--json prints and --out writes the result; give one of them")
-    if options.run is verbs["export"] and options.weights is not None and (options.best or options.step is not None):
-        options.parser.error("--best and --step are of a run, which --workdir names")
     if overrides and hasattr(options, "config") and options.config is None and not getattr(options, "targets", False):
         options.parser.error(f"--config.{overrides[0].partition('=')[0]} changes a recipe; name one by --config")
     return options

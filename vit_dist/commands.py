@@ -14,11 +14,7 @@ from vit_dist.printing import print_json, print_table
 def evaluate(options: argparse.Namespace) -> None:
     from vit_dist.evaluate import evaluate
 
-    print_json(
-        evaluate(
-            options.workdir, split=options.split, step=options.step, best=options.best, overrides=options.overrides
-        )
-    )
+    print_json(evaluate(options.workdir, split=options.split, step=_step(options), overrides=options.overrides))
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -33,8 +29,7 @@ def predict(options: argparse.Namespace) -> int:
             _model(options),
             options.paths,
             top=options.top,
-            step=options.step,
-            best=options.best,
+            step=_step(options),
             attention=options.attention,
             overrides=options.overrides,
         )
@@ -44,7 +39,7 @@ def predict(options: argparse.Namespace) -> int:
             yield prediction
 
     if out is not None:
-        answers.write(out, counted(), options.top)
+        answers.write(out, counted())
         print_json({"out": str(out), **counts})
     elif options.json:
         for prediction in counted():

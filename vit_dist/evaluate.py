@@ -20,6 +20,7 @@ from vit_dist.mesh.feed import Prefetch
 from vit_dist.paths import expanded
 from vit_dist.program import Program, restored
 from vit_dist.recipes import Overrides
+from vit_dist.run.checkpoints import Step
 from vit_dist.run.failures import gather_bad_examples
 from vit_dist.run.workdir import read_config
 from vit_dist.step.evaluation import zero_totals
@@ -100,8 +101,7 @@ def evaluate(
     workdir: str | Path,
     *,
     split: str = "test",
-    step: int | None = None,
-    best: bool = False,
+    step: Step = "newest",
     overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run.
@@ -109,8 +109,7 @@ def evaluate(
     Args:
       workdir: the directory of the run.
       split: which split of its data.
-      step: the checkpoint of this step; None: the newest, or with `best` that of the highest top-1.
-      best: see `step`.
+      step: which checkpoint.
       overrides: changes of its config that leave the run the same, such as {"mesh.data": 4}.
 
     Returns:
@@ -125,7 +124,7 @@ def evaluate(
     processes.start(settings.fake_devices, settings.deadlines)
     source = open_split(settings, split)
     on_device = augments_on_device(source, settings.data)
-    run = restored(workdir, settings, augment_on_device=on_device, step=step, best=best)
+    run = restored(workdir, settings, augment_on_device=on_device, step=step)
     with run as (program, restored_step, trees):
         results = {name: evaluate_source(program, tree, source) for name, tree in trees.items()}
         bad = results["parameters"].bad

@@ -6,7 +6,7 @@ ids on every process, so that what follows, such as a search for neighbours, nee
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
 from vit_dist.data.sets.examples import Source
-from vit_dist.data.stream.bad_examples import check_bad, check_none_bad
+from vit_dist.data.stream.bad_examples import BadExample, check_bad, check_none_bad
 from vit_dist.data.stream.loader import Batches, evaluation_batches
 from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.job import processes
@@ -27,13 +27,22 @@ from vit_dist.model.pooling import mean
 from vit_dist.model.shape import shape_of
 from vit_dist.model.vit import ViT
 from vit_dist.run.failures import gather_bad_examples
-from vit_dist.step.evaluation import model_input
+from vit_dist.step.evaluation import evaluation_batch_size, model_input
 from vit_dist.step.state import ModelFunction, Parameters
 
 What = Literal["pooled", "cls", "mean", "tokens"]
 WHATS: tuple[What, ...] = ("pooled", "cls", "mean", "tokens")
 
 _log = logging.getLogger(__name__)
+
+
+Note = Callable[[Sequence[BadExample]], object]  # called with what was skipped
+
+
+def warn(bad: Sequence[BadExample]) -> None:
+    """Logs examples that were skipped."""
+    for example in bad:
+        _log.warning("skipped %s: %s", example.name, example.reason)
 
 
 class Rows(NamedTuple):
@@ -94,7 +103,7 @@ class Extractor:
             raise ConfigError(f"block: {block}, but the model has the blocks 0 to {last}; -1 is the last")
         self.settings, self.mesh, self.what, self.block = settings, mesh, what, last if block is None else block
         self.block %= shape.depth
-        self.batch_size = feed.rounded_up(mesh, settings.evaluate.batch_size or settings.batch_size)
+        self.batch_size = feed.rounded_up(mesh, evaluation_batch_size(settings))
         pooled = function.settings.pre_logits or function.settings.output_projection or shape.pooled
         kinds: dict[str, tuple[int, ...]] = {"pooled": (pooled,), "tokens": (shape.tokens, shape.width)}
         self.row_shape = kinds.get(what, (shape.width,))
@@ -110,7 +119,7 @@ class Extractor:
         self._compiled = set[tuple]()
 
     def batches(
-        self, parameters: Parameters, source: Source, start: int = 0, stop: int | None = None
+        self, parameters: Parameters, source: Source, start: int = 0, stop: int | None = None, note: Note = warn
     ) -> Iterator[Rows]:
         """Yields the features of the examples with ids from `start` to before `stop`, each once, in order.
 
@@ -121,10 +130,11 @@ class Extractor:
           source: the split, which all processes have opened.
           start: the first id.
           stop: the id after the last; None: all that the split has.
+          note: is told which examples were skipped, after the last batch.
 
         Raises:
           TooManyBadExamples: on all processes, for a batch with a file that does not decode. If `data.on_bad` is "skip"
-            such files are left out and logged, and only too many of them are an error, after the last batch.
+            such files are left out, and only too many of them are an error, after the last batch.
         """
         data = self.settings.data
         stop = len(source) if stop is None else stop
@@ -152,13 +162,12 @@ class Extractor:
             if under_way is not None:
                 yield self._rows(source, batches, stop, *under_way)
             bad = gather_bad_examples(batches.bad())
-        for example in bad:
-            _log.warning("skipped %s: %s", example.name, example.reason)
+        note(bad)
         check_bad(bad, data.max_bad_fraction, stop - start)
 
-    def all(self, parameters: Parameters, source: Source) -> Rows:
+    def all(self, parameters: Parameters, source: Source, note: Note = warn) -> Rows:
         """Returns the features of a whole split, as `batches`. Raises `ConfigError` also if it holds no example."""
-        parts = list(self.batches(parameters, source))
+        parts = list(self.batches(parameters, source, note=note))
         if not parts:
             raise ConfigError("features: the split holds no examples")
         return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))

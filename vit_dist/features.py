@@ -6,13 +6,16 @@ kind of features are not continued. At the end the parts are joined to the file,
 """
 
 import dataclasses
+import itertools
 import json
+import logging
 import math
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -20,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.files import location, replacing
+from vit_dist.data.files import first_line, location, making, replacing
 from vit_dist.data.progress_bar import bar
 from vit_dist.data.sets.examples import Source, distinct_names, fingerprint
 from vit_dist.data.sets.recognise import recognise
@@ -32,6 +35,7 @@ from vit_dist.load import base, opened, set_keys, start_devices
 from vit_dist.paths import expanded
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides
+from vit_dist.run.checkpoints import Step
 from vit_dist.run.files import read_json, write_atomically
 from vit_dist.step.state import Parameters
 from vit_dist.weights.traits import PREPARED, TRAITS
@@ -39,6 +43,8 @@ from vit_dist.weights.traits import PREPARED, TRAITS
 PART_BYTES = 1 << 26  # of features in a part, about
 _PLAN = "plan.json"
 _SUFFIXES = (".parquet", ".npz")
+
+_log = logging.getLogger(__name__)
 
 
 def features(
@@ -49,7 +55,7 @@ def features(
     split: str = "train",
     what: str = "pooled",
     block: int | None = None,
-    step: int | Literal["newest", "best"] = "newest",
+    step: Step = "newest",
     overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Writes features of every example of a split, each once, over the mesh that the config asks for.
@@ -98,7 +104,10 @@ def features(
             }
         parts = _Parts(out, extractor)
         _agree(parts.begin(plan))
-        _extract(extractor, parameters, source, parts)
+        try:
+            _extract(extractor, parameters, source, parts)
+        finally:
+            parts.drop_if_empty()
     processes.stop_clock()  # the others wait while process 0 writes, which may take any time
     answer = parts.finish(source, settings.data.max_bad_fraction) if processes.index() == 0 else {}
     count, problem = processes.gather([answer.get("count"), answer.get("problem")])[0]
@@ -154,6 +163,8 @@ class _Parts:
                 old = read_json(self.folder / _PLAN, dict)
             except ConfigError:
                 return f"{self.folder}: {_PLAN} cannot be read; remove the folder or give another OUT"
+            if not self.file(0).exists():  # it was stopped before its first part
+                return self._write_plan()
             self.rows = old.pop("rows_of_a_part", self.rows)
             different = [key for key in {**old, **plan} if old.get(key) != plan.get(key)]
             if different:
@@ -165,17 +176,31 @@ class _Parts:
             return ""
         if self.folder.exists() and any(not file.name.startswith(".") for file in self.folder.iterdir()):
             return f"{self.folder}: is no folder of parts ({_PLAN} is missing); remove it or give another OUT"
-        self.folder.mkdir(exist_ok=True)
-        write_atomically(self.folder / _PLAN, json.dumps({**plan, "rows_of_a_part": self.rows}, indent=2) + "\n")
+        with making(self.out):
+            self.folder.mkdir(exist_ok=True)
+        return self._write_plan()
+
+    def _write_plan(self) -> str:
+        write_atomically(self.folder / _PLAN, json.dumps({**self.plan, "rows_of_a_part": self.rows}, indent=2) + "\n")
         return ""
+
+    def drop_if_empty(self) -> None:
+        """Removes the folder where it holds no part yet."""
+        if self.plan and not self.file(0).exists():
+            shutil.rmtree(self.folder)
 
     def file(self, number: int) -> Path:
         return self.folder / f"{number:06}.npz"
 
     def whole(self) -> int:
-        """Returns how many parts there are, from the first on."""
+        """Returns how many parts can be read, from the first on; one that is damaged is made again."""
         number = 0
         while self.file(number).is_file():
+            try:
+                _read_part(self.file(number))
+            except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+                _log.warning("%s: cannot be read (%s); made again", self.file(number), first_line(error))
+                return number
             number += 1
         return number
 
@@ -184,9 +209,8 @@ class _Parts:
             np.savez(stream, **rows._asdict())
 
     def read(self) -> Iterator[Rows]:
-        for number in range(self.whole()):
-            with np.load(self.file(number)) as arrays:
-                yield Rows(*(arrays[name] for name in Rows._fields))
+        for number in itertools.takewhile(lambda number: self.file(number).is_file(), itertools.count()):
+            yield _read_part(self.file(number))
 
     def finish(self, source: Source, max_bad_fraction: float) -> dict[str, Any]:
         """Joins the parts to the file, and removes them; returns the `count` of rows, or a `problem`."""
@@ -195,10 +219,15 @@ class _Parts:
         if skipped and (skipped > max_bad_fraction * len(source) or not count):
             return {"problem": f"data.max_bad_fraction: {skipped} of {len(source)} files did not decode"}
         with replacing(self.out) as stream:
-            write = _write_parquet if self.out.suffix == ".parquet" else _write_npz
+            write = _write_parquet if self.out.suffix.lower() == ".parquet" else _write_npz
             write(stream, self, source, count)
         shutil.rmtree(self.folder)
         return {"count": count}
+
+
+def _read_part(file: Path) -> Rows:
+    with np.load(file, allow_pickle=False) as arrays:
+        return Rows(*(arrays[name] for name in Rows._fields))
 
 
 def _extract(extractor: Extractor, parameters: Parameters, source: Source, parts: _Parts) -> None:
@@ -270,11 +299,11 @@ def _traits(settings: Config) -> dict[str, Any]:
 
 
 def _refusal(out: Path) -> str:
-    if out.suffix not in _SUFFIXES:
+    if out.suffix.lower() not in _SUFFIXES:
         return f"OUT: {out}: expected a name that ends in {' or '.join(_SUFFIXES)}"
     if processes.index():
         return ""
-    if out.exists():
+    if os.path.lexists(out):
         return f"OUT: {out}: exists; remove it or give another name"
     return "" if out.parent.is_dir() else f"OUT: {out}: there is no folder {out.parent}; make it first"
 

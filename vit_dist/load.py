@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from vit_dist.paths import expanded
 from vit_dist.program import check_model
 from vit_dist.recipes import Overrides, override
 from vit_dist.run import workdir as run_files
+from vit_dist.run.checkpoints import Step
 from vit_dist.schema import build, flatten
 from vit_dist.step.state import ModelFunction, Parameters
 from vit_dist.weights.adapted import Adapted, adapted, placed
@@ -151,7 +152,7 @@ def load(
     name: str | Path,
     mesh: Mapping[str, int] | None = None,
     overrides: Overrides = (),
-    step: int | Literal["newest", "best"] = "newest",
+    step: Step = "newest",
 ) -> Loaded:
     """Opens a run of ours (the moving average of its parameters where there is one), or weights of others.
 
@@ -193,9 +194,7 @@ class Opened:
             return function, placed(self.fitted.parameters, jax.eval_shape(lambda: function.initialise(0)), mesh)
 
 
-def opened(
-    name: str | Path, overrides: Overrides = (), step: int | Literal["newest", "best"] = "newest", key: str = "load"
-) -> Opened:
+def opened(name: str | Path, overrides: Overrides = (), step: Step = "newest", key: str = "load") -> Opened:
     """Opens what `load` opens; args and errors are those of `load`, and the errors begin with `key`."""
     if not isinstance(name, str | Path):
         raise ConfigError(f"{key}: expected a folder, a file or a name, found {type(name).__name__}")

@@ -12,11 +12,13 @@ import numpy as np
 from PIL import Image
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import making
 from vit_dist.paths import expanded
 
 SIDE = 448  # pixels of a picture's long side, at least
 _SHARE = 0.6  # of the map's colours in a pixel
 _COLOURS = "inferno"
+_NAME_BYTES = 200  # of an image's name in those of its maps; file systems allow 255, with number and kind
 
 
 class Overlays:
@@ -38,7 +40,8 @@ class Overlays:
         self._taken = set[str]()
 
     def __enter__(self) -> Self:
-        self._work.mkdir()
+        with making(self.folder):
+            self._work.mkdir()
         return self
 
     def __exit__(
@@ -51,10 +54,11 @@ class Overlays:
 
     def write(self, file: Path, pixels: np.ndarray, maps: Mapping[str, np.ndarray]) -> None:
         """Writes the maps [rows, columns] of an image, uint8 [H, W, C]; a second file of a name gets a number."""
-        name, number = file.stem, 1
+        stem = os.fsdecode(os.fsencode(file.stem)[:_NAME_BYTES])
+        name, number = stem, 1
         while name in self._taken:
             number += 1
-            name = f"{file.stem}.{number}"
+            name = f"{stem}.{number}"
         self._taken.add(name)
         for kind, values in maps.items():
             Image.fromarray(overlaid(pixels, values)).save(self._work / f"{name}.{kind}.png")

@@ -22,7 +22,8 @@ from vit_dist.model.attention_maps import attention_maps
 from vit_dist.overlays import Overlays
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides
-from vit_dist.step.evaluation import model_input
+from vit_dist.run.checkpoints import Step
+from vit_dist.step.evaluation import evaluation_batch_size, model_input
 from vit_dist.step.state import Parameters
 
 _MAPS_AT_A_TIME = 8  # images on a device, whose attention weights are in memory a block at a time
@@ -36,8 +37,7 @@ def predict(
     files: Sequence[str | Path],
     *,
     top: int = 5,
-    step: int | None = None,
-    best: bool = False,
+    step: Step = "newest",
     attention: str | Path | None = None,
     overrides: Overrides = (),
 ) -> list[Prediction]:
@@ -47,8 +47,7 @@ def predict(
       model: the workdir of a run, or weights, as for `load`.
       files: the images, in any format that OpenCV reads; folders of them; or patterns, such as "photos/**/*.jpg".
       top: how many classes to return.
-      step: the checkpoint of this step; None: the newest, or with `best` that of the highest top-1.
-      best: see `step`.
+      step: which checkpoint of a run.
       attention: a new folder, which gets two pictures for each image: where the model looks. See `Overlays`.
       overrides: changes of the config, such as {"fake_devices": 1}; of a run, those that leave it the same.
 
@@ -60,7 +59,7 @@ def predict(
       ConfigError: for a file that is not there, before anything is computed; and for a model without a head, unless
         `attention` is asked for.
     """
-    found = predictions(model, files, top=top, step=step, best=best, attention=attention, overrides=overrides)
+    found = predictions(model, files, top=top, step=step, attention=attention, overrides=overrides)
     return list(found)
 
 
@@ -69,8 +68,7 @@ def predictions(
     files: Sequence[str | Path],
     *,
     top: int = 5,
-    step: int | None = None,
-    best: bool = False,
+    step: Step = "newest",
     attention: str | Path | None = None,
     overrides: Overrides = (),
 ) -> Iterator[Prediction]:
@@ -82,7 +80,7 @@ def predictions(
     start_devices(model, overrides, "predict")
     if jax.process_count() > 1:
         raise ConfigError("predict: is for one process, and this job has several; run it outside the job")
-    chosen = opened(model, overrides, "best" if best else "newest" if step is None else step, "predict")
+    chosen = opened(model, overrides, step, "predict")
     settings = chosen.settings.model
     if settings.channels not in CHANNELS:
         raise ConfigError(f"model.channels: {settings.channels}, but image files are decoded to 1 or 3")
@@ -99,7 +97,7 @@ def _each(chosen: Opened, files: Sequence[Path], top: int, overlays: Overlays | 
     decode = functools.partial(
         evaluation_image, data=data, size=pair(settings.model.image_size), channels=settings.model.channels
     )
-    wanted = settings.evaluate.batch_size or settings.batch_size
+    wanted = evaluation_batch_size(settings)
     if overlays is not None:
         wanted = min(wanted, _MAPS_AT_A_TIME * mesh.size)
     with jax.set_mesh(mesh):

@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from vit_dist import config
 from vit_dist.config import ConfigError
+from vit_dist.data.files import first_line
 from vit_dist.data.sets.sources import open_source
 from vit_dist.extraction import Extractor, Rows
 from vit_dist.features import with_data
@@ -23,9 +24,11 @@ from vit_dist.probes.measure import NAMES, Probes, Row, check, measure
 from vit_dist.probes.shots import choose
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides, override
+from vit_dist.run.checkpoints import Step
 from vit_dist.schema import one_of
 
 _OF_A_FILE = {"data", "split", "examples"}  # in which the plans of two files of features may differ
+_MOST_CLASSES = 1 << 24
 
 
 def probe(
@@ -36,7 +39,7 @@ def probe(
     split: str = "test",
     what: str = "pooled",
     block: int | None = None,
-    step: int | Literal["newest", "best"] = "newest",
+    step: Step = "newest",
     overrides: Overrides = (),
 ) -> dict[str, Any]:
     """Evaluates the features of a run or of weights of others, over the mesh that the config asks for.
@@ -122,29 +125,62 @@ def probe_files(
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
     """Returns what `features` wrote into a file: its plan, the names of classes by label, and the rows."""
-    columns: dict[str, np.ndarray] = {}
+    read = _read_parquet if file.suffix.lower() == ".parquet" else _read_npz
     try:
-        if file.suffix == ".parquet":
-            table = pyarrow.parquet.read_table(file, columns=["id", "label", "class", "features"])
-            plan = json.loads((table.schema.metadata or {})[b"vit_dist"])
-            values = table["features"].combine_chunks()
-            while values.type.num_fields:  # lists of lists
-                values = values.flatten()
-            columns = {name: table[name].to_numpy() for name in ("id", "label", "class")}
-            features = values.to_numpy().reshape(len(table), *plan["shape"])
-            names = dict(zip(columns["label"].tolist(), columns["class"].tolist(), strict=True))
-        else:
-            with np.load(file, allow_pickle=False) as arrays:
-                plan, features = json.loads(str(arrays["plan"])), arrays["features"]
-                columns = {name: arrays[name] for name in ("id", "label")}
-                names = dict(enumerate(arrays["class_names"].tolist()))
+        plan, names, rows = read(file)
+        _check_rows(rows)
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, pyarrow.ArrowException) as error:
         raise ConfigError(
-            f"{file}: holds no features of `vit-dist features` ({error}); give its .npz or .parquet"
+            f"{file}: holds no features of `vit-dist features` ({first_line(error)}); give its .npz or .parquet"
         ) from error
-    if features.ndim != 2 or not len(features):
-        raise ConfigError(f"{file}: holds features {list(features.shape)}; expected one vector for each example")
-    return plan, names, Rows(columns["id"], columns["label"], features)
+    if rows.features.ndim != 2 or not len(rows.features):
+        raise ConfigError(f"{file}: holds features {list(rows.features.shape)}; expected one vector for each example")
+    return plan, names, rows
+
+
+def _read_parquet(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
+    table = pyarrow.parquet.read_table(file, columns=["id", "label", "class", "features"])
+    plan = _plan((table.schema.metadata or {})[b"vit_dist"])
+    values = table["features"].combine_chunks()
+    while values.type.num_fields:  # lists of lists
+        values = values.flatten()
+    ids, labels, classes = (table[name].to_numpy() for name in ("id", "label", "class"))
+    features = values.to_numpy().reshape(len(table), *plan["shape"])
+    return plan, dict(zip(labels.tolist(), classes.tolist(), strict=True)), Rows(ids, labels, features)
+
+
+def _read_npz(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
+    if not zipfile.is_zipfile(file):  # NumPy would speak of pickles
+        file.stat()
+        raise ValueError("it is no npz archive")
+    with np.load(file, allow_pickle=False) as arrays:
+        plan, names = _plan(str(arrays["plan"])), arrays["class_names"]
+        rows = Rows(*(arrays[name] for name in ("id", "label", "features")))
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise ValueError(f"class_names is {list(names.shape)} of {names.dtype}")
+    if len(rows.labels) and rows.labels.max() >= len(names):
+        raise ValueError(f"label {rows.labels.max()}, but there are {len(names)} class names")
+    return plan, dict(enumerate(names.tolist())), rows
+
+
+def _plan(text: str | bytes) -> dict[str, Any]:
+    """Returns the plan of an extraction; raises `ValueError` where it lacks what `probe_files` reads."""
+    plan = json.loads(text)
+    lacks = {*_OF_A_FILE, "shape"} - set(plan if isinstance(plan, dict) else ())
+    if lacks or not isinstance(plan["shape"], list):
+        raise ValueError(f"its plan has no {min(lacks, default='shape')}")
+    return plan
+
+
+def _check_rows(rows: Rows) -> None:
+    """Raises `ValueError` for columns of other types, lengths or labels than `features` writes."""
+    for name, column, kinds in zip(Rows._fields, rows, ("i", "i", "f"), strict=True):
+        if not column.ndim or column.dtype.kind not in kinds or len(column) != len(rows.ids):
+            raise ValueError(f"{name} is {list(column.shape)} of {column.dtype}")
+        if name != "features" and column.ndim != 1:
+            raise ValueError(f"{name} is {list(column.shape)}")
+    if len(rows.labels) and not 0 <= rows.labels.min() <= rows.labels.max() < _MOST_CLASSES:
+        raise ValueError(f"its labels go from {rows.labels.min()} to {rows.labels.max()}")
 
 
 def _check_names(probes: Sequence[str]) -> None:

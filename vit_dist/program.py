@@ -22,7 +22,7 @@ from vit_dist.data.stream.loader import Batches, train_batches
 from vit_dist.job import processes
 from vit_dist.mesh import feed, layout, topology, xla_options
 from vit_dist.model import choices, context, flops, vit
-from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.run.checkpoints import Checkpoints, Step
 from vit_dist.run.devices import memory_bytes, peak_flops
 from vit_dist.step import evaluation, trained, update
 from vit_dist.step.optimizer import make_optimizer
@@ -144,7 +144,7 @@ class Program:
 
     def evaluation_batch_size(self) -> int:
         """Returns `evaluate.batch_size`, rounded up so that every device has as many rows; added rows are masked."""
-        return feed.rounded_up(self.mesh, self.settings.evaluate.batch_size or self.settings.batch_size)
+        return feed.rounded_up(self.mesh, evaluation.evaluation_batch_size(self.settings))
 
     def image_size(self) -> tuple[int, int]:
         """Returns (height, width) of the images that the model takes."""
@@ -166,7 +166,7 @@ class Program:
 
 @contextlib.contextmanager
 def restored(
-    workdir: Path, settings: config.Config, *, augment_on_device: bool, step: int | None = None, best: bool = False
+    workdir: Path, settings: config.Config, *, augment_on_device: bool, step: Step = "newest"
 ) -> Iterator[tuple[Program, int, dict[str, Parameters]]]:
     """Restores the parameters of a checkpoint, with the mesh in use.
 
@@ -174,8 +174,7 @@ def restored(
       workdir: the directory of the run.
       settings: its config.
       augment_on_device: see `Program`.
-      step: the step of the checkpoint; None: the newest, or with `best` that of the highest top-1.
-      best: see `step`.
+      step: which checkpoint.
 
     Yields:
       The program, the step, and the trees `parameters` and, where the run keeps it, `ema`.
@@ -188,13 +187,16 @@ def restored(
     checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
     try:
         with program.in_use():
-            if best:
-                step = checkpoints.best()
-                if step is None:
+            number: int | None = None
+            if step == "best":
+                number = checkpoints.best()
+                if number is None:
                     raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best")
+            elif step != "newest":
+                number = step
             state = program.abstract_state()
             wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
-            restored_step, trees = checkpoints.restore(wanted, step)
+            restored_step, trees = checkpoints.restore(wanted, number)
             yield program, restored_step, trees
     finally:
         checkpoints.close()

@@ -107,6 +107,7 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     folder = str(path.parent.resolve())
+    before = set(sys.modules)
     sys.path.insert(0, folder)
     sys.modules[spec.name] = module  # dataclasses look up the names in their annotations there
     try:
@@ -122,6 +123,9 @@ def _run_recipe(path: Path) -> ml_collections.ConfigDict:
         raise ConfigError(f"{path}{_line_in(path, error)}: {_error_text(error)}") from error
     finally:
         sys.path.remove(folder)
+        for name in sys.modules.keys() - before - {spec.name}:  # a recipe of another folder has other neighbours
+            if str(Path(getattr(sys.modules[name], "__file__", None) or "").parent) == folder:
+                del sys.modules[name]
     if not isinstance(recipe, ml_collections.ConfigDict):
         raise ConfigError(
             f"{path}: get_config() returned {type(recipe).__name__}, expected a ConfigDict, such as "

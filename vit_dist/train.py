@@ -282,7 +282,7 @@ class Session:
                 self.result = {"step": self.step, **row}
         if self.probes is not None:
             averaged = self.state.parameters if self.state.ema is None else self.state.ema
-            for name, row in self.probes.measure(averaged, self.splits).items():
+            for name, row in self.probes.measure(averaged, self.splits, self._note_probed).items():
                 self._write(name, row)
 
     def _draw(self) -> None:
@@ -321,6 +321,9 @@ class Session:
             saved = self.checkpoints.latest()
             last = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
             raise Diverged(f"step {step}: {values}; {last}; lower optimizer.learning_rate?")
+
+    def _note_probed(self, split: str, bad: Sequence[BadExample]) -> None:
+        self._note_bad(self.step, split, bad, {"train": self.source, **self.splits}[split])
 
     def _note_bad(self, step: int, split: str, bad: Sequence[BadExample], source: Source) -> int:
         """Lists the examples that any process skipped and returns their count; ends the run if they are too many."""

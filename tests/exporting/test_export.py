@@ -223,13 +223,16 @@ def test_one_process_of_a_job_of_several_does_not_export(run, tmp_path, monkeypa
         export(run, tmp_path / "out", "timm")
 
 
+def test_a_run_may_be_named_as_weights(run, tmp_path, capsys):
+    for number, option in enumerate(("--weights", "--workdir")):
+        assert main(["export", f"{option}={run}", "--best", "--format=safetensors", f"{tmp_path}/{number}"]) == 0
+    found, expected = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert found | {"out": ""} == expected | {"out": ""}
+
+
 def test_a_step_is_of_a_run(weights, tmp_path, capsys):
-    with pytest.raises(SystemExit, match=str(MISTAKE)):
-        main(["export", f"--weights={weights}", "--best", "--format=timm", str(tmp_path / "out")])
-    assert (
-        "error: --best and --step are of a run, which --workdir names; see vit-dist export --help"
-        in capsys.readouterr().err
-    )
+    assert main(["export", f"--weights={weights}", "--best", "--format=timm", str(tmp_path / "out")]) == MISTAKE
+    assert f"error: export: step: best, but {weights} holds no run of ours; leave it out" in capsys.readouterr().err
     assert main(["export", f"--workdir={weights}", "--format=timm", str(tmp_path / "out")]) == MISTAKE
     assert f"{weights}: holds no run; --weights=PATH is for weights of others" in capsys.readouterr().err
     assert listing(tmp_path) == []

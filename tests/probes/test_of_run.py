@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 
+import cv2
+import numpy as np
 import pytest
 from system import NOTHING_RANDOM, assert_same_run, rows, settings, train_here
 
@@ -114,11 +116,29 @@ def test_a_few_shot_probe_alone_reads_the_images_of_its_shots_alone(workdir, tmp
     monkeypatch.setattr(
         Extractor,
         "all",
-        lambda self, parameters, source: sizes.append(len(source)) or everything(self, parameters, source),
+        lambda self, parameters, source, note: sizes.append(len(source)) or everything(self, parameters, source, note),
     )
     alone = train_here(tmp_path, "mesh.data=1", *PROBED, "evaluate.probes=[few_shot]")
     assert sizes == [50, 360] * 2
     assert probed(alone) == [row for row in probed(rows(workdir)) if "few_shot" in row["split"]]
+
+
+def test_a_file_that_a_probe_skips_is_listed_once_by_its_id(tmp_path):
+    for split, count in (("train", 12), ("test", 4)):
+        for label in "ab":
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                cv2.imwrite(str(folder / f"{number:02}.png"), np.full((8, 8), 9 * number, np.uint8))
+    (tmp_path / "images/train/b/11.png").write_text("no image")
+    overrides = (
+        *("mesh.data=1", *PROBED, "data.source=folder", f"data.path={tmp_path}/images", "data.on_bad=skip"),
+        *("data.max_bad_fraction=0.1", "evaluate.probes=[few_shot]", "probe.shots=[12]", "batch_size=8"),
+    )
+    train_here(tmp_path / "run", *overrides)
+    listed = (tmp_path / "run/failures/bad_images.jsonl").read_text().splitlines()
+    (found,) = [json.loads(line) for line in listed]
+    assert (found["split"], found["id"], found["name"]) == ("train", 23, f"{tmp_path}/images/train/b/11.png")
 
 
 def test_the_training_split_is_not_classified_by_itself(tmp_path):

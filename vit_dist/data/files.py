@@ -89,15 +89,27 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     new one.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with making(path):
+        stream = open(partial, "xb")
     try:
-        with open(partial, "xb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(partial, path)
+        with making(path):
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Raises `ConfigError` where a file or folder `path` cannot be made because its folder is gone, or takes none."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: nothing can be made in {path.parent} ({error.strerror}); give another") from error
 
 
 def printable(name: str) -> str:

@@ -7,9 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from vit_dist.config import ConfigError
+from vit_dist.data.files import making
 from vit_dist.exporting import card, onnx, stablehlo
 from vit_dist.exporting.function import Input
 from vit_dist.job.rank import find_rank
@@ -18,6 +19,7 @@ from vit_dist.paths import expanded
 from vit_dist.recipes import Overrides
 from vit_dist.run import environment
 from vit_dist.run import workdir as run_files
+from vit_dist.run.checkpoints import Step
 from vit_dist.run.files import read_json
 from vit_dist.weights import writing
 from vit_dist.weights.description import Subject
@@ -31,7 +33,7 @@ def export(
     out: str | Path,
     format: str,
     *,
-    step: int | Literal["newest", "best"] = "newest",
+    step: Step = "newest",
     input: Input = "float",
     converter: str | Path | None = None,
     overrides: Overrides = (),
@@ -119,7 +121,8 @@ def _started_from(name: str | Path) -> dict[str, Any]:
 
 def _in_new_folder(target: Path, fill: Callable[[Path], None]) -> tuple[list[str], int]:
     """Makes a folder whole or not at all; returns the names of its files and their bytes."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with making(target):
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         folder = beside / target.name
         folder.mkdir()

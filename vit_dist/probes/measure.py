@@ -4,7 +4,8 @@ Only features that a probe needs are computed: for a few-shot probe alone, those
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import Source, distinct_names
 from vit_dist.data.sets.subset import take
-from vit_dist.extraction import Extractor, Rows
+from vit_dist.data.stream.bad_examples import BadExample
+from vit_dist.extraction import Extractor, Rows, warn
 from vit_dist.job import processes
 from vit_dist.probes import knn, linear, shots
 from vit_dist.program import Program
@@ -37,14 +39,21 @@ def check(names: Sequence[str], settings: config.Probe, labels: np.ndarray, clas
         )
     if "knn" in names and max(settings.k) > len(labels):
         raise ConfigError(
-            f"probe.k: {max(settings.k)}, but there are {len(labels)} training examples; take {len(labels)} at most"
+            f"probe.k: {_told(settings, 'k')}, but there are {len(labels)} training examples; take {len(labels)} at "
+            "most"
         )
     fewest = int(np.where(counts > 0, counts, counts.max()).argmin())
     if "few_shot" in names and max(settings.shots) > counts[fewest]:
         raise ConfigError(
-            f"probe.shots: {max(settings.shots)}, but class {distinct_names(class_names)[fewest]!r} has "
+            f"probe.shots: {_told(settings, 'shots')}, but class {distinct_names(class_names)[fewest]!r} has "
             f"{counts[fewest]} training examples; take {counts[fewest]} at most"
         )
+
+
+def _told(settings: config.Probe, key: str) -> str:
+    """Returns the largest number of a key, and that it is the default where nobody set it."""
+    value = getattr(settings, key)
+    return f"{max(value)}{' by default' if value == getattr(config.Probe(), key) else ''}"
 
 
 def measure(
@@ -71,6 +80,14 @@ def measure(
       linear classifiers also have `l2`, the strength of the penalty (see `linear.strength`), and `top1_by_l2`, with
       each of `probe.l2`.
     """
+
+    for rows_of, features in (("training", train.features), ("other", tested.features)):
+        wrong = int((~np.isfinite(features).all(axis=1)).sum())
+        if wrong:
+            raise ConfigError(
+                f"probe: the features of {wrong} of {len(features)} {rows_of} examples are not finite; the parameters "
+                "have diverged, or model.dtype cannot hold their values"
+            )
 
     def row(used: Rows, top1: float) -> Row:
         return {"count": len(tested.ids), "top1": top1, "examples": len(used.ids)}
@@ -119,17 +136,34 @@ class Probes:
             self.ids = self.chosen[max(settings.shots)]
             self.train = dataclasses.replace(take(train, self.ids), mixture=())
 
-    def measure(self, parameters: Parameters, splits: Mapping[str, Source]) -> dict[str, Row]:
-        """Returns the rows of every split but train, as `measure`, each by a name such as `test/knn/20`.
+    def measure(
+        self,
+        parameters: Parameters,
+        splits: Mapping[str, Source],
+        note: Callable[[str, Sequence[BadExample]], object] = lambda split, bad: warn(bad),
+    ) -> dict[str, Row]:
+        """Measures the features of every split but train.
 
         The mesh must be in use. All processes call this together and get the same.
+
+        Args:
+          parameters: those of the model, on the mesh.
+          splits: split -> its examples.
+          note: is told the split and the examples of it that were skipped.
+
+        Returns:
+          The rows, as `measure`, each by a name such as `test/knn/20`.
         """
-        train = self.extractor.all(parameters, self.train)
+
+        def note_train(bad: Sequence[BadExample]) -> None:
+            note("train", [example._replace(id=int(self.ids[example.id])) for example in bad])
+
+        train = self.extractor.all(parameters, self.train, note_train)
         train = train._replace(ids=self.ids[train.ids])
         devices, rows = list(self.extractor.mesh.devices.flat), dict[str, Row]()
         for split, source in splits.items():
             if split != "train":  # whose examples would find themselves
-                tested = self.extractor.all(parameters, source)
+                tested = self.extractor.all(parameters, source, functools.partial(note, split))
                 found = measure(self.names, self.settings, train, self.chosen, tested, devices)
                 rows |= {f"{split}/{name}": row for name, row in found.items()}
         return rows

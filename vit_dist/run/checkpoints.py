@@ -9,7 +9,7 @@ always complete: an interrupted save leaves only a temporary folder, which the n
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_dist.config import ConfigError
 
+Step = int | Literal["newest", "best"]  # which checkpoint of a run; the best is that of the highest top-1
 Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
 
 # If several devices hold copies of an array, Orbax lets each device write a slice of it, and compiles a function for

@@ -56,6 +56,11 @@ def make_evaluation_step(
     return step
 
 
+def evaluation_batch_size(settings: config.Config) -> int:
+    """Returns how many images an evaluation takes at a time, before that is rounded up for a mesh."""
+    return settings.evaluate.batch_size or settings.batch_size
+
+
 def zero_totals(classes: int) -> dict[str, Any]:
     """Returns the totals before the first batch of an evaluation."""
     counts = {name: jnp.zeros((), jnp.int32) for name in ("count", "top1", "top5")}
