@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_dist import config, lengths, recipes
+from vit_dist import config, lengths, recipes, schema
 from vit_dist.config import Config, ConfigError, resolve
 
 ROOT = Path(config.__file__).parent
@@ -133,6 +133,31 @@ def test_an_override_that_does_not_fit_is_refused_by_name(assignment, message):
 
 
 @pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("model.depth", 4096),
+        ("model.width", 2**20),
+        ("model.registers", 2**16),
+        ("model.image_size", 2**16),
+        ("batch_size", 2**24),
+        ("evaluate.batch_size", 2**24),
+        ("fake_devices", 1024),
+        ("data.workers", 1024),
+        ("data.threads", 1024),
+        ("data.read_ahead_mb", 2**20),
+        ("data.randaugment_layers", 100),
+        ("total_steps", 2**31 - 1),
+        ("log_every", 2**31 - 1),
+    ],
+)
+def test_a_size_that_no_machine_has_is_refused_with_the_most_that_can_be(key, most):
+    resolved("total_steps=1", f"{key}={most}")
+    for value in (most + 1, 10**12, "1e300"):
+        with pytest.raises(ConfigError, match=rf"^{key}: must be at most {most:,}, found [0-9.e+]+$"):
+            resolved(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("total_steps=null", "total_steps: neither it nor total_epochs is set; set one"),
@@ -202,8 +227,8 @@ def test_a_batch_of_more_images_than_there_are_is_refused():
 
 
 def test_the_nearest_multiples_are_those_that_one_could_type():
-    assert config.nearest_multiples(30, 8) == "24 or 32"
-    assert config.nearest_multiples(3, 8) == "8"
+    assert schema.nearest_multiples(30, 8) == "24 or 32"
+    assert schema.nearest_multiples(3, 8) == "8"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)

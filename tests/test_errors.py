@@ -107,6 +107,8 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
         ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, .* in 0..6; 424 of 1437"),
         ("binarize_targets=true", "binarize_targets: needs loss=sigmoid, found softmax; set loss=sigmoid or"),
+        ("model.width=1048576", r"model: its parameters and optimizer take 49,.* GiB of a device's memory, which is"),
+        ("model.image_size=65536", "model: its parameters and optimizer take .* split over more devices$"),
         ("batch_size=1440", "batch_size: 1440, but the training split has 1437 images; take at most as many"),
         ("data.augment_on=device data.erase=0.5", "data.augment_on: device, but data.erase is done by the host alone"),
     ],
@@ -251,6 +253,32 @@ def test_a_full_disk_is_said_in_one_line(refused, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(run_files, "write_run", full)
     assert refused(*command) == f"{tmp_path}/run: {os.strerror(errno.ENOSPC)}"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 16508 bytes.\nmore lines"),
+            "out of memory: Out of memory allocating 16508 bytes.; lower batch_size, evaluate.batch_size or",
+        ),
+        (MemoryError(), "out of memory: the host's memory is full; lower batch_size"),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(refused_train, monkeypatch, error, message):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("vit_dist.program.Program.check_memory", fails)
+    assert refused_train().startswith(message)
+
+
+def test_registers_that_no_memory_holds_end_in_one_line(tmp_path):
+    """jax itself finds out, when it allocates."""
+    words = ["train", f"--config={SMALLEST}", f"--workdir={tmp_path}/run", "--config.model.registers=65536"]
+    done = subprocess.run([sys.executable, "-m", "vit_dist", *words], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out of memory: ")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_workdir_of_another_run_is_refused_with_the_keys_and_left_alone(refused, copy):

@@ -31,6 +31,10 @@ FILE_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOSPC,
     errno.ENOTDIR, errno.EROFS,
 }  # fmt: skip
+_DEVICE_MEMORY = "RESOURCE_EXHAUSTED: "  # how jax's error begins where a device has too little memory
+_SPARES_MEMORY = (
+    "lower batch_size, evaluate.batch_size or the model's size, set model.remat=block, or split over more devices"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in FILE_ERRORS:
             raise
         code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
+        print(f"error: {message}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not str(error).startswith(_DEVICE_MEMORY):
+            raise
+        text = (str(error).splitlines() or ["the host's memory is full"])[0].removeprefix(_DEVICE_MEMORY)
+        code, message = MISTAKE, f"out of memory: {text}; {_SPARES_MEMORY}"
         print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"

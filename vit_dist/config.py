@@ -4,7 +4,8 @@ The schema is a tree of frozen dataclasses. A recipe (`configs/*.py`) receives i
 from `default_config()`, changes what it wants and returns it (`recipes.py` runs it). `resolve` turns the result back
 into a `Config`, so that the rest of the package reads typed attributes and nobody can read a key that is not declared.
 The comment after a key is its documentation: `vit-dist configs --keys` prints it (`keys.py`). This module checks names,
-types, bounds and contradictions between keys; `model/` checks that a variant exists, `data/` that a source does.
+types and bounds, and `contradictions.py` what keys say together; `model/` checks that a variant exists, `data/` that a
+source does.
 """
 
 import dataclasses
@@ -14,20 +15,27 @@ from typing import Annotated, Any, Literal
 
 import ml_collections
 
+from vit_dist import contradictions
 from vit_dist.schema import (
     Bound,
-    ConfigError,
     FractionBelowOne,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    above_0,
     build,
     flatten,
+    from_0,
 )
+from vit_dist.schema import ConfigError as ConfigError
 
-Size = PositiveInt | tuple[PositiveInt, PositiveInt]  # one number, or (height, width)
+Pixels = Annotated[int, above_0(2**16)]
+Size = Pixels | tuple[Pixels, Pixels]  # one number, or (height, width)
+Width = Annotated[int, above_0(2**20)]
+BatchSize = Annotated[int, above_0(2**24)]
+Threads = Annotated[int, above_0(1024)]
 Interval = tuple[float, float]
 Seed = Annotated[int, Bound("at least 0 and below 2**32", lambda value: 0 <= value < 2**32)]  # what jax's keys take
 AtLeastOne = Annotated[float, Bound("at least 1", lambda value: value >= 1)]
@@ -52,20 +60,22 @@ class Model:
     """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929) and its common variations."""
 
     variant: str | None = None  # size and patch, such as B/16; width, depth, mlp and heads override it
-    width: PositiveInt | None = None  # of a token
-    depth: PositiveInt | None = None  # blocks
-    mlp: PositiveInt | None = None  # hidden width of a block's MLP
-    heads: PositiveInt | None = None  # attention heads of a block
+    width: Width | None = None  # of a token
+    depth: Annotated[int, above_0(4096)] | None = None  # blocks
+    mlp: Width | None = None  # hidden width of a block's MLP
+    heads: Width | None = None  # attention heads of a block
     image_size: Size = 224  # pixels
     patch_size: Size | None = None  # pixels; null: the variant's
-    channels: PositiveInt = 3  # of an image
-    num_classes: NonNegativeInt | None = None  # null: as many as the data have; 0: no head, the model returns what the
+    channels: Annotated[int, above_0(4096)] = 3  # of an image
+    num_classes: Annotated[int, from_0(2**24)] | None = (
+        None  # null: as many as the data have; 0: no head, the model returns what the
+    )
     # head would classify
     pool: Literal["cls", "mean", "cls_mean", "map"] = "cls"  # what the head classifies; cls: the class token; mean: the
     # mean of all patches; cls_mean: both, one after the other; map: attention pooling with one learned query
     pool_norm: Literal["before", "after", "both", "none"] = "before"  # whether tokens are normalised before pooling, or
     # what is pooled
-    output_projection: PositiveInt | None = None  # width of a layer without bias after the pooling, as in CLIP
+    output_projection: Width | None = None  # width of a layer without bias after the pooling, as in CLIP
     # (Radford et al. 2021, arXiv:2103.00020); null: none
     class_token: bool | None = None  # whether there is one, even if it is not pooled; null: where `pool` takes it
     position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"  # kind of position embeddings; rope2d:
@@ -76,7 +86,7 @@ class Model:
     position_std: NonNegativeFloat = 0.02  # standard deviation of learned position embeddings at the start
     cls_position: bool = True  # of learned positions the class token has one and starts at zero; false: it has none, as
     # in DeiT-III, and is drawn with `position_std`
-    registers: NonNegativeInt = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
+    registers: Annotated[int, from_0(2**16)] = 0  # extra learned tokens (Darcet et al. 2024, arXiv:2309.16588)
     dropout: FractionBelowOne = 0.0  # rate after each of the MLP's two layers and after the attention's projection
     projection_dropout: FractionBelowOne | None = None  # rate after the attention's projection alone; null: as
     # `dropout`
@@ -99,7 +109,7 @@ class Model:
     parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B; null: the variant's
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] | None = None  # of the MLP; null: the variant's
     kernel_init: Literal["xavier_uniform", "lecun_normal", "normal"] = "xavier_uniform"  # normal: N(0, 0.02^2)
-    pre_logits: PositiveInt | None = None  # width of a tanh layer before the head; null: none
+    pre_logits: Width | None = None  # width of a tanh layer before the head; null: none
     head_zero_init: bool = True  # the head's kernel starts at zero
     head_bias: float = 0.0  # initial value of the head's bias; -6.9 or -10 with a sigmoid loss
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the arithmetic; parameters are float32
@@ -135,20 +145,26 @@ class Data:
     classes: tuple[str, ...] = ()  # the classes to keep, in this order; none: all
     fraction: PositiveFraction = 1.0  # of each class's training examples to keep; a larger fraction keeps those of a
     # smaller one too
-    repeats: PositiveInt = 1  # how often in a row each example comes, augmented differently each time
+    repeats: Annotated[int, above_0(2**16)] = (
+        1  # how often in a row each example comes, augmented differently each time
+    )
     # (arXiv:1902.05509); an epoch is longer by this factor
     cache_dir: str | None = None  # folder for the indexes of large sets; null: the user's cache folder
     name: Literal["mnist", "fashion_mnist"] | None = None  # which set an `idx` source is: it names the classes
     download: bool = False  # download the missing files of the data set `name`
     in_memory: bool = False  # decode the whole split at the start and keep its pixels
-    memory_limit_gb: PositiveFloat = 4.0  # of host memory, for pixels or a compressed tar kept in it
+    memory_limit_gb: Annotated[float, above_0(2**20)] = 4.0  # of host memory, for pixels or a compressed tar kept in it
     on_bad: Literal["error", "skip"] = "error"  # what to do with a file that does not decode
     max_bad_fraction: NonNegativeFloat = 0.01  # of a split; the run stops when more of it was skipped
-    workers: NonNegativeInt = 0  # processes that decode images in files; 0: threads of this one, which is quicker on
+    workers: Annotated[int, from_0(1024)] = (
+        0  # processes that decode images in files; 0: threads of this one, which is quicker on
+    )
     # few cores
-    threads: PositiveInt = 8  # decoding threads of each process of the job, where there are no workers
-    read_ahead_mb: PositiveFloat = 512.0  # pixels that each process of the job holds ready ahead of time
-    prefetch: PositiveInt = 2  # batches on the devices ahead of the step
+    threads: Threads = 8  # decoding threads of each process of the job, where there are no workers
+    read_ahead_mb: Annotated[float, above_0(2**20)] = (
+        512.0  # pixels that each process of the job holds ready ahead of time
+    )
+    prefetch: Threads = 2  # batches on the devices ahead of the step
     mean: float | tuple[float, ...] = 0.5  # of pixels in [0, 1]; one number, or one per channel
     std: PositiveFloat | tuple[PositiveFloat, ...] = 0.5  # likewise
     crop_area: tuple[PositiveFraction, PositiveFraction] | None = None  # random resized crop: shares of the image's
@@ -163,7 +179,9 @@ class Data:
     color_jitter: NonNegativeFloat = 0.0  # largest change of brightness, contrast and saturation: 0.3 is a factor of
     # 0.7 to 1.3
     hue_jitter: HueTurn = 0.0  # largest turn of the hue, as a share of the colour circle
-    randaugment_layers: NonNegativeInt = 0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
+    randaugment_layers: Annotated[int, from_0(100)] = (
+        0  # operations on each image (Cubuk et al. 2020, arXiv:1909.13719); 0: none
+    )
     randaugment_magnitude: NonNegativeFloat = 10.0  # strength of the operations; the paper goes up to 10, some recipes
     # take 15 or 20
     randaugment_std: NonNegativeFloat = 0.0  # standard deviation of the magnitude, drawn anew for each operation
@@ -197,7 +215,7 @@ class Init:
 class Lora:
     """Trains adapters of dense layers, and the head, instead of all parameters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: NonNegativeInt = 0  # of an adapter; 0: there are none
+    rank: Annotated[int, from_0(2**16)] = 0  # of an adapter; 0: there are none
     alpha: PositiveFloat | None = None  # what adapters add is multiplied by alpha / rank; null: rank, so by 1
     targets: tuple[Literal["qkv", "projection", "mlp"], ...] = ("qkv", "projection", "mlp")  # which layers of a block
 
@@ -245,7 +263,7 @@ class Evaluate:
     every_steps: NonNegativeInt = 0  # steps between evaluations, with one more at the end; 0: as every_epochs says
     every_epochs: NonNegativeFloat = 0.0  # epochs between evaluations, with one more at the end; 0: never
     splits: tuple[str, ...] = ("test",)  # the first is the run's result
-    batch_size: PositiveInt | None = None  # null: the training batch
+    batch_size: BatchSize | None = None  # null: the training batch
     probes: tuple[Literal["knn", "few_shot", "linear"], ...] = ()  # of the features, on all splits but train: nearest
     # neighbours; a linear classifier of a few examples a class, or of all
 
@@ -300,7 +318,7 @@ class Config:
     seed: Seed = 0  # of everything random
     total_steps: PositiveInt | None = None  # length of the run; null: as total_epochs says
     total_epochs: PositiveFloat | None = None  # length of the run, where total_steps is null
-    batch_size: PositiveInt = 128  # examples a step, over all devices
+    batch_size: BatchSize = 128  # examples a step, over all devices
     accumulate_steps: PositiveInt = 1  # micro-batches a step
     accumulate_gather: Literal["step", "microbatch"] = "microbatch"  # with fsdp, how often parameters are gathered and
     # gradients scattered: step needs memory for all parameters and gradients in full, microbatch communicates more
@@ -314,7 +332,7 @@ class Config:
     log_every: PositiveInt = 20  # steps between rows of metrics
     log_examples: bool = False  # rows hold a digest of the batch's example ids
     deterministic: bool = False  # bitwise repeatable on GPUs too, and slower there
-    fake_devices: NonNegativeInt = 0  # fake CPU devices of each process; 0: the real devices
+    fake_devices: Annotated[int, from_0(1024)] = 0  # fake CPU devices of each process; 0: the real devices
     xla_options: bool = True  # compile with the options of `mesh/xla_options.py`; false: XLA's own defaults
     mesh: Mesh = Mesh()
     model: Model = Model()
@@ -337,7 +355,7 @@ def default_config() -> ml_collections.ConfigDict:
 def resolve(values: Mapping[str, Any]) -> Config:
     """Returns nested values as a checked `Config`. Raises `ConfigError` naming the key."""
     config = typed(values)
-    _check(config)
+    contradictions.check(config)
     return config
 
 
@@ -360,41 +378,3 @@ def differences(old: Config, new: Config) -> list[str]:
 def pair(size: Size) -> tuple[int, int]:
     """Returns (height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """Returns the multiples of `of` on either side of `value` as text for an error: '24 or 32' for 30 and 8."""
-    return f"{value // of * of} or {value // of * of + of}" if value >= of else str(of)
-
-
-def _check(config: Config) -> None:
-    """Raises `ConfigError` for values that contradict each other, without data, devices or a model."""
-    if config.total_steps is None and config.total_epochs is None:
-        raise ConfigError("total_steps: neither it nor total_epochs is set; set one")
-    flat = flatten(dataclasses.asdict(config))
-    for key in ("data.crop_area", "data.crop_aspect"):
-        if flat[key] is not None and flat[key][0] > flat[key][1]:
-            raise ConfigError(f"{key}: runs from {flat[key][0]:g} down to {flat[key][1]:g}; write the smaller first")
-    for key in ("data.mean", "data.std"):
-        if isinstance(flat[key], tuple) and len(flat[key]) != config.model.channels:
-            raise ConfigError(
-                f"{key}: has {len(flat[key])} numbers, but model.channels is {config.model.channels}; "
-                "give one per channel, or a single number for all"
-            )
-    if config.binarize_targets and config.loss != "sigmoid":
-        raise ConfigError(
-            f"binarize_targets: needs loss=sigmoid, found {config.loss}; set loss=sigmoid or binarize_targets=false"
-        )
-    model = config.model
-    if model.attention == "cudnn" and (model.dtype != "bfloat16" or model.attention_dropout):
-        raise ConfigError(
-            f"model.attention: cudnn takes dtype=bfloat16 and attention_dropout=0, found {model.dtype} and "
-            f"{model.attention_dropout:g}; change these or set model.attention=auto"
-        )
-    if not config.lora.rank and config.lora != Lora():
-        raise ConfigError("lora.rank: 0, so there are no adapters, but another key of lora is set; set lora.rank")
-    if config.batch_size % config.accumulate_steps:
-        raise ConfigError(
-            f"batch_size: {config.batch_size} does not divide into accumulate_steps={config.accumulate_steps} "
-            f"micro-batches; take {nearest_multiples(config.batch_size, config.accumulate_steps)}"
-        )

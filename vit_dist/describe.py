@@ -15,6 +15,7 @@ from rich.table import Table
 from vit_dist.config import ConfigError, Init
 from vit_dist.initial import open_weights, with_own_traits, with_traits
 from vit_dist.job import processes
+from vit_dist.mesh.layout import bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.recipes import Overrides, Recipe, load_config
 from vit_dist.weights.adapted import adapted
@@ -51,7 +52,7 @@ def inspect(config: Recipe, overrides: Overrides = ()) -> dict[str, Any]:
     return {
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters)),
         "flops_per_image": program.flops_per_step() // program.settings.batch_size,
-        "bytes_per_device": {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()},
+        "bytes_per_device": {name: bytes_per_device(tree) for name, tree in trees.items()},
         "mesh": dict(program.mesh.shape),
         "tensors": list(tensors(state.parameters)),
     }
@@ -116,12 +117,6 @@ def tensors(parameters: Any) -> Iterator[dict[str, Any]]:
         }
 
 
-def bytes_per_device(leaf: Any) -> int:
-    """Returns the bytes that one device holds of an array."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if _spec(leaf) else leaf.shape
-    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
-
-
 def parameter_table(parameters: Any) -> str:
     """Returns a text with a line for each parameter of a tree."""
     table = Table("parameter", "shape", "sharding", "bytes per device", box=None, header_style="bold")
@@ -131,7 +126,7 @@ def parameter_table(parameters: Any) -> str:
         shape, split = " x ".join(map(str, tensor["shape"])), spec_text(tensor["sharding"])
         table.add_row(tensor["name"], shape, split, f"{tensor['bytes_per_device']:,}")
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
-    table.add_row("all", f"{count:,}", "", f"{sum(map(bytes_per_device, jax.tree.leaves(parameters))):,}")
+    table.add_row("all", f"{count:,}", "", f"{bytes_per_device(parameters):,}")
     console = Console(width=120)
     with console.capture() as captured:
         console.print(table)

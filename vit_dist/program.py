@@ -7,6 +7,7 @@ split dimension against its axes. It allocates nothing, and compiles nothing bef
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vit_dist.job import processes
 from vit_dist.mesh import feed, layout, topology, xla_options
 from vit_dist.model import choices, context, flops, vit
 from vit_dist.run.checkpoints import Checkpoints, Step
-from vit_dist.run.devices import memory_bytes, peak_flops
+from vit_dist.run.devices import memory_bytes, memory_share, peak_flops
 from vit_dist.step import evaluation, trained, update
 from vit_dist.step.optimizer import make_optimizer
 from vit_dist.step.schedule import make_schedule
@@ -101,6 +102,22 @@ class Program:
         """Raises `ConfigError` where the training batch does not divide over the mesh; an evaluation's need not."""
         sizes = dict(self.mesh.shape)
         layout.check_divides("batch_size", self.settings.batch_size, "batch", sizes, self.settings.accumulate_steps)
+
+    def check_memory(self) -> None:
+        """Raises `ConfigError` where a device cannot hold the state, or a batch of images; the mesh must be in use."""
+        limit = memory_share(self.mesh.local_devices[0])
+        batches = {"batch_size": self.settings.batch_size, "evaluate.batch_size": self.evaluation_batch_size()}
+        image = math.prod((*self.image_size(), self.settings.model.channels))
+        shares = math.prod(size for axis, size in self.mesh.shape.items() if axis in layout.TABLE["batch"])
+        needed = {"model": layout.bytes_per_device(self.abstract_state())}
+        needed |= {key: rows * image // shares for key, rows in batches.items()}
+        for key, size in needed.items():
+            if size > limit:
+                what = "its parameters and optimizer take" if key == "model" else f"the images of {batches[key]:,} take"
+                raise ConfigError(
+                    f"{key}: {what} {size / 2**30:,.1f} GiB of a device's memory, which is {limit / 2**30:,.1f} GiB; "
+                    f"take {'a smaller one' if key == 'model' else 'fewer'}, or split over more devices"
+                )
 
     def in_use(self) -> Any:
         """Returns a context in which jax knows the mesh."""
@@ -194,6 +211,7 @@ def restored(
                     raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best")
             elif step != "newest":
                 number = step
+            program.check_memory()
             state = program.abstract_state()
             wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
             restored_step, trees = checkpoints.restore(wanted, number)

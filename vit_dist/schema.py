@@ -24,18 +24,29 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The numbers that a key allows, in words and as a test."""
+    """The numbers that a key allows, in words and as a test.
+
+    More than `most` would exhaust memory or take for ever; whole numbers end where int32 does.
+    """
 
     wanted: str
     holds: Callable[[float], bool]
+    most: float = sys.float_info.max
 
 
-_POSITIVE = Bound("above 0", lambda value: value > 0)
-_NOT_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
-PositiveInt = Annotated[int, _POSITIVE]
-PositiveFloat = Annotated[float, _POSITIVE]
-NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
-NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+def above_0(most: float = sys.float_info.max) -> Bound:
+    return Bound("above 0", lambda value: value > 0, most)
+
+
+def from_0(most: float = sys.float_info.max) -> Bound:
+    return Bound("0 or more", lambda value: value >= 0, most)
+
+
+_INT32 = 2**31 - 1
+PositiveInt = Annotated[int, above_0(_INT32)]
+PositiveFloat = Annotated[float, above_0()]
+NonNegativeInt = Annotated[int, from_0(_INT32)]
+NonNegativeFloat = Annotated[float, from_0()]
 FractionBelowOne = Annotated[float, Bound("in [0, 1)", lambda value: 0 <= value < 1)]
 PositiveFraction = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < value <= 1)]
 
@@ -60,6 +71,8 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
         built, bound = build(arguments[0], value, key), arguments[1]
         if not bound.holds(built):
             raise ConfigError(f"{key}: must be {bound.wanted}, found {value}")
+        if built > bound.most:
+            raise ConfigError(f"{key}: must be at most {bound.most:,}, found {value}")
         return built
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
@@ -162,3 +175,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """Returns the multiples of `of` on either side of `value` as text for an error: '24 or 32' for 30 and 8."""
+    return f"{value // of * of} or {value // of * of + of}" if value >= of else str(of)

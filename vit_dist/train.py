@@ -126,7 +126,7 @@ def train(
     head, model = settings.init.head, program.settings.model
     start = adapted(weights, model, head, source.class_names) if weights else None
     with program.in_use():
-        program.abstract_state()  # refuses an optimizer rule that matches nothing, before anything is written
+        program.check_memory()  # also refuses an optimizer rule that matches nothing, before anything is written
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
             opened = record(settings.init, weights) if weights else None

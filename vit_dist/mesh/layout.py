@@ -15,11 +15,14 @@ every function here is the identity, so that a model also runs on one device wit
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
-from vit_dist.config import ConfigError, nearest_multiples
+from vit_dist.config import ConfigError
+from vit_dist.schema import nearest_multiples
 
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("dcn_data", "data", "fsdp"),  # examples: replicas and fully sharded devices alike take a share of them
@@ -217,6 +220,16 @@ def unreduced_zeros(parameter: jax.Array) -> jax.Array:
     stored = jax.typeof(parameter).sharding.spec
     zeros = jax.numpy.zeros(parameter.shape, out_sharding=PartitionSpec(*stored.partitions))
     return jax.sharding.reshard(zeros, PartitionSpec(*stored.partitions, unreduced=stored.reduced))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of arrays or `jax.ShapeDtypeStruct`s, by their shardings."""
+
+    def size(leaf: Any) -> int:
+        split = leaf.sharding is not None and tuple(leaf.sharding.spec)
+        return math.prod(leaf.sharding.shard_shape(leaf.shape) if split else leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def check_divides(key: str, size: int, name: str, sizes: dict[str, int], micro_batches: int = 1) -> None:

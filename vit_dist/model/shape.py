@@ -3,8 +3,9 @@
 import dataclasses
 
 from vit_dist import config
-from vit_dist.config import ConfigError, nearest_multiples, pair
+from vit_dist.config import ConfigError, pair
 from vit_dist.model import variants
+from vit_dist.schema import nearest_multiples
 
 
 @dataclasses.dataclass(frozen=True)

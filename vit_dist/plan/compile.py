@@ -10,7 +10,8 @@ import jax
 from vit_dist.config import Config, ConfigError
 from vit_dist.data.pictures import augment
 from vit_dist.data.sets.sources import is_in_memory
-from vit_dist.describe import CLASSES, bytes_per_device
+from vit_dist.describe import CLASSES
+from vit_dist.mesh import layout
 from vit_dist.program import UNUSED, Program
 from vit_dist.step.state import State
 
@@ -88,7 +89,7 @@ def held_bytes(state: State, batch: Mapping[str, Any]) -> dict[str, int]:
     """
     trees = {"parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema}
     trees["batch"] = dict(batch)
-    return {name: sum(map(bytes_per_device, jax.tree.leaves(tree))) for name, tree in trees.items()}
+    return {name: layout.bytes_per_device(tree) for name, tree in trees.items()}
 
 
 def _needed_bytes(message: str, held: int) -> int | None:

@@ -1,5 +1,6 @@
 """Peak arithmetic rates by device kind, and memory: what there is and what is in use."""
 
+import os
 from collections.abc import Iterable
 
 import jax
@@ -57,6 +58,14 @@ def memory_bytes(device: jax.Device) -> int | None:
     stats = local[0].memory_stats() if local else None
     limit: int | None = (stats or {}).get("bytes_limit")
     return limit
+
+
+def memory_share(device: jax.Device) -> int:
+    """Returns the bytes of memory that there are for a device; a CPU's are its share of the host's memory."""
+    limit = memory_bytes(device)
+    if limit is not None:
+        return limit
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(device.client.local_devices())
 
 
 def memory_in_use(devices: Iterable[jax.Device]) -> int | None:

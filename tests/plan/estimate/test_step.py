@@ -3,12 +3,11 @@
 import dataclasses
 import math
 
-import jax
 import pytest
 from compiled import compiled_step, program_on
 from system import NOTHING_RANDOM, settings
 
-from vit_dist.describe import bytes_per_device
+from vit_dist.mesh.layout import bytes_per_device
 from vit_dist.model.flops import hardware_flops, training_flops
 from vit_dist.plan.collectives import Collective, bytes_sent, collectives
 from vit_dist.plan.estimate.communication import step_collectives
@@ -47,7 +46,7 @@ def test_the_state_of_a_device_is_exact(name):
         "parameters": state.parameters, "optimizer": (state.optimizer, state.step), "ema": state.ema, "batch": batch
     }  # fmt: skip
     for name, tree in trees.items():
-        assert memory[name] == sum(map(bytes_per_device, jax.tree.leaves(tree))), name
+        assert memory[name] == bytes_per_device(tree), name
 
 
 def test_gradients_and_gathered_parameters_by_hand():
