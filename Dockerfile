@@ -27,8 +27,12 @@ COPY configs /configs
 COPY vit_dist /vit_dist
 
 FROM base AS gpu
-# Asks NVIDIA's container tools, Enroot's among them, for the GPUs and their driver's libraries.
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Asks NVIDIA's container tools, Enroot's among them, for the GPUs and their driver's libraries (580 or newer, for CUDA
+# 13). XLA takes this share of a GPU's memory at the start; its own default is 0.75.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility XLA_CLIENT_MEM_FRACTION=0.92
+# libibverbs and its drivers: without them NCCL takes TCP between nodes, and does not say so.
+RUN apt-get update && apt-get install --yes --no-install-recommends rdma-core ibverbs-providers libibverbs1 librdmacm1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN pip install --constraint constraints.txt --editable ".[gpu]"
 COPY --from=code / ./
 USER vit

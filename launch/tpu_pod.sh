@@ -10,6 +10,11 @@
 #   --version=V         the software on its workers (the version that Google documents for jax on that type)
 #   --project=P         the project (gcloud's own setting)
 #   --spot              a cheaper slice that may be preempted at any time
+#   --reserved          of the project's reservation
+#   --network=N         the VPC network of its workers (the project's default)
+#   --internal-ips      workers without addresses of their own in the Internet; this machine must be in their network,
+#                       and they need Cloud NAT or a mirror to install packages
+#   --service-account=A as whom the workers read and write buckets (the project's default)
 #   --queued            wait in Google's queue until the slice is available; asks every POLL_SECONDS (30)
 #   --before=COMMAND    runs on each worker before anything else: mounts, credentials
 #   --retries=N         how often to try again when the slice is preempted or cannot be created again, or when the
@@ -27,7 +32,7 @@ usage() {
 }
 
 zone='' accelerator='' name=vit-dist-${USER:-tpu} version='' before='' retries=3
-common=() kind=() queued=false keep=false dry_run=false
+common=() kind=() reach=() queued=false keep=false dry_run=false
 while [ $# -gt 0 ]; do
   case $1 in
     --zone=*) zone=${1#*=} ;;
@@ -37,7 +42,12 @@ while [ $# -gt 0 ]; do
     --project=*) common=("--project=${1#*=}") ;;
     --before=*) before=${1#*=} ;;
     --retries=*) retries=${1#*=} ;;
-    --spot) kind=(--spot) ;;
+    --spot | --reserved) kind+=("$1") ;;
+    --network=* | --service-account=*) kind+=("$1") ;;
+    --internal-ips)
+      kind+=(--internal-ips)
+      reach=(--internal-ip)
+      ;;
     --queued) queued=true ;;
     --keep) keep=true ;;
     --dry-run) dry_run=true ;;
@@ -83,7 +93,7 @@ tpu() { run gcloud compute tpus tpu-vm "$@" "${common[@]}"; }
 queue() { run gcloud compute tpus queued-resources "$@" "${common[@]}"; }
 ssh_to() {
   # A preempted worker does not close the connection: ssh itself must detect it.
-  tpu ssh "$name" "--worker=$1" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$2"
+  tpu ssh "$name" "--worker=$1" ${reach[@]+"${reach[@]}"} --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4 "--command=$2"
 }
 pause() {
   sleep "$1" &
@@ -195,7 +205,7 @@ while true; do
       continue
     fi
     run tar -czf "$package" -C "$root" pyproject.toml constraints.txt README.md vit_dist configs "$config"
-    tpu scp "$package" "$name:vit_dist.tar.gz" --worker=all
+    tpu scp "$package" "$name:vit_dist.tar.gz" --worker=all ${reach[@]+"${reach[@]}"}
     [ -z "$before" ] || ssh_to all "$before"
     ssh_to all "$install"
     ready=true

@@ -77,10 +77,10 @@ def test_a_manifest_filled_as_its_head_says_is_a_job_set(name):
     [
         ("backoffLimit: 0", "backofLimit: 0", KeyError, "spec.backofLimit"),
         ("restartPolicy: Never", "restartpolicy: Never", KeyError, "spec.restartpolicy"),
-        ("mountPath: /dev/shm", "mountpath: /dev/shm", KeyError, "volumeMounts[1].mountpath"),
+        ("mountPath: /dev/shm", "mountpath: /dev/shm", KeyError, "volumeMounts[2].mountpath"),
         ("maxRestarts: 20", "maxRestarts: many", ValidationError, "maxRestarts"),
         ("parallelism: ${", "parallelism: x${", ValidationError, "parallelism"),
-        ("values: [2]", "values: 2", ValidationError, "values"),
+        ("values: [2, 75]", "values: 2", ValidationError, "values"),
     ],
 )
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -100,19 +100,51 @@ def _parts(manifest):
     return replicated, job, pod, container
 
 
+def _matches(rule, message):
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    return any(re.fullmatch(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [".*"]))
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_restart_compiles_nothing_again_and_reads_the_data_of_a_volume_of_its_own(name):
+    _, _, pod, container = _parts(_manifest(name))
+    environment = {one["name"]: one.get("value") for one in container["env"]}
+    assert environment["JAX_COMPILATION_CACHE_DIR"].startswith("/runs/")
+    [data] = [one for one in container["volumeMounts"] if one["mountPath"] == "/data"]
+    assert data["readOnly"]
+    assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+    assert set(container["resources"]["requests"]) == {"cpu", "memory"}
+
+
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_all_pods_start_and_fail_together_and_a_mistake_is_not_tried_again(name):
     manifest = _manifest(name)
     _, job, pod, container = _parts(manifest)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] > 1
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for, too
-    [rule] = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob"
-    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+    by_code, by_condition = job["podFailurePolicy"]["rules"]
+    assert by_code["action"] == by_condition["action"] == "FailJob"
+    assert by_code["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2, 75]}
+    assert by_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     policy = manifest["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
-    [rule] = policy["rules"]  # the reason is what Kubernetes writes for a Job that `FailJob` has failed
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    # Reason and messages are what Kubernetes writes for a Job that `FailJob` has failed (pkg/controller/job).
+    for message, action in (
+        (
+            "Container vit-dist for pod default/b16-node-0-1 failed with exit code 2 matching FailJob rule",
+            "FailJobSet",
+        ),
+        (
+            "Container vit-dist for pod default/b16-node-0-1 failed with exit code 75 matching FailJob rule at index 0",
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+        (
+            "Pod default/b16-node-0-1 has condition DisruptionTarget matching FailJob rule at index 1",
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+    ):
+        matching = [rule for rule in policy["rules"] if _matches(rule, message)]
+        assert matching[0]["action"] == action
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -136,7 +168,7 @@ def test_the_gpu_pods_launch_a_process_a_gpu_and_meet_at_pod_0():
     options = dict(word[2:].split("=", 1) for word in container["command"] if "=" in word)
     assert int(options["processes"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert int(options["nodes"]) == job["completions"] == 4
-    [rank] = container["env"]
+    [rank] = [one for one in container["env"] if "valueFrom" in one]
     assert options["node-rank"] == f"$({rank['name']})"
     annotation = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert rank["valueFrom"]["fieldRef"]["fieldPath"] == annotation

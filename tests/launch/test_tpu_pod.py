@@ -187,6 +187,18 @@ def test_a_slice_is_created_set_up_run_on_all_workers_and_deleted(cloud):
     assert not cloud.exists() and not list(cloud.folder.glob("*.tar.gz"))
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_workers_in_a_private_network_are_made_and_reached_there(cloud, queued):
+    placed = ["--reserved", "--network=lab", "--internal-ips", "--service-account=trainer@p.example"]
+    code, _, err = cloud.run(*OPTIONS, *placed, *(["--queued"] if queued else []), *RUN)
+    assert code == 0, err
+    by_verb = {call[4]: call for call in cloud.calls()}
+    assert set(placed) <= set(by_verb["create"])
+    for verb, call in by_verb.items():
+        assert ("--internal-ip" in call) == (verb in ("ssh", "scp"))
+        assert verb == "create" or not set(placed) & set(call)
+
+
 def _version(end):
     return f"--version=v2-alpha-tpu{end}"
 
