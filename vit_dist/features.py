@@ -32,7 +32,7 @@ from vit_dist.load import base, opened, set_keys, start_devices
 from vit_dist.paths import expanded
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides
-from vit_dist.run.files import read_json, write_atomically
+from vit_dist.run.files import COUNT, read_json, write_atomically
 from vit_dist.step.state import Parameters
 from vit_dist.weights.traits import PREPARED, TRAITS
 
@@ -151,9 +151,11 @@ class _Parts:
         self.plan = plan
         if (self.folder / _PLAN).is_file():
             try:
-                old = read_json(self.folder / _PLAN, dict)
-            except ConfigError:
-                return f"{self.folder}: {_PLAN} cannot be read; remove the folder or give another OUT"
+                old = read_json(
+                    self.folder / _PLAN, {"rows_of_a_part?": COUNT}, "remove the folder or give another OUT"
+                )
+            except ConfigError as error:
+                return str(error)
             self.rows = old.pop("rows_of_a_part", self.rows)
             different = [key for key in {**old, **plan} if old.get(key) != plan.get(key)]
             if different:
