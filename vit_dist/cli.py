@@ -29,8 +29,8 @@ from vit_dist.printing import print_json, print_lines, print_message, print_tabl
 LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
 # Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
 FILE_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOSPC,
-    errno.ENOTDIR, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS,
 }  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
+        where = error.filename2 or error.filename or getattr(options, "workdir", "the disk")
+        code, message = MISTAKE, f"{where}: {error.strerror}"
         print_message(f"error: {message}")
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"

@@ -104,15 +104,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_partial(folder: Path, name: str = "*") -> None:
-    """Removes the files that `replacing` was writing when its process was killed, in a folder and in those in it.
+    """Removes the files in a folder that `replacing` was writing when its process was killed.
 
     Nobody else may be writing there. `name` is that of the file to be replaced; "*": any.
     """
-    pattern = f".{name if name == '*' else glob.escape(name)}.*.tmp"
-    for each in (pattern, f"*/{pattern}"):
-        for file in folder.glob(each):
-            if _PARTIAL.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+    for file in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        if _PARTIAL.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import open_stream, read_file, replacing
+from vit_dist.data.files import first_line, open_stream, read_file, replacing
 
 ADVICE = "restore it or choose another --workdir"
 _LARGEST = 64 << 20  # bytes of a JSON file; the names of 21,843 classes take 1 MB, a session of a run 2 kB
@@ -131,7 +131,7 @@ def _parsed(content: bytes, shape: Shape, where: str, advice: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _shown(value: Any) -> str:

@@ -167,7 +167,8 @@ def locked(folder: Path, deadline: float, option: str) -> Iterator[Lock | None]:
                 made = [each for each in (folder, *folder.parents) if not each.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = Lock(folder, deadline)
-                remove_partial(folder)
+                for each in (folder, *filter(Path.is_dir, list(folder.iterdir()))):
+                    remove_partial(each)
             except ConfigError as error:
                 problem = f"{error}, or choose another {option}"
             except OSError as error:
@@ -244,7 +245,7 @@ def _holder(file: Path) -> _Holder | None:
             values = json.loads(stream.read(4096))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     return _Holder(file, None if mismatch(values, _OWNER) else values, touched)
 
