@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,9 @@ import pyarrow.parquet
 
 from vit_dist import config
 from vit_dist.config import ConfigError
+from vit_dist.data.files import open_stream
+from vit_dist.data.npy import read_member
+from vit_dist.data.sets.formats.listing import MOST_CLASSES
 from vit_dist.data.sets.sources import open_source
 from vit_dist.extraction import Extractor, Rows
 from vit_dist.features import with_data
@@ -23,8 +27,13 @@ from vit_dist.probes.measure import NAMES, Probes, Row, check, measure
 from vit_dist.probes.shots import choose
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides, override
+from vit_dist.run.files import TEXT, WHOLE, mismatch
 from vit_dist.schema import one_of
 
+_ERRORS = (  # of files that hold something else, or are damaged
+    OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, RuntimeError, MemoryError, zipfile.BadZipFile,
+    zlib.error, pyarrow.ArrowException,
+)  # fmt: skip
 _OF_A_FILE = {"data", "split", "examples"}  # in which the plans of two files of features may differ
 
 
@@ -134,17 +143,33 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
             features = values.to_numpy().reshape(len(table), *plan["shape"])
             names = dict(zip(columns["label"].tolist(), columns["class"].tolist(), strict=True))
         else:
-            with np.load(file, allow_pickle=False) as arrays:
-                plan, features = json.loads(str(arrays["plan"])), arrays["features"]
-                columns = {name: arrays[name] for name in ("id", "label")}
-                names = dict(enumerate(arrays["class_names"].tolist()))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, pyarrow.ArrowException) as error:
+            with open_stream(file) as stream, zipfile.ZipFile(stream) as archive:
+                plan, features = json.loads(str(read_member(archive, "plan"))), read_member(archive, "features")
+                columns = {name: read_member(archive, name) for name in ("id", "label")}
+                names = dict(enumerate(read_member(archive, "class_names").tolist()))
+        _check_read(plan, columns, features, names)
+    except _ERRORS as error:
         raise ConfigError(
             f"{file}: holds no features of `vit-dist features` ({error}); give its .npz or .parquet"
         ) from error
     if features.ndim != 2 or not len(features):
         raise ConfigError(f"{file}: holds features {list(features.shape)}; expected one vector for each example")
     return plan, names, Rows(columns["id"], columns["label"], features)
+
+
+def _check_read(plan: Any, columns: dict[str, np.ndarray], features: np.ndarray, names: dict[int, str]) -> None:
+    """Raises `ValueError` for what `features` does not write."""
+    if problem := mismatch(plan, {"data": TEXT, "split": TEXT, "examples": WHOLE}):
+        raise ValueError(f"plan: {problem}")
+    for name in ("id", "label"):
+        column = columns[name]
+        if column.dtype.kind not in "iu" or column.shape != (len(features),):
+            raise ValueError(f"{name}: {column.dtype}{list(column.shape)}, expected {len(features)} whole numbers")
+    labels = columns["label"]
+    if features.dtype.kind != "f" or (len(labels) and not 0 <= labels.min() <= labels.max() < MOST_CLASSES):
+        raise ValueError("expected features of floats, and labels that are numbers of classes")
+    if unnamed := set(labels.tolist()) - names.keys():
+        raise ValueError(f"label {min(unnamed)} is of no class")
 
 
 def _check_names(probes: Sequence[str]) -> None:
