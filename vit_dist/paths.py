@@ -1,7 +1,7 @@
 """Expands `~` in every local path that a user gives, on the command line, in a config or to a function.
 
-A path that is the address of a store is refused: as a path it would name a folder `gs:` of the current folder. (Data may
-have one, and `data.files.location` opens it.)
+A path that is the address of a store is refused: as a path it would name a folder `gs:` of the current folder. (Data
+may have one, and `data.files.location` opens it.)
 """
 
 import re

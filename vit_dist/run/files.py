@@ -17,6 +17,7 @@ from vit_dist.data.files import first_line, open_stream, read_file, replacing
 
 ADVICE = "restore it or choose another --workdir"
 _LARGEST = 64 << 20  # bytes of a JSON file; the names of 21,843 classes take 1 MB, a session of a run 2 kB
+_DEEPEST = 100  # a writer that indents gives up before the reader does
 _LINE_ADVICE = "repair the line or remove it"
 
 
@@ -67,9 +68,11 @@ def read_json(file: Path, shape: Shape, advice: str = ADVICE) -> Any:
         raise ConfigError(f"{file}: is larger than {_LARGEST >> 20} MiB, which no such file is; {advice}")
     value = _parsed(content, shape, str(file), advice)
     try:
-        os.fsencode(json.dumps(value, ensure_ascii=False, indent=0))  # for those who add to the file or copy it
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not JSON that can be written again ({_reason(error)}); {advice}") from error
+        os.fsencode(json.dumps(value, ensure_ascii=False))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON that can be written again ({error}); {advice}") from error
+    if _depth(value) > _DEEPEST:
+        raise ConfigError(f"{file}: not JSON that can be written again (it is nested too deeply); {advice}")
     return value
 
 
@@ -114,9 +117,9 @@ def mismatch(value: Any, shape: Shape, key: str = "") -> str:
         inside = []
         assert isinstance(value, dict)
         for name, item in value.items():
-            optional = None if item is None else shape.get(f"{name}?")
-            inner = shape.get(name) or optional or shape.get("*")
-            inside += [] if inner is None else [(item, inner, f"{key}.{name}" if key else name)]
+            inner = shape.get(name) or shape.get(f"{name}?") or shape.get("*")
+            if inner is not None and not (item is None and f"{name}?" in shape):
+                inside.append((item, inner, f"{key}.{name}" if key else name))
     return next(filter(None, (mismatch(*each) for each in inside)), "")
 
 
@@ -128,6 +131,15 @@ def _parsed(content: bytes, shape: Shape, where: str, advice: str) -> Any:
     if problem := mismatch(value, shape):
         raise ConfigError(f"{where}: {problem}; {advice}")
     return value
+
+
+def _depth(value: Any) -> int:
+    """Returns how many lists and objects lie inside each other, at most."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, list | dict)]:
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return depth
 
 
 def _reason(error: Exception) -> str:
