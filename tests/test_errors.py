@@ -312,7 +312,7 @@ def test_eval_of_a_split_that_is_not_there_is_refused(refused, trained):
     ("text", "message"),
     [
         ("{", ": not JSON"),
-        ("[]", ": holds a list, expected a dict"),
+        ("[]", ": expected an object, found a list that is empty"),
         ('{"sed": 3}', ": unknown key sed (did you mean seed?)"),
         ('{"model": 3}', ": model: expected keys and values, found 3 (int)"),
     ],
@@ -328,9 +328,11 @@ def test_class_names_and_summaries_that_are_damaged_are_refused_by_name(refused,
     image = tmp_path / "one.png"
     cv2.imwrite(str(image), np.zeros((8, 8), np.uint8))
     (copy / "summary.json").write_text("[]")
-    assert "summary.json: holds a list" in refused("train", f"--config={SMALLEST}", f"--workdir={copy}")
+    assert "summary.json: expected an object, found a list" in refused(
+        "train", f"--config={SMALLEST}", f"--workdir={copy}"
+    )
     (copy / "classes.json").write_text("3")
-    assert "classes.json: holds a int" in refused("predict", f"--workdir={copy}", str(image))
+    assert "classes.json: expected a list, found 3" in refused("predict", f"--workdir={copy}", str(image))
     (copy / "classes.json").unlink()
     assert "classes.json: missing" in refused("predict", f"--workdir={copy}", str(image))
 

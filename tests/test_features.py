@@ -299,7 +299,7 @@ def test_what_cannot_be_made_is_said_and_leaves_nothing(timm, run, photos, tmp_p
     (tmp_path / "other.npz.parts/mine").write_text("mine")
     assert "is no folder of parts" in refused(timm, tmp_path / "other.npz", path=photos)
     (tmp_path / "other.npz.parts/plan.json").write_text("{")
-    assert "plan.json cannot be read; remove the folder" in refused(timm, tmp_path / "other.npz", path=photos)
+    assert "plan.json: not JSON" in refused(timm, tmp_path / "other.npz", path=photos)
 
 
 def test_the_verb_takes_a_run_or_weights_and_prints_one_object(timm, run, photos, tmp_path, capsys):

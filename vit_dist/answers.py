@@ -16,7 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import printable, replacing
+from vit_dist.data.files import replacing
+from vit_dist.escape import printable
 from vit_dist.paths import expanded
 
 _ROWS = 4096  # of a row group of Parquet

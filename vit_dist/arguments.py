@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vit_dist import config
+from vit_dist.escape import printable
 from vit_dist.job import launcher
 from vit_dist.paths import expanded
 from vit_dist.schema import ConfigError, elsewhere
@@ -200,7 +201,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line that begins like every other error."""
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 def _path(text: str) -> str:

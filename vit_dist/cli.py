@@ -18,18 +18,19 @@ from types import FrameType
 
 from vit_dist import arguments, commands, config, keys, recipes
 from vit_dist.config import ConfigError
+from vit_dist.escape import PrintableFormatter
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.job.watchdog import end_now
 from vit_dist.paths import expanded
-from vit_dist.printing import print_json, print_table
+from vit_dist.printing import print_json, print_lines, print_message, print_table
 
 LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
 # Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
 FILE_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENOSPC,
-    errno.ENOTDIR, errno.EROFS,
+    errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE,
+    errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EROFS,
 }  # fmt: skip
 _DEVICE_MEMORY = "RESOURCE_EXHAUSTED: "  # how jax's error begins where a device has too little memory
 _SPARES_MEMORY = (
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _answer_ctrl_c()
         _keep_stdout_for_results()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal])
     for library in ("absl", "jax"):  # orbax and grain log as absl
         logging.getLogger(library).setLevel(logging.WARNING)
     code, message, together = FAILED, "an unexpected error; see the log of that process", False
@@ -54,26 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         together = code != FAILED
     except ConfigError as error:
         code, message = MISTAKE, str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print_message(f"error: {message}")
     except JobError as error:
         message = str(error)
-        print(f"error: {message}", file=sys.stderr)
+        print_message(f"error: {message}")
         if error.blamed is not None:
             Blame(error.blamed, message).report()
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        code, message = MISTAKE, f"{error.filename or getattr(options, 'workdir', 'the disk')}: {error.strerror}"
-        print(f"error: {message}", file=sys.stderr)
+        where = error.filename2 or error.filename or getattr(options, "workdir", "the disk")
+        code, message = MISTAKE, f"{where}: {error.strerror}"
+        print_message(f"error: {message}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not str(error).startswith(_DEVICE_MEMORY):
             raise
         text = (str(error).splitlines() or ["the host's memory is full"])[0].removeprefix(_DEVICE_MEMORY)
         code, message = MISTAKE, f"out of memory: {text}; {_SPARES_MEMORY}"
-        print(f"error: {message}", file=sys.stderr)
+        print_message(f"error: {message}")
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"
-        print(message, file=sys.stderr)
+        print_message(message)
     finally:
         _leave(code, message, together)
     if code == INTERRUPTED and not together and argv is None:
@@ -121,13 +125,13 @@ def _train(options: argparse.Namespace) -> int:
     try:
         print_json(train(settings, options.workdir, own_process=options.own_process))
     except Preempted as stopped:
-        print(f"preempted: {stopped}", file=sys.stderr)
+        print_message(f"preempted: {stopped}")
         return PREEMPTED
     except Interrupted as stopped:
-        print(f"interrupted: {stopped}", file=sys.stderr)
+        print_message(f"interrupted: {stopped}")
         return INTERRUPTED
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_message(f"error: {error}")
         return FAILED
     return DONE
 
@@ -186,8 +190,7 @@ def _inspect_weights(options: argparse.Namespace) -> None:
     classes = described["classes"]
     values["classes"] = "no names" if not classes else f"{len(classes):,}, from {classes[0]} to {classes[-1]}"
     print_table(("", ""), list(values.items()))
-    for change in described["changes"]:
-        print(change)
+    print_lines(described["changes"])
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -317,8 +320,7 @@ def _version(options: argparse.Namespace) -> None:
     versions = [f"{name} {version or 'not installed'}" for name, version in environment["versions"].items()]
     git, devices = environment["git"], environment["devices"]
     commit = f"commit {git['commit']}{', changed' if git['dirty'] else ''}" if git else "no checkout"
-    for line in (*versions, f"python {environment['python']}", f"{devices['count']} x {devices['kind']}", commit):
-        print(line)
+    print_lines([*versions, f"python {environment['python']}", f"{devices['count']} x {devices['kind']}", commit])
 
 
 def _summary(recipe: Path) -> str:

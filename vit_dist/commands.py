@@ -1,14 +1,13 @@
 """The verbs that use a trained model, as functions of the command line's options; each prints its result."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
 from vit_dist.job.exit_codes import DONE, MISTAKE
-from vit_dist.printing import print_json, print_table
+from vit_dist.printing import print_json, print_message, print_table
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -47,7 +46,7 @@ def predict(options: argparse.Namespace) -> int:
     else:
         print_table(("image", "class", "probability"), [row for one in counted() for row in answers.table_rows(one)])
     if counts["errors"]:
-        print(f"error: {counts['errors']} of {counts['images']} files did not decode", file=sys.stderr)
+        print_message(f"error: {counts['errors']} of {counts['images']} files did not decode")
         return MISTAKE
     return DONE
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_dist.config import ConfigError, Init
+from vit_dist.data.sets.examples import Source
+from vit_dist.data.stream.pixels import augments_on_device
 from vit_dist.initial import open_weights, with_own_traits, with_traits
 from vit_dist.job import processes
 from vit_dist.mesh.layout import bytes_per_device
 from vit_dist.program import UNUSED, Program
 from vit_dist.recipes import Overrides, Recipe, load_config
+from vit_dist.step.state import State
 from vit_dist.weights.adapted import adapted
 
 CLASSES = 1000  # assumed where the config leaves it to the data, which is not opened here
@@ -127,10 +130,30 @@ def parameter_table(parameters: Any) -> str:
         table.add_row(tensor["name"], shape, split, f"{tensor['bytes_per_device']:,}")
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))
     table.add_row("all", f"{count:,}", "", f"{bytes_per_device(parameters):,}")
-    console = Console(width=120)
+    console = Console(width=120, force_terminal=False)  # no styles, which are escaped before they are shown
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()
+
+
+def run_lines(program: Program, state: State, source: Source, splits: Mapping[str, Source]) -> list[str]:
+    """Returns what a run says as it begins: parameters, mesh, length, and where images are augmented."""
+    settings = program.settings
+    lines = parameter_table(state.parameters).splitlines()
+    axes = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
+    device = program.mesh.devices.flat[0]
+    lines.append(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
+    if device.platform == "cpu" and settings.model.dtype == "bfloat16":
+        _log.warning("model.dtype: bfloat16 may take longer than float32 on a CPU; compare by bench")
+    lines.append(f"{len(source):,} examples, {program.steps:,} steps of {settings.batch_size}")
+    if settings.data.crop_area is not None or settings.data.flip:
+        where = "device" if augments_on_device(source, settings.data) else "host"
+        lines.append(f"crop and flip on the {where} (data.augment_on={settings.data.augment_on})")
+    if settings.checkpoint.keep_best and not splits:
+        lines.append("nothing is evaluated, so checkpoint.keep_best has no effect: only the newest are kept")
+    if int(state.step):
+        lines.append(f"resuming from step {int(state.step)}")
+    return lines
 
 
 def spec_text(axes: list[Any]) -> str:

@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vit_dist.config import Config, ConfigError
-from vit_dist.data.files import first_line, location, making, replacing
+from vit_dist.data.files import first_line, location, remove_partial, replacing
 from vit_dist.data.progress_bar import bar
 from vit_dist.data.sets.examples import Source, distinct_names, fingerprint
 from vit_dist.data.sets.recognise import recognise
@@ -36,7 +36,8 @@ from vit_dist.paths import expanded
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides
 from vit_dist.run.checkpoints import Step
-from vit_dist.run.files import read_json, write_atomically
+from vit_dist.run.files import COUNT, read_json, write_atomically
+from vit_dist.run.lock import agree, locked
 from vit_dist.step.state import Parameters
 from vit_dist.weights.traits import PREPARED, TRAITS
 
@@ -80,7 +81,7 @@ def features(
     """
     out = expanded(out, "OUT")
     start_devices(model, overrides, "features", on_other_data=path is not None)
-    _agree(_refusal(out))
+    agree(_refusal(out))
     chosen = opened(model, overrides, step, "features")
     settings = with_data(chosen.settings, path, overrides, has_own=base(model, "features")[0] is not None)
     source = open_source(settings.data, split, settings.model.channels)
@@ -102,14 +103,16 @@ def features(
                 "shape": list(extractor.row_shape),
                 **_traits(settings),
             }
-        parts = _Parts(out, extractor)
-        _agree(parts.begin(plan))
+    parts = _Parts(out, extractor)
+    with locked(parts.folder, settings.deadlines.peer_seconds, "OUT"):
+        agree(_refusal(out) or parts.begin(plan))
         try:
-            _extract(extractor, parameters, source, parts)
+            with jax.set_mesh(mesh):
+                _extract(extractor, parameters, source, parts)
         finally:
             parts.drop_if_empty()
-    processes.stop_clock()  # the others wait while process 0 writes, which may take any time
-    answer = parts.finish(source, settings.data.max_bad_fraction) if processes.index() == 0 else {}
+        processes.stop_clock()  # the others wait while process 0 writes, which may take any time
+        answer = parts.finish(source, settings.data.max_bad_fraction) if processes.index() == 0 else {}
     count, problem = processes.gather([answer.get("count"), answer.get("problem")])[0]
     if problem:
         raise TooManyBadExamples(problem)
@@ -154,18 +157,21 @@ class _Parts:
         self.plan: dict[str, Any] = {}
 
     def begin(self, plan: dict[str, Any] | None) -> str:
-        """Makes the folder or checks that it belongs to this plan; returns what is wrong, or ""."""
+        """Writes the plan, or checks that the folder belongs to it; returns what is wrong, or ""."""
         if plan is None:
             return ""
         self.plan = plan
+        remove_partial(self.out.parent, self.out.name)
         if (self.folder / _PLAN).is_file():
             try:
-                old = read_json(self.folder / _PLAN, dict)
-            except ConfigError:
-                return f"{self.folder}: {_PLAN} cannot be read; remove the folder or give another OUT"
+                old = read_json(
+                    self.folder / _PLAN, {"rows_of_a_part?": COUNT}, "remove the folder or give another OUT"
+                )
+            except ConfigError as error:
+                return str(error)
             if not self.file(0).exists():  # it was stopped before its first part
                 return self._write_plan()
-            self.rows = old.pop("rows_of_a_part", self.rows)
+            self.rows = old.pop("rows_of_a_part", None) or self.rows
             different = [key for key in {**old, **plan} if old.get(key) != plan.get(key)]
             if different:
                 key = different[0]
@@ -174,10 +180,8 @@ class _Parts:
                     f"{plan.get(key)!r}); remove it or give another OUT"
                 )
             return ""
-        if self.folder.exists() and any(not file.name.startswith(".") for file in self.folder.iterdir()):
+        if any(not file.name.startswith(".") for file in self.folder.iterdir()):
             return f"{self.folder}: is no folder of parts ({_PLAN} is missing); remove it or give another OUT"
-        with making(self.out):
-            self.folder.mkdir(exist_ok=True)
         return self._write_plan()
 
     def _write_plan(self) -> str:
@@ -306,10 +310,3 @@ def _refusal(out: Path) -> str:
     if os.path.lexists(out):
         return f"OUT: {out}: exists; remove it or give another name"
     return "" if out.parent.is_dir() else f"OUT: {out}: there is no folder {out.parent}; make it first"
-
-
-def _agree(problem: str) -> None:
-    """Raises `ConfigError` on every process if one has found a problem."""
-    found = next(filter(None, processes.gather(problem)), None)
-    if found:
-        raise ConfigError(found)

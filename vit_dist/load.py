@@ -13,6 +13,7 @@ from PIL import Image
 
 from vit_dist import config
 from vit_dist.config import ConfigError, pair
+from vit_dist.data.files import read_file
 from vit_dist.data.pictures.images import CHANNELS, BadImage, convert_channels, convertible, pixels_of
 from vit_dist.data.sets.examples import distinct_names
 from vit_dist.data.stream.pixels import evaluation_image, evaluation_pixels
@@ -96,9 +97,9 @@ class Loaded:
         if isinstance(picture, str | Path):
             path = expanded(picture, "picture")
             try:
-                pixels = evaluation_image(path.read_bytes(), data, size, channels)
+                pixels = evaluation_image(read_file(path), data, size, channels)
             except OSError as error:
-                raise ConfigError(f"{path}: {error.strerror}; give files that hold an image") from error
+                raise ConfigError(f"{path}: {error.strerror or error}; give files that hold an image") from error
             except BadImage as error:
                 raise ConfigError(f"{path}: {error}; give files that hold an image") from error
         else:

@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pyarrow.parquet
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data.files import first_line
+from vit_dist.data.files import first_line, open_stream
+from vit_dist.data.npy import read_member
+from vit_dist.data.sets.formats.listing import MOST_CLASSES
 from vit_dist.data.sets.sources import open_source
 from vit_dist.extraction import Extractor, Rows
 from vit_dist.features import with_data
@@ -25,10 +27,14 @@ from vit_dist.probes.shots import choose
 from vit_dist.program import make_mesh
 from vit_dist.recipes import Overrides, override
 from vit_dist.run.checkpoints import Step
+from vit_dist.run.files import TEXT, WHOLE, mismatch
 from vit_dist.schema import one_of
 
+_ERRORS = (  # of files that hold something else, or are damaged
+    OSError, EOFError, KeyError, TypeError, ValueError, RecursionError, RuntimeError, MemoryError, zipfile.BadZipFile,
+    zlib.error, pyarrow.ArrowException,
+)  # fmt: skip
 _OF_A_FILE = {"data", "split", "examples"}  # in which the plans of two files of features may differ
-_MOST_CLASSES = 1 << 24
 
 
 def probe(
@@ -129,7 +135,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
     try:
         plan, names, rows = read(file)
         _check_rows(rows)
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, pyarrow.ArrowException) as error:
+    except _ERRORS as error:
         raise ConfigError(
             f"{file}: holds no features of `vit-dist features` ({first_line(error)}); give its .npz or .parquet"
         ) from error
@@ -150,12 +156,9 @@ def _read_parquet(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
 
 
 def _read_npz(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
-    if not zipfile.is_zipfile(file):  # NumPy would speak of pickles
-        file.stat()
-        raise ValueError("it is no npz archive")
-    with np.load(file, allow_pickle=False) as arrays:
-        plan, names = _plan(str(arrays["plan"])), arrays["class_names"]
-        rows = Rows(*(arrays[name] for name in ("id", "label", "features")))
+    with open_stream(file) as stream, zipfile.ZipFile(stream) as archive:
+        plan, names = _plan(str(read_member(archive, "plan"))), read_member(archive, "class_names")
+        rows = Rows(*(read_member(archive, name) for name in ("id", "label", "features")))
     if names.ndim != 1 or names.dtype.kind != "U":
         raise ValueError(f"class_names is {list(names.shape)} of {names.dtype}")
     if len(rows.labels) and rows.labels.max() >= len(names):
@@ -166,9 +169,8 @@ def _read_npz(file: Path) -> tuple[dict[str, Any], dict[int, str], Rows]:
 def _plan(text: str | bytes) -> dict[str, Any]:
     """Returns the plan of an extraction; raises `ValueError` where it lacks what `probe_files` reads."""
     plan = json.loads(text)
-    lacks = {*_OF_A_FILE, "shape"} - set(plan if isinstance(plan, dict) else ())
-    if lacks or not isinstance(plan["shape"], list):
-        raise ValueError(f"its plan has no {min(lacks, default='shape')}")
+    if problem := mismatch(plan, {"data": TEXT, "split": TEXT, "examples": WHOLE, "shape": [WHOLE]}):
+        raise ValueError(f"plan: {problem}")
     return plan
 
 
@@ -179,7 +181,7 @@ def _check_rows(rows: Rows) -> None:
             raise ValueError(f"{name} is {list(column.shape)} of {column.dtype}")
         if name != "features" and column.ndim != 1:
             raise ValueError(f"{name} is {list(column.shape)}")
-    if len(rows.labels) and not 0 <= rows.labels.min() <= rows.labels.max() < _MOST_CLASSES:
+    if len(rows.labels) and not 0 <= rows.labels.min() <= rows.labels.max() < MOST_CLASSES:
         raise ValueError(f"its labels go from {rows.labels.min()} to {rows.labels.max()}")
 
 

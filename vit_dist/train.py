@@ -21,7 +21,7 @@ from vit_dist.data.sets.examples import Source, fingerprint
 from vit_dist.data.stream.bad_examples import BadExample, TooManyBadExamples
 from vit_dist.data.stream.loader import Batches
 from vit_dist.data.stream.pixels import augments_on_device
-from vit_dist.describe import parameter_table
+from vit_dist.describe import run_lines
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.initial import open_weights, record, started, weights_fingerprint, with_traits
 from vit_dist.job import processes
@@ -38,6 +38,7 @@ from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.failures import BadExampleList
+from vit_dist.run.lock import Lock, locked, refuse_second
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
 from vit_dist.step.state import State
@@ -83,8 +84,9 @@ def train(
     settings = load_config(config, overrides)
     workdir = expanded(workdir, "workdir")
     processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
-    # Process 0 looks for all: a network file system may show the others an older state.
-    saved_settings = run_files.read_config(workdir) if processes.gather(run_files.holds_run(workdir))[0] else None
+    refuse_second(workdir, "--workdir")
+    seen = run_files.look(workdir)
+    saved_settings = run_files.read_config(workdir) if seen[0] is not None else None
     weights: Published | None = None
     if saved_settings is not None:
         settings = run_files.with_scan_of(saved_settings, run_files.with_weights_of(saved_settings, settings))
@@ -125,15 +127,17 @@ def train(
             return summary
     head, model = settings.init.head, program.settings.model
     start = adapted(weights, model, head, source.class_names) if weights else None
-    with program.in_use():
+    with contextlib.ExitStack() as stack, program.in_use():
         program.check_memory()  # also refuses an optimizer rule that matches nothing, before anything is written
+        lock = stack.enter_context(locked(workdir, settings.deadlines.peer_seconds, "--workdir"))
+        run_files.check_unchanged(workdir, seen)
         if jax.process_index() == 0:
             run_files.write_run(workdir, program.settings, source.class_names)
-            opened = record(settings.init, weights) if weights else None
-            environment.write(workdir, environment.describe(program.mesh, fingerprints, opened))
+            origin = record(settings.init, weights) if weights else None
+            environment.write(workdir, environment.describe(program.mesh, fingerprints, origin))
         run_files.check_shared(workdir)
-        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as stack:
-            session = Session(program, workdir, source, splits, stack, start, probes)
+        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
+            session = Session(program, workdir, source, splits, opened, start, probes, lock)
             try:
                 return session.run(stop)
             except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
@@ -154,8 +158,10 @@ class Session:
         opened: contextlib.ExitStack,
         start: Adapted | None,
         probes: Probes | None,
+        lock: Lock | None,
     ):
         """Restores the newest checkpoint or makes a new state, of `start`; `opened` closes files and progress bar."""
+        self.lock = lock  # of the workdir, on process 0
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits, self.probes = source, splits, probes
         keep, profile = self.settings.checkpoint, self.settings.profile
@@ -183,7 +189,9 @@ class Session:
     def run(self, stop: StopRequest) -> dict[str, Any]:
         """Steps until the end; see `train`."""
         settings, program = self.settings, self.program
-        self._print_run()
+        if self.progress is not None:
+            for line in run_lines(program, self.state, self.source, self.splits):
+                self.progress.line(line)
         self.host_batches = host_batches = program.training_batches(self.source, self.step, program.steps)
         batches = Prefetch(host_batches, program.mesh, settings.batch_size, settings.data.prefetch)
         window = Window(self.step, host_batches, batches)
@@ -248,6 +256,8 @@ class Session:
 
     def _save(self) -> None:
         """Begins to save this step; rows up to it are on the disk first."""
+        if self.lock is not None:
+            self.lock.check()
         if self.log is not None:
             self.log.flush()
         if self.progress is not None:
@@ -353,25 +363,6 @@ class Session:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
-
-    def _print_run(self) -> None:
-        """Prints the parameters, the mesh, the length of the run and where images are augmented."""
-        if self.progress is None:
-            return
-        self.progress.line(parameter_table(self.state.parameters))
-        axes = " x ".join(f"{name}={size}" for name, size in self.program.mesh.shape.items())
-        device = self.program.mesh.devices.flat[0]
-        self.progress.line(f"mesh {axes}, device {device.device_kind}, processes {jax.process_count()}")
-        if device.platform == "cpu" and self.settings.model.dtype == "bfloat16":
-            _log.warning("model.dtype: bfloat16 may take longer than float32 on a CPU; compare by bench")
-        self.progress.line(f"{len(self.source):,} examples, {self.program.steps:,} steps of {self.settings.batch_size}")
-        if self.settings.data.crop_area is not None or self.settings.data.flip:
-            where = "device" if augments_on_device(self.source, self.settings.data) else "host"
-            self.progress.line(f"crop and flip on the {where} (data.augment_on={self.settings.data.augment_on})")
-        if self.settings.checkpoint.keep_best and not self.splits:
-            self.progress.line("nothing is evaluated, so checkpoint.keep_best has no effect: only the newest are kept")
-        if self.step:
-            self.progress.line(f"resuming from step {self.step}")
 
 
 def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:

@@ -25,8 +25,11 @@ def test_a_session_is_described(monkeypatch):
 
 def test_sessions_are_listed_in_order(tmp_path):
     for name in ("first", "second"):
-        write(tmp_path, {"host": name})
-    assert json.loads((tmp_path / "environment.json").read_text()) == [{"host": "first"}, {"host": "second"}]
+        write(tmp_path, {"host": name, "data": {}})
+    assert [session["host"] for session in json.loads((tmp_path / "environment.json").read_text())] == [
+        "first",
+        "second",
+    ]
 
 
 def test_a_digest_from_before_pixels_were_covered_is_not_compared(tmp_path, caplog):

@@ -88,7 +88,7 @@ def test_the_event_files_hold_the_numbers_of_the_rows(tmp_path):
 def test_a_line_that_is_no_row_is_an_error_that_names_it(tmp_path):
     assert read_rows(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nhello\n{"step": 2, "split": "train"}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a JSON row"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not JSON .*; repair the line or remove it"):
         read_rows(tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_every_log_line_stands_by_itself_above_the_bar_of_a_terminal():
     assert len(bar) == 1 and re.fullmatch(r"step 2/9 [━╺╸]+ loss 1.5  eta 0:\d\d", bar[0])
     lines = [re.sub(r"^W\d{4} .*\] ", "absl: ", line) for line in lines if line not in bar]
     assert lines == [
-        "before the bar", "first step: 0.5 s", "absl: from absl", "two", "lines", "printed", "test at step 2",
+        "before the bar", "first step: 0.5 s", "absl: from absl", "two", "    lines", "printed", "test at step 2",
         "after the bar",
     ]  # fmt: skip
 

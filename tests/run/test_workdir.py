@@ -42,7 +42,7 @@ def test_an_incomplete_first_checkpoint_makes_no_run(tmp_path):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_scan_that_is_left_to_the_program_is_that_of_the_run(tmp_path, scan):
-    (tmp_path / "config.json").write_text(json.dumps({"total_steps": 1, "model": {"scan": scan}}))
+    (tmp_path / "config.json").write_text(json.dumps({"total_steps": 1, "model": {"scan": scan, "num_classes": 2}}))
     wanted = run_files.read_config(tmp_path, ["model.scan=auto"])
     assert wanted.model.scan is scan
     with pytest.raises(ConfigError, match="model.scan"):

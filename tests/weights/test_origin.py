@@ -134,7 +134,7 @@ def test_a_folder_with_the_name_of_a_file_is_refused(name: str, tmp_path: Path) 
         ("none/model.npz", "there is no file or folder none/model.npz; .*model.safetensors with its config.json"),
         ("/none/at/all", "there is no file or folder /none/at/all; .*or a name on the Hugging Face hub"),
         ("vit", "there is no file or folder vit; .*timm/vit_base_patch16_224.augreg_in21k"),
-        ("gs://vit_models/augreg/B_16.npz", "there is no file or folder gs://vit.*; copy it to a disk first"),
+        ("gs://vit_models/augreg/B_16.npz", "init.weights: gs://vit.*: is an address, expected a path on a disk"),
         ("../" * 3000, "init.weights: .* cannot be opened .File name too long"),
         ("a\0b/c", r"there is no file or folder a\\x00b/c"),
         ("~nobody-of-this-name/vit", "cannot expand ~"),

@@ -6,7 +6,9 @@ does slowly or not at all: listing a large folder, reading a file at an offset, 
 """
 
 import contextlib
+import glob
 import os
+import re
 import resource
 import stat
 import threading
@@ -23,6 +25,7 @@ from vit_dist.config import ConfigError
 from vit_dist.paths import expanded
 
 _SETTLED_NS = 2_000_000_000  # the tick of a file system's clock, with room for that of a network file system
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # the names of files that `replacing` writes
 _OTHER_FILES = 256  # open files of a process besides the data: libraries, pipes, connections
 
 
@@ -112,9 +115,14 @@ def making(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}: nothing can be made in {path.parent} ({error.strerror}); give another") from error
 
 
-def printable(name: str) -> str:
-    """Returns a file name as text that can be printed: bytes of it that are no UTF-8 are written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Removes the files in a folder that `replacing` was writing when its process was killed.
+
+    Nobody else may be writing there. `name` is that of the file to be replaced; "*": any.
+    """
+    for file in folder.glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        if _PARTIAL.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def first_line(error: Exception) -> str:

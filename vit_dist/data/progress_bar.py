@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from vit_dist.escape import printable
 
 T = TypeVar("T")
 
@@ -23,6 +33,9 @@ class Bar(Progress):
         console = Console(file=stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
         # Results are printed on stdout, and may go to a file.
         super().__init__(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False, **options)
+
+    def add_task(self, description: str, *arguments: Any, **options: Any) -> TaskID:
+        return super().add_task(printable(description), *arguments, **options)
 
     def start(self) -> None:
         self._stderr, self._handlers = sys.stderr, [] if self.disable else _handlers_of(sys.stderr)

@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from vit_dist.config import Data, pair, to_dict
+from vit_dist.escape import printable
 from vit_dist.load import Opened
 from vit_dist.paths import expanded
 from vit_dist.run import workdir as run_files
@@ -90,10 +91,14 @@ def _source(data: Data) -> dict[str, Any]:
 def _metrics(workdir: Path, step: int | None) -> list[dict[str, Any]]:
     """Returns the evaluations of a step: {"split", ...}."""
     rows = [row for row in read_rows(workdir) if row["step"] == step and row["split"] != "train" and "count" in row]
-    return [{"split": row["split"]} | {key: row[key] for key in _SHOWN if key in row} for row in rows]
+    return [{"split": row["split"]} | {key: row[key] for key in _SHOWN if row.get(key) is not None} for row in rows]
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("vit_dist.exporting", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
+    loader=jinja2.PackageLoader("vit_dist.exporting", "."),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    autoescape=False,
+    finalize=lambda value: printable(str(value)),  # a name of several lines is written in one
 )
 _TEMPLATES.filters["as_json"] = lambda value: json.dumps(value, ensure_ascii=False)

@@ -20,7 +20,6 @@ from vit_dist.recipes import Overrides
 from vit_dist.run import environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Step
-from vit_dist.run.files import read_json
 from vit_dist.weights import writing
 from vit_dist.weights.description import Subject
 
@@ -116,7 +115,8 @@ def _started_from(name: str | Path) -> dict[str, Any]:
     file = expanded(name, "export") / environment.FILE
     if not run_files.holds_run(file.parent) or not file.is_file():
         return {}
-    return next((session["weights"] for session in read_json(file, list) if session.get("weights")), {})
+    sessions = environment.sessions(file.parent)
+    return next((session["weights"] for session in sessions if session.get("weights")), {})
 
 
 def _in_new_folder(target: Path, fill: Callable[[Path], None]) -> tuple[list[str], int]:

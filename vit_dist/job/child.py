@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TextIO
 
+from vit_dist.escape import printable, printable_lines
 from vit_dist.job.blame import VARIABLE, Blame, read
 from vit_dist.job.exit_codes import MISTAKE
 
@@ -187,12 +188,12 @@ class _Output:
 
 
 def _text(line: bytes) -> str:
-    return line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    return printable(line.rstrip(b"\r\n").decode("utf-8", "backslashreplace").expandtabs())
 
 
 def print_line(text: str) -> None:
-    """Prints a line of the launcher's own on stderr."""
-    _write(sys.stderr, f"{text}\n".encode())
+    """Prints a line of the launcher's own on stderr; those after it are indented."""
+    _write(sys.stderr, f"{printable_lines(text)}\n".encode())
 
 
 def _write(stream: TextIO, data: bytes) -> None:

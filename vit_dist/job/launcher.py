@@ -262,7 +262,7 @@ class _Attempt:
             return
         blamed = blamed or first
         report = "" if blamed is first or blame is None else f"; process {first.index} reported: {blame.reason}"
-        output = "".join(f"\n    {line}" for line in blamed.tail) or " nothing"
+        output = "".join(f"\n{line}" for line in blamed.tail) or " nothing"
         print_line(f"error: {self._name(blamed)} {blamed.describe_end()}{report}; its last output:{output}")
 
     def _name(self, child: Child) -> str:

@@ -15,6 +15,7 @@ import jax
 
 from vit_dist import config
 from vit_dist.config import ConfigError
+from vit_dist.escape import printable
 from vit_dist.job import rank as ranks
 from vit_dist.job.rendezvous import rendezvous
 from vit_dist.job.watchdog import Watchdog, end_now
@@ -164,7 +165,7 @@ def leave(code: int, text: str, *, together: bool) -> None:
     error = sys.exception()
     if error is not None and _LOST_PEER.match(str(error)):
         first_line = str(error).partition("\n")[0]
-        print(f"checking whether another process was lost: {first_line}", file=sys.stderr, flush=True)
+        print(f"checking whether another process was lost: {printable(first_line)}", file=sys.stderr, flush=True)
         _watchdog.wait_for_verdict()
     if error is not None:
         traceback.print_exception(error)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_dist import config
+from vit_dist.escape import printable_lines
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import FAILED
 from vit_dist.job.rendezvous import Peer, encode
@@ -257,4 +258,4 @@ def end_now(code: int) -> None:
 
 def _print(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # as in `end_now`: the process must end all the same
-        print(text, file=sys.stderr, flush=True)
+        print(printable_lines(text), file=sys.stderr, flush=True)

@@ -6,12 +6,17 @@ imported CLU's own writer, that one stays registered, but is not used here.
 """
 
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+FLUSH_SECONDS = 30.0  # at most so much later TensorBoard sees a number
 
 
 class SummaryWriter:
@@ -25,11 +30,22 @@ class SummaryWriter:
           purge_step: readers ignore events of earlier files at this step or later.
           filename_suffix: distinguishes files opened in the same second, of which the later would overwrite the first.
         """
-        self._writer = tensorboardX.SummaryWriter(str(logdir), purge_step=purge_step, filename_suffix=filename_suffix)
+        Path(logdir).mkdir(parents=True, exist_ok=True)
+        # Not tensorboardX's SummaryWriter, whose thread ends with a traceback when the disk is full.
+        self._writer = EventsWriter(str(Path(logdir, "events")), filename_suffix)
+        self._flushed = time.monotonic()
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, float(value), step)
+            self._write(Event(step=step, summary=scalar(tag, float(value))))
+        if time.monotonic() > self._flushed + FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
     def _refuse(self, *arguments: Any, **options: Any) -> None:
         raise NotImplementedError("only numbers are written to event files")
@@ -39,6 +55,7 @@ class SummaryWriter:
 
     def flush(self) -> None:
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from vit_dist.escape import printable
 from vit_dist.run.files import write_atomically
 from vit_dist.run.metrics import read_rows
 
@@ -45,7 +46,8 @@ def _draw_panel(axes: Any, name: str, rows: list[dict[str, Any]]) -> None:
             continue
         steps = [row["step"] for row in shown]
         values = [float("nan") if row[name] is None else row[name] for row in shown]  # a NaN leaves a gap in the line
-        label = f"{split}  {values[-1]:.4g}"  # the last value, which readers look for first
+        name_of_split = printable(split).replace("$", r"\$")  # between two of them matplotlib reads formulas
+        label = f"{name_of_split}  {values[-1]:.4g}"  # the last value, which readers look for first
         if split == "train":
             axes.plot(steps, values, color="#8c8c8c", linewidth=1.2, label=label)
         else:

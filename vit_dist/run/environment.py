@@ -18,9 +18,10 @@ import jax
 
 from vit_dist.config import ConfigError
 from vit_dist.data.sets.examples import PIXELS
-from vit_dist.run.files import read_json, write_atomically
+from vit_dist.run.files import ADVICE, TEXT, read_json, write_atomically
 
 FILE = "environment.json"
+_SESSION = {"data": {"*": TEXT}, "weights?": {"name": TEXT, "family": TEXT, "digest": TEXT, "license?": TEXT}}
 PACKAGES = ("vit-dist", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
 
 _log = logging.getLogger(__name__)
@@ -62,8 +63,7 @@ def describe(
 
 def check_same_data(workdir: Path, data_fingerprints: Mapping[str, str]) -> None:
     """Raises `ConfigError` if a split differs from the one that the newest session in `workdir` read."""
-    sessions = read_json(workdir / FILE, list)
-    earlier = sessions[-1]["data"] if sessions else {}
+    earlier = sessions(workdir)[-1]["data"]
     for split, digest in data_fingerprints.items():
         if digest.startswith(PIXELS) and not earlier.get(split, digest).startswith(PIXELS):
             _log.warning(
@@ -81,8 +81,16 @@ def check_same_data(workdir: Path, data_fingerprints: Mapping[str, str]) -> None
 def write(workdir: Path, session: Mapping[str, Any]) -> None:
     """Appends a session to the list in `workdir/environment.json`. Only process 0 calls it."""
     path = workdir / FILE
-    sessions = read_json(path, list) if path.exists() else []
-    write_atomically(path, json.dumps([*sessions, dict(session)], indent=2) + "\n")
+    earlier = sessions(workdir) if path.exists() else []
+    write_atomically(path, json.dumps([*earlier, dict(session)], indent=2) + "\n")
+
+
+def sessions(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the sessions of a run, at least one. Raises `ConfigError` for a file that is missing or damaged."""
+    found = read_json(workdir / FILE, [_SESSION])
+    if not found:
+        raise ConfigError(f"{workdir / FILE}: holds no session; {ADVICE}")
+    return found
 
 
 def _version(package: str) -> str | None:

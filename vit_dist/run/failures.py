@@ -14,9 +14,10 @@ import jax
 
 from vit_dist.data.stream.bad_examples import BadExample, check_bad
 from vit_dist.job import processes
-from vit_dist.run.files import write_atomically
+from vit_dist.run.files import TEXT, WHOLE, read_json_lines, write_atomically
 
 FILE = "failures/bad_images.jsonl"
+_ROW = {"step": WHOLE, "split": TEXT, "id": WHOLE, "name": TEXT, "reason": TEXT}
 _log = logging.getLogger(__name__)
 
 
@@ -27,8 +28,7 @@ class BadExampleList:
         """Reads what earlier sessions noted up to `resume_step`, on every process."""
         self._file = workdir / FILE
         self._noted: dict[str, dict[int, tuple[int, BadExample]]] = {}  # split -> id -> (step, example)
-        lines = self._file.read_text().split("\n") if self._file.exists() else []
-        for row in map(json.loads, filter(None, lines)):
+        for _, row in read_json_lines(self._file, _ROW):
             if row["step"] <= resume_step:
                 example = BadExample(row["id"], row["name"], row["reason"])
                 self._noted.setdefault(row["split"], {})[example.id] = row["step"], example

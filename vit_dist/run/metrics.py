@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_dist.config import ConfigError
 from vit_dist.run.clu_writers import SummaryWriter, metric_writers, periodic_actions
-from vit_dist.run.files import write_atomically
+from vit_dist.run.files import NUMBER, TEXT, WHOLE, read_json_lines, write_atomically
 
 ROWS = "metrics.jsonl"
+_ROW = {
+    "step": WHOLE, "split": TEXT, "count?": WHOLE, "loss?": NUMBER, "top1?": NUMBER, "top5?": NUMBER,
+}  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -162,15 +164,5 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns each complete line and its row, none if there is no file; raises `ConfigError` if one is not JSON."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break  # a run was killed while it wrote its last line
-        try:
-            rows.append((line, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{number}: not a JSON row ({error.msg}); repair the line or remove it") from error
-    return rows
+    """Returns each complete line and its row; a run may have been killed while it wrote the last."""
+    return read_json_lines(path, _ROW, cut=True)

@@ -11,6 +11,7 @@ from typing import TextIO
 from rich.progress import BarColumn, TextColumn
 
 from vit_dist.data.progress_bar import Bar
+from vit_dist.escape import printable
 
 Values = Mapping[str, float | int | str]
 
@@ -44,7 +45,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self._bar.console.print(text)
+        self._bar.console.print(printable(text))
 
     def close(self) -> None:
         """Stops the bar, and leaves it on the screen as it is."""

@@ -4,7 +4,6 @@ A directory holds a run if it has a `config.json` and a checkpoint. A later call
 the run is, such as the mesh, and logs them; a change of any other key is refused.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -14,8 +13,9 @@ from typing import Any
 
 from vit_dist import config, recipes
 from vit_dist.config import Config, ConfigError
+from vit_dist.data.files import read_file
 from vit_dist.job import processes
-from vit_dist.run.files import read_json, write_atomically
+from vit_dist.run.files import ADVICE, ANY_OBJECT, NUMBER, TEXT, WHOLE, read_json, write_atomically
 from vit_dist.schema import flatten
 from vit_dist.weights.traits import PREPARED, TRAITS
 
@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.max_bad_fraction", "data.crop_decode", "model.remat", "model.attention", "model.context_attention",
 )  # fmt: skip
 
+_SUMMARY = {"step": WHOLE, "count?": WHOLE, "loss?": NUMBER, "top1?": NUMBER, "seconds": NUMBER, "workdir": TEXT}
 _LATE_SECONDS = 60  # a network disk may show one host late what another has written
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,24 @@ _log = logging.getLogger(__name__)
 def holds_run(workdir: Path) -> bool:
     """Returns whether there is a run to resume; one that failed before its first checkpoint does not count."""
     return (workdir / "config.json").is_file() and bool(checkpoint_steps(workdir))
+
+
+def look(workdir: Path) -> list[Any]:
+    """Returns the config of a run as text, None if there is no run to resume, and its steps, as process 0 sees them.
+
+    A network file system may show the others an older state.
+    """
+    state: list[Any] = []
+    if processes.index() == 0:
+        steps = checkpoint_steps(workdir)
+        state = [read_file(workdir / "config.json").decode(errors="replace") if holds_run(workdir) else None, steps]
+    return processes.gather(state)[0]
+
+
+def check_unchanged(workdir: Path, seen: list[Any]) -> None:
+    """Raises `ConfigError`, on all processes alike, if `look` does not return any more what it has."""
+    if look(workdir) != seen:
+        raise ConfigError(f"{workdir}: another process has trained there meanwhile; start again")
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
@@ -64,11 +83,14 @@ def read_config(workdir: Path, overrides: recipes.Overrides = ()) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise ConfigError(f"{workdir}: holds no run ({file.name} is missing); give the --workdir of a training run")
-    values = read_json(file, dict)
+    values = read_json(file, ANY_OBJECT)
     try:
         saved = config.resolve(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+    if saved.model.num_classes is None or saved.total_steps is None:
+        key = "total_steps" if saved.model.num_classes else "model.num_classes"
+        raise ConfigError(f"{file}: {key}: null, where each run has a number; {ADVICE}")
     wanted = with_scan_of(saved, config.resolve(recipes.override(config.to_dict(saved), overrides)))
     _refuse_other_runs(workdir, saved, wanted)
     return wanted
@@ -108,22 +130,22 @@ def check_same_run(workdir: Path, saved: Config, wanted: Config) -> None:
 
 
 def write_run(workdir: Path, settings: Config, class_names: tuple[str, ...]) -> None:
-    """Makes the directory, with the run's config and class names. Raises `ConfigError` if that cannot be done."""
-    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    """Writes the run's config and class names. Raises `ConfigError` if that cannot be done."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / "classes.json", json.dumps(list(class_names), ensure_ascii=False))
+        names = class_names[: settings.model.num_classes]  # of data that name more classes than they have examples of
+        write_atomically(workdir / "classes.json", json.dumps(names, ensure_ascii=False))
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(settings), indent=2) + "\n")
     except OSError as error:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # not made, or no longer empty
-                folder.rmdir()
         raise ConfigError(f"{workdir}: cannot write there ({error.strerror}); choose another --workdir") from error
 
 
 def class_names(workdir: Path) -> tuple[str, ...]:
-    """Returns the names of the classes, in the order of the logits."""
-    return tuple(map(str, read_json(workdir / "classes.json", list)))
+    """Returns the names of the classes, in the order of the logits; the last logits may have no names."""
+    file, classes = workdir / "classes.json", read_config(workdir).model.num_classes
+    names = tuple(read_json(file, [TEXT]))
+    if classes is not None and len(names) > classes:
+        raise ConfigError(f"{file}: holds {len(names)} names, but the model has {classes} classes; {ADVICE}")
+    return names
 
 
 def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
@@ -134,7 +156,7 @@ def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
 def summary(workdir: Path) -> dict[str, Any] | None:
     """Returns the summary of a finished run; None if the run has not finished."""
     file = workdir / "summary.json"
-    return read_json(file, dict) if file.is_file() else None
+    return read_json(file, _SUMMARY) if file.exists() else None
 
 
 def _refuse_other_runs(workdir: Path, saved: Config, wanted: Config) -> list[str]:

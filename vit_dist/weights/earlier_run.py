@@ -53,6 +53,11 @@ def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> 
 
     def compute(index: Index) -> np.ndarray:
         whole = _open(tree, name)
+        saved = tuple(whole.shape[number is not None :])
+        if saved != shape:
+            raise ConfigError(
+                f"{tree}: {name} is {list(saved)}, but {list(shape)} by the run's config.json; restore it"
+            )
         return whole[index if number is None else (number, *index)].read().result()
 
     return Lazy(shape, compute)

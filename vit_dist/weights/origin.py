@@ -143,8 +143,8 @@ def _fetch(name: str, key: str) -> Path:
     """Returns the folder of the hub's cache that holds the weights `OWNER/NAME`, once they are downloaded."""
     missing = f"{key}: there is no file or folder {printed(name)}"
     if not _HUB_NAME.fullmatch(name) or Path(name).suffix in (".safetensors", ".npz", *_CONVERSIONS):
-        remedy = "copy it to a disk first" if "://" in name else f"or a name on the Hugging Face hub ({_HUB_EXAMPLE})"
-        raise ConfigError(f"{missing}; expected a file, or a folder with {_EXPECTED}; {remedy}")
+        hub = f"a name on the Hugging Face hub ({_HUB_EXAMPLE})"
+        raise ConfigError(f"{missing}; expected a file, or a folder with {_EXPECTED}; or {hub}")
     use, remedy = f"{missing}; as a name on the Hugging Face hub it", "pip install 'vit-dist[hub]'"
     load(Library("huggingface_hub", "huggingface_hub", use, remedy))
     from huggingface_hub import errors, snapshot_download

@@ -38,6 +38,11 @@ _PILLOW_ERRORS = (  # raised by Pillow's decoders for damaged files
 
 # Pillow loads its formats at the first use, and while one thread loads them, other threads find none.
 Image.init()
+# What Pillow may open. It knows more: EPS, which it gives to Ghostscript; PDF and WMF; containers of scientific data.
+_WANTED = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+_FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)  # a Pillow may be built without some
 
 
 class BadImage(ValueError):
@@ -174,7 +179,7 @@ def _unshared(resized: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
-    image: Image.Image = Image.open(io.BytesIO(data))
+    image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     _check_size(image.height, image.width)
     if channels == 1:
         image.draft("L", None)  # a JPEG's stored luma, which `jpeg` returns too

@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import File, printable
+from vit_dist.data.files import File
 from vit_dist.data.sets.index import Index, Names
+from vit_dist.escape import printable
 
 _log = logging.getLogger(__name__)
 _DIGEST_CHUNK = 1 << 24  # bytes of pixels that are digested at a time

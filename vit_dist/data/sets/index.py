@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +22,22 @@ import numpy as np
 
 from vit_dist.config import ConfigError
 from vit_dist.data.files import replacing
+from vit_dist.data.npy import read_member
+from vit_dist.paths import expanded
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when the code gives another index for the same files: older cached ones are then ignored
 _CACHED_FROM = 10_000  # examples; a smaller index is built faster than a person notices
 _TEXT = ("utf-8", "surrogateescape")  # file names are bytes, not always UTF-8
-READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of `read`, for a damaged file
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # of `read`, for a damaged file
 
 
 class Names(Sequence[str]):
@@ -184,7 +195,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     """
     try:
         if cache_dir is not None:
-            return Path(cache_dir).expanduser()
+            return expanded(cache_dir, "data.cache_dir")
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vit_dist"
     except RuntimeError as error:  # a user without a home folder, or `~nobody`
         raise ConfigError(f"data.cache_dir: {cache_dir or 'not set'} ({error}); set it to a folder") from error
@@ -206,12 +217,14 @@ def write(file: Path, index: Index, stamp: str = "") -> None:
 
 def read(file: Path) -> tuple[Index, str]:
     """Returns an index that `write` wrote, and its stamp. Raises one of `READ_ERRORS` if it cannot be read."""
-    with file.open("rb") as stream, np.load(stream) as arrays:
-        class_names, names, (split,), notes = (
+    with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        arrays = {name: read_member(archive, name) for name in names}
+        class_names, examples, (split,), notes = (
             Names(arrays[f"{name}_text"], arrays[f"{name}_ends"]) for name in ("class_names", "names", "split", "notes")
         )
         spans = arrays.get("spans", _spans(()))
-        index = Index(tuple(class_names), names, arrays["labels"], spans, split, tuple(notes))
+        index = Index(tuple(class_names), examples, arrays["labels"], spans, split, tuple(notes))
         return index, arrays["stamp"].tobytes().decode(*_TEXT)
 
 

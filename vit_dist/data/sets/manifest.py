@@ -211,7 +211,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         values = json.loads(file.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); remove it and prepare the set again") from error
     return values if isinstance(values, dict) else None
 

@@ -5,6 +5,7 @@ one split of a set, opened. What follows is the same for every container and hap
 fraction, joining a mixture of several sources, decoding into memory.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vit_dist.data.sets.formats import array_record, arrays, folder, idx, imagen
 from vit_dist.data.sets.in_memory import decode_all
 from vit_dist.data.sets.mixture import open_mixture
 from vit_dist.data.sets.subset import subset
+from vit_dist.escape import printable
 from vit_dist.schema import one_of
 
 # `data.source` -> the function that opens a split of it: `open_split(path, split, data)`.
@@ -82,7 +84,15 @@ def _check_idx_keys(data: config.Data) -> None:
 
 
 def _open_set(data: config.Data, split: str) -> Source:
-    """Opens a split of the set that `data.source` and `data.path` name, with all its examples."""
+    """Opens a split of the set that `data.source` and `data.path` name, with all its examples.
+
+    Names of classes may come from folders, whose names are bytes; from here on they are texts that can be printed.
+    """
+    source = _open_container(data, split)
+    return dataclasses.replace(source, class_names=tuple(map(printable, source.class_names)))
+
+
+def _open_container(data: config.Data, split: str) -> Source:
     open_split = SOURCES[one_of("data.source", data.source, SOURCES)]
     if data.source == "digits":  # it comes with scikit-learn
         if data.path is not None:

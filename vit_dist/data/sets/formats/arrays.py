@@ -15,11 +15,14 @@ import numpy as np
 
 from vit_dist import config
 from vit_dist.config import ConfigError
-from vit_dist.data.files import entries, is_remote, open_stream
+from vit_dist.data.files import entries, is_remote, open_stream, read_file
+from vit_dist.data.npy import read_member, read_npy
 from vit_dist.data.sets.examples import ArraySource
 from vit_dist.data.sets.formats.listing import MOST_CLASSES, NoSplit, split_names
 
-_ERRORS = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+_ERRORS = (  # of files that are no zip or no array, damaged, encrypted, or larger than the memory
+    OSError, ValueError, EOFError, RuntimeError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 # Names of the arrays of images and of labels: in a file of one split, and in a file of all splits.
 _NAMES = (("images", "x", "data", "image"), ("labels", "y", "label"))
 _NAMES_BY_SPLIT = (("x_{}", "{}_images", "{}_data"), ("y_{}", "{}_labels"))
@@ -45,8 +48,8 @@ class Npz:
         where = f"{self.where}: {name!r}"
         _check_size(where, self.names[name], limit)
         try:
-            with open_stream(self.where) as stream, np.load(stream, allow_pickle=False) as arrays:
-                return arrays[name]
+            with open_stream(self.where) as stream, zipfile.ZipFile(stream) as archive:
+                return read_member(archive, name)
         except _ERRORS as error:
             raise _unreadable(where, error) from error
 
@@ -71,7 +74,7 @@ class Npy:
             if not is_remote(file):
                 return np.load(file, mmap_mode="r", allow_pickle=False)
             with open_stream(file) as stream:
-                return np.load(stream, allow_pickle=False)
+                return read_npy(stream, file.stat().st_size)
         except _ERRORS as error:
             raise _unreadable(file, error) from error
 
@@ -119,7 +122,8 @@ def class_names_beside(folder: Path) -> tuple[str, ...] | None:
     file = folder / "classes.txt"
     if not file.is_file():
         return None
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = read_file(file).decode("utf-8", "surrogateescape").split("\n")
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def class_names_for(where: Path, given: tuple[str, ...] | None, labels: Iterable[np.ndarray]) -> tuple[str, ...]:

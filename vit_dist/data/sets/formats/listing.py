@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import entries, printable
+from vit_dist.data.files import entries
 from vit_dist.data.sets.index import Index
+from vit_dist.escape import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 KNOWN_SPLITS = ("train", "test", "val", "validation")

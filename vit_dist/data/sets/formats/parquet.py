@@ -233,7 +233,7 @@ def _layout(schema: Any, file: Path) -> tuple[str, str, tuple[str, ...] | None]:
         raise ConfigError(f"{file}: column {label!r} is {schema.field(label).type}, expected whole numbers")
     try:
         metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: its metadata 'huggingface' is no JSON ({error})") from error
     names = metadata
     for key in ("info", "features", label, "names"):
