@@ -41,21 +41,18 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
         if prune and state != "being saved":
             shutil.rmtree(folder)
             state = "removed"
-        row = {"name": folder.name, "step": None, "bytes": size, "metrics": {}, "digests": None, "damage": None}
-        rows.append(row | {"state": state})
+        nothing: dict[str, Any] = {"step": None, "metrics": {}, "digests": None, "damage": None}
+        rows.append({"name": folder.name, "bytes": size, **nothing, "state": state})
     return rows
 
 
 def _step(folder: Path, verify: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": folder.name, "step": int(folder.name), "bytes": _bytes(folder)}
-    row |= {"metrics": {}, "digests": None}
-    problem = None
+    row = dict[str, Any](name=folder.name, step=int(folder.name), bytes=_bytes(folder), metrics={}, digests=None)
+    problem: Damaged | None = None
     try:
-        record = step_record.read(folder)
-        row["digests"] = record is not None
+        row["digests"] = step_record.read(folder) is not None
         row["metrics"] = step_record.metrics_of(folder)
-        if record is not None:
-            step_record.check_files(folder, record)
+        whole.checked_record(folder)
     except Damaged as error:
         problem = error
     if problem is None and verify:

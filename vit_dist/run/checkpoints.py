@@ -250,11 +250,10 @@ class Checkpoints:
         def checked() -> dict[str, Any] | None:
             if processes.index() > 0:
                 return None
-            record = step_record.read(folder)
+            record = whole.checked_record(folder)
             if record is None:
                 _log.warning("%s: has no digests, so not all damage to it would be noticed", folder)
                 return None
-            step_record.check_files(folder, record)
             return record.to_json()
 
         found = processes.gather(_agreed(folder, checked))[0]

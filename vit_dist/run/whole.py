@@ -120,12 +120,35 @@ def verify(folder: Path, record: Record | None, name: str, share: slice = slice(
             _compare(folder, record, path, f"{_described(tree.open(key))} {digests.text(digests.add(shares[path]))}")
 
 
+def checked_record(folder: Path) -> Record | None:
+    """Returns the record of a step, with whose files it agrees; None if it was saved without one.
+
+    Raises `Damaged`, which names the tensor, too, where a file of numbers was changed.
+    """
+    record = step_record.read(folder)
+    if record is None:
+        return None
+    try:
+        step_record.check_files(folder, record)
+    except Damaged as error:
+        if error.missing or "/d/" not in error.reason:
+            raise
+        tensor = _first_bad_tensor(folder, record)
+        raise Damaged(folder, error.reason if tensor is None else f"{tensor.reason} ({error.reason})") from error
+    return record
+
+
 def problem(folder: Path) -> Damaged | None:
     """Reads all of a step; returns what is damaged, or None. Only what can be told of a step without record is told."""
     try:
-        record = step_record.read(folder)
-        if record is not None:
-            step_record.check_files(folder, record)
+        record = checked_record(folder)
+    except Damaged as error:
+        return error
+    return _first_bad_tensor(folder, record)
+
+
+def _first_bad_tensor(folder: Path, record: Record | None) -> Damaged | None:
+    try:
         for name in structure(folder, record):
             verify(folder, record, name)
     except Damaged as error:
