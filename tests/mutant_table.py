@@ -363,7 +363,12 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
     ],
     "weights/earlier_run.py": [
-        ("predict by the plain parameters", '"ema" if settings.ema_decay else "parameters"', '"parameters"', PREDICT),
+        (
+            "predict by the plain parameters",
+            'return "ema" if settings.ema_decay else "parameters"',
+            'return "parameters"',
+            PREDICT,
+        ),
     ],
     "train.py": [
         (

@@ -170,6 +170,10 @@ def _parser(functions: Verbs) -> argparse.ArgumentParser:
     export.add_argument("--input", default="float", help="of a program: float, normalised images; or uint8, pixels")
     export.add_argument("--converter", metavar="PYTHON", type=_path, help="for onnx: a Python that has jax2onnx")
     export.add_argument("out", metavar="OUT", type=_path, help="the folder to make")
+    saved = verb("checkpoints", "json", help="list the checkpoints of a run, and tell whether they are whole")
+    saved.add_argument("--workdir", required=True, metavar="DIR", type=_path, help="the directory of the run")
+    saved.add_argument("--verify", action="store_true", help="read them all, and compare them with their digests")
+    saved.add_argument("--prune", action="store_true", help="remove what was set aside or left by interrupted saves")
     launch = verb("launch", help="start several processes of a verb as one job: launch [OPTION ...] -- VERB ...")
     launch.add_argument("--processes", type=_count, help="how many on this host; else one per GPU")
     launch.add_argument(

@@ -343,6 +343,7 @@ _VERBS = {
     "bench": _bench,
     "prepare": _prepare,
     "export": commands.export,
+    "checkpoints": commands.checkpoints,
     "launch": _launch,
     "configs": _configs,
     "version": _version,

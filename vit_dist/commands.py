@@ -109,6 +109,31 @@ def export(options: argparse.Namespace) -> None:
     print_json(export(options.workdir or options.weights, options.out, options.format, step=_step(options), **given))
 
 
+def checkpoints(options: argparse.Namespace) -> int:
+    from vit_dist.checkpoint_list import checkpoints
+
+    if options.overrides:
+        raise ConfigError(f"--config.{options.overrides[0]}: checkpoints are listed as they are, without keys")
+    rows = checkpoints(options.workdir, verify=options.verify, prune=options.prune)
+    if options.json:
+        print_json(rows)
+    else:
+        columns = ("checkpoint", "bytes", "metrics", "digests", "state")
+        print_table(columns, [_checkpoint_line(row) for row in rows])
+    damaged = [row["name"] for row in rows if row["state"] == "damaged"]
+    if damaged:
+        print_message(f"error: {options.workdir}/checkpoints: damaged: {', '.join(damaged)}")
+        return MISTAKE
+    return DONE
+
+
+def _checkpoint_line(row: dict[str, Any]) -> tuple[str, ...]:
+    metrics = " ".join(f"{name}={value:.4f}" for name, value in row["metrics"].items())
+    digests = {True: "yes", False: "no", None: ""}[row["digests"]]
+    state = row["state"] if row["damage"] is None else f"{row['state']}: {row['damage']}"
+    return row["name"], f"{row['bytes']:,}", metrics, digests, state
+
+
 def _step(options: argparse.Namespace) -> Any:
     return "best" if options.best else "newest" if options.step is None else options.step
 

@@ -100,10 +100,8 @@ class Model:
     qk_norm_bias: bool = False  # of these two norms
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # of every norm (RMSNorm: Zhang & Sennrich, arXiv:1910.07467)
     norm_epsilon: PositiveFloat = 1e-6  # added to the variance in every norm
-    embedding_norm: Literal["none", "patches", "tokens"] = (
-        "none"  # a norm before the blocks: of patches before positions
-    )
-    # are added, or of all tokens after it
+    embedding_norm: Literal["none", "patches", "tokens"] = "none"  # a norm before the blocks: of patches before
+    # positions are added, or of all tokens after it
     qkv_bias: bool = True  # of the queries, keys and values
     projection_bias: bool = True  # of the attention's output projection
     parallel: bool | None = None  # attention and MLP side by side on one LayerNorm, as in ViT-22B; null: the variant's
@@ -289,6 +287,7 @@ class Checkpoint:
     every_steps: NonNegativeInt = 0  # steps between saves, with one more at the end; 0: as every_epochs says
     every_epochs: NonNegativeFloat = 0.0  # epochs between saves, with one more at the end; 0: at the end alone
     keep_last: PositiveInt = 1  # how many of the newest are kept
+    verify: bool = True  # whether a checkpoint that is read is compared with its digests, and refused if it is damaged
     keep_best: NonNegativeInt = 0  # how many of the best are kept, by top-1 of the first split of `evaluate.splits`; a
     # best one is saved when it is measured
 

@@ -19,11 +19,11 @@ from vit_dist.model.shape import shape_of
 from vit_dist.paths import expanded
 from vit_dist.recipes import assignment
 from vit_dist.run import workdir as run_files
-from vit_dist.run.checkpoints import Checkpoints
+from vit_dist.run.checkpoints import Checkpoints, Step
 from vit_dist.schema import flatten, near_miss
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, placed
-from vit_dist.weights.earlier_run import open_run
+from vit_dist.weights.earlier_run import open_run, parameters_of
 from vit_dist.weights.published import FITTED, Published, open_published
 from vit_dist.weights.traits import PREPARED
 
@@ -48,25 +48,28 @@ def open_weights(settings: config.Init, model: config.Model | None = None) -> Pu
     return open_earlier(path, settings.step, "init.step")
 
 
-def open_earlier(workdir: Path, step: int | str, key: str) -> Published:
-    """Returns a checkpoint of an earlier run as weights: of a step, the "newest" or the "best"; `key` is for errors."""
-    steps = processes.gather(run_files.checkpoint_steps(workdir))[0]
-    chosen = steps[-1] if step == "newest" else _best(workdir) if step == "best" else step
-    if chosen not in steps:
+def open_earlier(workdir: Path, step: Step, key: str, *, verify: bool | None = None) -> Published:
+    """Returns a checkpoint of an earlier run as weights.
+
+    Args:
+      workdir: the directory of the run.
+      step: the step, "newest" or "best".
+      key: what sets the step, for errors.
+      verify: whether to refuse one that is damaged; None: as the run's config says.
+
+    Raises:
+      ConfigError: there is no such checkpoint, or it is damaged.
+    """
+    settings, classes = run_files.read_config(workdir), run_files.class_names(workdir)
+    verify = settings.checkpoint.verify if verify is None else verify
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True, verify=verify)
+    steps = processes.gather(checkpoints.steps())[0]
+    if isinstance(step, int) and step not in steps:
         saved = ", ".join(map(str, steps))
-        raise ConfigError(f"{key}: {chosen}, but {workdir} has saved {saved}; take one, newest or best")
-    return open_run(workdir, run_files.read_config(workdir), run_files.class_names(workdir), int(chosen))
-
-
-def _best(workdir: Path) -> int:
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
-    try:
-        best = checkpoints.best()
-    finally:
-        checkpoints.close()
-    if best is None:
-        raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best; take the newest")
-    return best
+        raise ConfigError(f"{key}: {step}, but {workdir} has saved {saved}; take one, newest or best")
+    name = parameters_of(settings)
+    chosen, tensors = checkpoints.reading(lambda one: checkpoints.tensors(one, name), step)
+    return open_run(workdir, settings, classes, chosen, tensors)
 
 
 def with_traits(settings: Config, published: Published) -> Config:

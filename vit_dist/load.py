@@ -202,7 +202,8 @@ def opened(name: str | Path, overrides: Overrides = (), step: Step = "newest", k
     path, values = base(name, key)
     given = _given(values, overrides)
     if path is not None:
-        published = open_earlier(path, step, f"{key}: step")
+        verify = config.typed(override(copy.deepcopy(values), overrides)).checkpoint.verify
+        published = open_earlier(path, step, f"{key}: step", verify=verify)
     elif step != "newest":
         raise ConfigError(f"{key}: step: {step}, but {name} holds no run of ours; leave it out")
     else:

@@ -197,27 +197,17 @@ def restored(
       The program, the step, and the trees `parameters` and, where the run keeps it, `ema`.
 
     Raises:
-      ConfigError: where there is no such checkpoint.
+      ConfigError: where there is no such checkpoint, or it is damaged.
     """
     assert settings.model.num_classes is not None
     program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, augment_on_device=augment_on_device)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep_last=1, keep_best=0, read_only=True)
-    try:
-        with program.in_use():
-            number: int | None = None
-            if step == "best":
-                number = checkpoints.best()
-                if number is None:
-                    raise ConfigError(f"{workdir}: no checkpoint has been evaluated, so none is the best")
-            elif step != "newest":
-                number = step
-            program.check_memory()
-            state = program.abstract_state()
-            wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
-            restored_step, trees = checkpoints.restore(wanted, number)
-            yield program, restored_step, trees
-    finally:
-        checkpoints.close()
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True, verify=settings.checkpoint.verify)
+    with program.in_use():
+        program.check_memory()
+        state = program.abstract_state()
+        wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
+        restored_step, trees = checkpoints.restore(wanted, step)
+        yield program, restored_step, trees
 
 
 def decided(settings: config.Config, platform: str, kind: str, devices: int, memory_bytes: int | None) -> config.Config:

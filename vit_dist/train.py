@@ -38,6 +38,7 @@ from vit_dist.run import curves, environment
 from vit_dist.run import workdir as run_files
 from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.failures import BadExampleList
+from vit_dist.run.falling_back import restore_newest_whole
 from vit_dist.run.lock import Lock, locked, refuse_second
 from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
 from vit_dist.run.progress import Progress
@@ -166,7 +167,9 @@ class Session:
         self.source, self.splits, self.probes = source, splits, probes
         keep, profile = self.settings.checkpoint, self.settings.profile
         keep_best = keep.keep_best if splits else 0
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best, verify=keep.verify
+        )
         opened.enter_context(contextlib.closing(self.checkpoints))
         self.state, self.seconds_before = self._restore(start)
         self.step = self.resumed_step = int(self.state.step)
@@ -246,13 +249,12 @@ class Session:
         return self._finish()
 
     def _restore(self, start: Adapted | None) -> tuple[State, float]:
-        latest = self.checkpoints.latest()
-        if latest is None:
+        found = restore_newest_whole(self.checkpoints, _trees(self.program.abstract_state()))
+        if found is None:
             state = self.program.new_state()
             return state if start is None else started(state, start, self.program.mesh), 0.0
-        _, trees = self.checkpoints.restore(_trees(self.program.abstract_state()), latest)
-        seconds = float(self.checkpoints.metadata(latest)["seconds"])
-        return State(**{"ema": None, **trees}), seconds
+        run_files.check_shared(self.workdir)  # a step may have been set aside
+        return State(**{"ema": None, **found.trees}), float(found.metadata.get("seconds", 0))
 
     def _save(self) -> None:
         """Begins to save this step; rows up to it are on the disk first."""

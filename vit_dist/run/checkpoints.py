@@ -1,12 +1,16 @@
-"""Checkpoints of a run, saved while the training goes on (Orbax).
+"""Checkpoints of a run, saved while the training goes on (Orbax), and told apart from damaged ones when they are read.
 
 A checkpoint is a few named trees of arrays, such as `parameters`, `ema` and `optimizer`, each saved under its own name,
 so that evaluation reads the parameters and leaves the optimizer on the disk. `restore` takes the shapes, types and
 shardings as `jax.ShapeDtypeStruct`s, which may be on another mesh than the one that saved. A checkpoint on the disk is
-always complete: an interrupted save leaves only a temporary folder, which the next run that saves removes.
+always complete: an interrupted save leaves only a temporary folder, which the next run that saves removes. What the
+disk did to it afterwards is told by its record (`step_record`).
 """
 
+import functools
+import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +21,10 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from vit_dist.config import ConfigError
+from vit_dist.job import processes
+from vit_dist.run import step_record, whole
+from vit_dist.run.state_digests import Pending, StateDigests, described, tensors_of
+from vit_dist.run.step_record import Damaged, Record
 
 Step = int | Literal["newest", "best"]  # which checkpoint of a run; the best is that of the highest top-1
 Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
@@ -24,6 +32,11 @@ Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
 # If several devices hold copies of an array, Orbax lets each device write a slice of it, and compiles a function for
 # each slice of each shape. For slices of fewer bytes, compiling takes longer than one device takes to write the array.
 SMALLEST_SLICE = 2**18
+LARGEST_IN_MEMORY = 2 << 30  # bytes of a tree
+_TRIES = 5  # of a reader, whose step another process may delete meanwhile
+_DELETION_SECONDS = 2  # in which a step that is being deleted is gone
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -34,22 +47,43 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, *, keep_last: int, keep_best: int, best_metric: str = "top1", read_only: bool = False
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        best_metric: str = "top1",
+        read_only: bool = False,
+        verify: bool = True,
     ):
-        """Opens `directory`, and makes it if it is missing; with `read_only` raises `ConfigError` and never writes."""
+        """Opens `directory`, which `save` makes if it is missing.
+
+        With `read_only` a missing one is a `ConfigError`, and nothing is written. Without `verify` a step is read as it
+        is, damaged or not.
+        """
         if read_only and not directory.is_dir():
             raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
-        self._directory = directory
-        self._best_metric, self._keep_best = best_metric, keep_best
+        self.directory, self._verify = directory, verify
+        self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
+        self._opened = False
+        self._digests = StateDigests()
+        self._saving: tuple[int, Pending] | None = None
+
+    @functools.cached_property
+    def _checkpointer(self) -> Any:
+        """Orbax's, which reads and deletes; only a run that saves has one."""
         policies = ocp.training.preservation_policies
         context = ocp.Context()
         context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_SLICE
-        best = policies.BestN(get_metric_fn=self._score, n=keep_best, keep_checkpoints_without_metrics=False)
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
+        # Orbax copies its context, and with it the object of a bound method, but not that of a function.
+        context.async_options.post_finalization_callback = lambda: self._write_record()
+        best = policies.BestN(get_metric_fn=self._score, n=self._keep_best, keep_checkpoints_without_metrics=False)
+        self._opened = True
+        return ocp.training.Checkpointer(
+            self.directory.resolve(),
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-            cleanup_tmp_directories=not read_only,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep_last), best]),
+            cleanup_tmp_directories=True,
         )
 
     def save(
@@ -71,23 +105,36 @@ class Checkpoints:
           metrics: the step's evaluation, which decides whether it is among the best; None: it was not evaluated.
           metadata: anything that JSON can hold.
         """
+        checkpointer = self._checkpointer
         if step in self.steps():
             return
-        self._checkpointer.save_checkpointables_async(
+        self._saving = step, self._digests.start(state)
+        checkpointer.save_checkpointables_async(
             step,
             dict(state),  # Orbax adds its own entries to the dict that it is given
             force=True,
             metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            custom_metadata=None if metadata is None else dict(metadata),
+            custom_metadata={**(metadata or {}), step_record.MARK: True},
         )
+
+    def _write_record(self) -> None:
+        """Adds the record to a step that is complete but for it; Orbax calls this on process 0, in its own thread."""
+        assert self._saving is not None
+        step, digests = self._saving
+        (folder,) = self.directory.resolve().glob(f"{step}.orbax-checkpoint-tmp*")
+        tensors = {path: copies[0] for path, copies in digests.each().items()}
+        step_record.write(folder, self.directory.resolve() / str(step), tensors)
 
     def wait(self) -> None:
         """Waits for the last save, and raises its error if it failed."""
-        self._checkpointer.wait()
+        if self._opened:
+            self._checkpointer.wait()
 
     def steps(self) -> list[int]:
         """Returns the steps that are complete on the disk, in order; waits for a save under way."""
         self.wait()
+        if not self._opened:
+            return step_record.steps_in(self.directory)
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def latest(self) -> int | None:
@@ -96,8 +143,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the step with the highest `best_metric`, the later of equals; None if no step was evaluated."""
-        self.wait()
-        scores = [(self._score(checkpoint.metrics), checkpoint.step) for checkpoint in self._checkpointer.checkpoints]
+        scores = [(self._score(metrics), step) for step, metrics in self._metrics().items()]
         measured = [(score, step) for score, step in scores if score > -math.inf]
         return max(measured)[1] if measured else None
 
@@ -105,17 +151,20 @@ class Checkpoints:
         """Returns whether a step with these metrics, if it were saved, would be kept as one of the best."""
         if not self._keep_best:
             return False
-        self.wait()
         score = self._score(metrics)
-        as_good = [saved for saved in self._checkpointer.checkpoints if self._score(saved.metrics) >= score]
+        as_good = [saved for saved in self._metrics().values() if self._score(saved) >= score]
         return score > -math.inf and len(as_good) < self._keep_best
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the `metadata` with which the step was saved."""
-        return dict(self._checkpointer.checkpointables_metadata(self._existing(step)).custom_metadata or {})
+        folder = self.directory / str(self._chosen(step))
+        found = _agreed(folder, lambda: step_record.metadata_of(folder))
+        return {name: value for name, value in found.items() if name != step_record.MARK}
 
-    def restore(self, abstract: Trees, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    def restore(self, abstract: Trees, step: Step | None = None) -> tuple[int, dict[str, Any]]:
         """Reads a step, with the shapes, types and shardings of `abstract`.
+
+        A step that is deleted meanwhile, by the run that trains, is read again: the newest or best that there is then.
 
         Args:
           abstract: name -> tree of `jax.ShapeDtypeStruct`, for some or all of the names that were saved. Under
@@ -127,59 +176,166 @@ class Checkpoints:
           The step, and name -> tree of arrays.
 
         Raises:
-          ConfigError: names a tensor that is missing, that is not in `abstract`, or that has another shape or type.
+          ConfigError: names a tensor that is missing, that is not in `abstract`, or that has another shape or type; or
+            what of the step is damaged, and the newest step that is whole.
         """
-        step = self._existing(step)
-        saved = self._checkpointer.checkpointables_metadata(step).metadata
+        return self.reading(lambda chosen: self.load(abstract, chosen), "newest" if step is None else step)
+
+    def reading(self, read: Any, step: Step) -> tuple[int, Any]:
+        """Returns a step, and the result of `read` of it; see `restore`. `read` raises `Damaged` on all processes."""
+        for _ in range(_TRIES):
+            chosen = self._chosen(step)
+            try:
+                return chosen, read(chosen)
+            except Damaged as error:
+                if not processes.gather(self._deleted(chosen, step, error))[0]:
+                    whole_step = processes.gather(self._newest_whole(chosen))[0]
+                    if whole_step is None:
+                        raise ConfigError(
+                            f"{error}; no other step is whole, so restore the folder from a copy"
+                        ) from error
+                    raise ConfigError(
+                        f"{error}; the newest step that is whole is {whole_step}: name it by step"
+                    ) from error
+        raise ConfigError(f"{self.directory}: a step was deleted while it was read, {_TRIES} times; try again")
+
+    def load(self, abstract: Trees, step: int) -> dict[str, Any]:
+        """Returns the trees of one step; see `restore`. Raises `Damaged` on all processes for one that is not whole."""
+        folder = self.directory / str(step)
+        abstract = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract.items()}
+        record = self.record(step)
+        saved = _agreed(folder, lambda: whole.structure(folder, record))
         for name, tree in abstract.items():
-            where = f"checkpoint {self._directory / str(step)}"
             if name not in saved:
-                raise ConfigError(f"{where}: holds no {name!r}, only {', '.join(sorted(saved))}")
-            differences = _differences(_tensors(name, saved[name]), _tensors(name, tree))
-            if differences:
+                raise ConfigError(f"checkpoint {folder}: holds no {name!r}, only {', '.join(sorted(saved))}")
+            wanted = {path: described(leaf) for path, leaf in tensors_of(name, tree).items()}
+            if differences := _differences(saved[name], wanted):
                 more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
                 raise ConfigError(
-                    f"{where}: {differences[0]}{more}; use the config it was saved with, or another workdir"
+                    f"checkpoint {folder}: {differences[0]}{more}; use the config it was saved with, or another workdir"
                 )
-        return step, self._checkpointer.load_checkpointables(step, jax.tree.map(_with_sharding, dict(abstract)))
+        trees = _agreed(folder, lambda: {name: whole.load(folder, name, tree) for name, tree in abstract.items()})
+        if record is not None:
+            found = self._digests.start(trees)
+            _agreed(folder, lambda: whole.compare(folder, record, found.each()))
+        return trees
+
+    def tensors(self, step: int, name: str) -> dict[str, np.ndarray] | None:
+        """Returns a tree of a step as numpy arrays by name, whole, if it fits easily into memory; else None.
+
+        In a job of several processes, of which each needs only a part, it verifies a share on each and returns None. It
+        does so, too, of a large tree; and without `verify` it reads nothing.
+
+        Raises `Damaged` on all processes for a tensor that is not whole.
+        """
+        folder, record = self.directory / str(step), self.record(step)
+        if record is None:
+            return None
+        count = jax.process_count()
+        sizes = _agreed(folder, lambda: whole.bytes_of(folder, name))
+        if count == 1 and sizes <= LARGEST_IN_MEMORY:
+            return whole.tensors(folder, record, name)
+        _agreed(folder, lambda: whole.verify(folder, record, name, slice(jax.process_index(), None, count)))
+        return None
+
+    def record(self, step: int) -> Record | None:
+        """Returns the record of a step whose files it agrees with; None where there is none, or nothing is verified.
+
+        Raises `Damaged` on all processes.
+        """
+        folder = self.directory / str(step)
+        if not self._verify:
+            return None
+
+        def checked() -> dict[str, Any] | None:
+            if processes.index() > 0:
+                return None
+            record = whole.checked_record(folder)
+            if record is None:
+                _log.warning("%s: has no digests, so not all damage to it would be noticed", folder)
+                return None
+            return record.to_json()
+
+        found = processes.gather(_agreed(folder, checked))[0]
+        return None if found is None else Record(**found)
 
     def close(self) -> None:
         """Waits like `wait`, and releases the directory."""
-        self._checkpointer.close()
+        if self._opened:
+            self._checkpointer.close()
 
-    def _existing(self, step: int | None) -> int:
-        steps = self.steps()
+    def _chosen(self, step: Step) -> int:
+        """Returns the number of a step; process 0 looks for all. Raises `ConfigError` if there is none."""
+        steps, best = processes.gather([self.steps(), self.best() if step == "best" else None])[0]
         if not steps:
-            raise ConfigError(f"{self._directory}: no checkpoint here; give the workdir of a run that has saved one")
-        if step is None:
+            raise ConfigError(f"{self.directory}: no checkpoint here; give the workdir of a run that has saved one")
+        if step == "newest":
             return steps[-1]
+        if step == "best":
+            if best is None:
+                raise ConfigError(f"{self.directory}: no checkpoint has been evaluated, so none is the best")
+            return best
         if step not in steps:
             existing = ", ".join(map(str, steps))
-            raise ConfigError(f"{self._directory}: no checkpoint of step {step}; there are {existing}")
+            raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are {existing}")
         return step
+
+    def _deleted(self, chosen: int, step: Step, error: Damaged) -> bool:
+        """Returns whether a step was deleted, or a newer one has come, while it was read."""
+        if step == "newest" and self.latest() not in (chosen, None):
+            return True
+        end = time.monotonic() + _DELETION_SECONDS * error.missing
+        while (self.directory / str(chosen)).is_dir():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _newest_whole(self, besides: int) -> int | None:
+        """Returns the newest other step that is whole; only process 0 looks."""
+        others = [step for step in reversed(self.steps()) if step != besides and processes.index() == 0]
+        return next((step for step in others if whole.problem(self.directory / str(step)) is None), None)
+
+    def _metrics(self) -> dict[int, Mapping[str, float] | None]:
+        """Returns the metrics of each step; those of a step that is damaged, which is logged, are left out."""
+        self.wait()
+        if self._opened:
+            return {checkpoint.step: checkpoint.metrics for checkpoint in self._checkpointer.checkpoints}
+        found = dict[int, Mapping[str, float] | None]()
+        for step in self.steps():
+            try:
+                found[step] = step_record.metrics_of(self.directory / str(step))
+            except Damaged as error:
+                _log.warning("%s; it is not looked at for the best", error)
+        return found
 
     def _score(self, metrics: Mapping[str, float] | None) -> float:
         value = (metrics or {}).get(self._best_metric, -math.inf)
         return -math.inf if math.isnan(value) else value
 
 
+def _agreed(folder: Path, read: Any) -> Any:
+    """Returns the result of `read`; if it raises `Damaged` on any process, so do all."""
+    result, own = None, None
+    try:
+        result = read()
+    except Damaged as error:
+        own = [error.reason, error.missing]
+    for found in processes.gather(own):
+        if found is not None:
+            raise Damaged(folder, found[0], missing=found[1])
+    return result
+
+
 def _with_sharding(tensor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Adds a sharding on this run's devices where there is none: Orbax would look for the devices that saved."""
-    if tensor.sharding is not None:
-        return tensor
+    """Adds a sharding on this run's devices where there is none, and the mesh that is set to one that names none."""
     mesh = jax.sharding.get_mesh()
-    sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    sharding = tensor.sharding
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+        sharding = NamedSharding(mesh, sharding.spec)
     return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding)
-
-
-def _tensors(name: str, tree: Any) -> dict[str, str]:
-    """Returns path, such as `parameters/head/kernel` -> type and shape, such as `float32[8, 10]`."""
-    return {
-        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": (
-            f"{np.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ from vit_dist.config import Config, ConfigError
 from vit_dist.data.files import read_file
 from vit_dist.job import processes
 from vit_dist.run.files import ADVICE, ANY_OBJECT, NUMBER, TEXT, WHOLE, read_json, write_atomically
+from vit_dist.run.step_record import steps_in
 from vit_dist.schema import flatten
 from vit_dist.weights.traits import PREPARED, TRAITS
 
@@ -61,7 +62,7 @@ def check_unchanged(workdir: Path, seen: list[Any]) -> None:
 
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Returns the steps with a complete checkpoint, in order; an incomplete one has a longer name."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
+    return steps_in(workdir / "checkpoints")
 
 
 def check_shared(workdir: Path) -> None:

@@ -1,13 +1,11 @@
 """Opens a checkpoint of an earlier run of ours as weights, of which a process reads what it needs (tensorstore)."""
 
 import dataclasses
-import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
 
 from vit_dist.config import Config, ConfigError
 from vit_dist.model import lora
@@ -16,10 +14,22 @@ from vit_dist.weights.lazy import Index, Lazy
 from vit_dist.weights.naming import Naming
 from vit_dist.weights.origin import Origin
 from vit_dist.weights.published import Published, shapes_of
+from vit_dist.weights.saved_tree import SavedTree
 from vit_dist.weights.traits import PREPARED, traits_of
 
 
-def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: int) -> Published:
+def parameters_of(settings: Config) -> str:
+    """Returns which tree of a run's checkpoints is its result: the moving average where the run keeps one."""
+    return "ema" if settings.ema_decay else "parameters"
+
+
+def open_run(
+    workdir: Path,
+    settings: Config,
+    classes: tuple[str, ...],
+    step: int,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> Published:
     """Returns the parameters of a checkpoint, of their moving average where the run keeps one, with adapters merged.
 
     Args:
@@ -27,10 +37,12 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
       settings: its config.
       classes: the names of its classes.
       step: that of the checkpoint.
+      tensors: those of the tree `parameters_of`, by name; None: each is read from the disk when it is asked for.
     """
-    tree = (workdir / "checkpoints" / str(step) / ("ema" if settings.ema_decay else "parameters")).resolve()
+    tree = (workdir / "checkpoints" / str(step) / parameters_of(settings)).resolve()
     stacked, shapes = settings.model.scan, shapes_of(settings.model, settings.lora)
-    parameters = {path: _parameter(tree, path, shape, bool(stacked)) for path, shape in shapes.items()}
+    saved = SavedTree(tree)
+    parameters = {path: _parameter(saved, tensors, path, shape, bool(stacked)) for path, shape in shapes.items()}
     parameters = _merged(parameters, lora.factor(settings.lora)) if settings.lora.rank else parameters
     model = traits_of(settings.model)
     data = {f"data.{key}": getattr(settings.data, key) for key in PREPARED}
@@ -45,20 +57,25 @@ def open_run(workdir: Path, settings: Config, classes: tuple[str, ...], step: in
     return Published(Origin({}, {}, files), described, source, parameters, taken, (), step)
 
 
-def _parameter(tree: Path, path: str, shape: tuple[int, ...], stacked: bool) -> Lazy:
+def _parameter(
+    saved: SavedTree, tensors: Mapping[str, np.ndarray] | None, path: str, shape: tuple[int, ...], stacked: bool
+) -> Lazy:
     parts = path.split("/")
     in_stack = stacked and parts[0] == "blocks"
     name = ".".join([parts[0], *parts[2:]] if in_stack else parts)
     number = int(parts[1]) if in_stack else None
 
     def compute(index: Index) -> np.ndarray:
-        whole = _open(tree, name)
-        saved = tuple(whole.shape[number is not None :])
-        if saved != shape:
+        if tensors is not None and name not in tensors:
+            raise ConfigError(f"{saved.folder}: holds no {name}, which the run's config.json asks for; restore it")
+        stored = saved.open(name) if tensors is None else tensors[name]
+        found = tuple(stored.shape[number is not None :])
+        if found != shape:
             raise ConfigError(
-                f"{tree}: {name} is {list(saved)}, but {list(shape)} by the run's config.json; restore it"
+                f"{saved.folder}: {name} is {list(found)}, but {list(shape)} by the run's config.json; restore it"
             )
-        return whole[index if number is None else (number, *index)].read().result()
+        whole_index: Any = index if number is None else (number, *index)
+        return saved.read(name, whole_index) if tensors is None else tensors[name][whole_index]
 
     return Lazy(shape, compute)
 
@@ -83,15 +100,3 @@ def _with_adapter(kernel: Lazy, down: Lazy, up: Lazy, factor: float) -> Lazy:
         return kernel.read(index) + np.float32(factor) * added
 
     return Lazy(kernel.shape, compute)
-
-
-@functools.lru_cache(maxsize=4096)
-def _open(tree: Path, name: str) -> Any:
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tree}/"}, "path": f"{name}/"},
-    }
-    try:
-        return tensorstore.open(spec, open=True, read=True).result()
-    except ValueError as error:
-        raise ConfigError(f"{tree}: {name} cannot be read ({str(error).partition(' [')[0][:200]})") from error
