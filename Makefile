@@ -6,17 +6,17 @@ RUN := $(VENV)/bin
 
 export PYTHONDONTWRITEBYTECODE := 1
 # Compiled programs are kept from one run to the next. `bench` does without: it times the compilation too.
-train test test-slow smoke: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+train test test-slow chaos smoke: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # The tests start a hundred processes: small programs are kept too, and the package's byte code.
-test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-test test-slow: export PYTHONDONTWRITEBYTECODE :=
+test test-slow chaos: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+test test-slow chaos: export PYTHONDONTWRITEBYTECODE :=
 
 # What the environment is made from; its stamp is the checksum, so it is made again when one of these changes.
 MADE_FROM = $(PYTHON) -c 'import sys; print(sys.version, sys.base_prefix)' && \
 	echo '$(CURDIR)' && cat pyproject.toml constraints.txt
 STAMP := $(VENV)/made-from
 
-.PHONY: help setup compilers train test test-slow mutants smoke lint bench bench-data bench-plan bench-compiled peers onnx visit-kit gpu-visit visit-proof
+.PHONY: help setup compilers train test test-slow mutants chaos smoke lint bench bench-data bench-plan bench-compiled peers onnx visit-kit gpu-visit visit-proof
 
 help:
 	@echo 'make setup      the virtual environment $(VENV), of exact versions (PYTHON=python3.12 chooses the interpreter)'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test       the test suite'
 	@echo 'make test-slow  the tests that need many processes, kills or minutes'
 	@echo 'make mutants    small wrong edits of the source, each of which a test must notice (WORDS=... chooses some)'
+	@echo 'make chaos      kills and other faults from outside, as a table; CHAOS_ROUNDS=10: ten times as many'
 	@echo 'make smoke      builds the wheel, installs it into $(SMOKE) and runs every verb in an empty folder'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the time of a step beside a plain Flax Linen trainer; benchmarks/step.py --help: beside others'
@@ -94,6 +95,9 @@ test-slow: setup
 mutants: setup
 	@$(RUN)/python tests/mutants.py $(WORDS)
 
+chaos: setup
+	@$(RUN)/pytest -n 2 --dist loadfile -m chaos
+
 # The wheel, in an environment that holds nothing else, as a user has it.
 SMOKE ?= .cache/smoke
 WHEEL_OF := vit_dist configs setup.py pyproject.toml README.md LICENSE
@@ -152,7 +156,7 @@ peers: setup
 	@$(PEER) peers.preprocessing_fixtures fixtures tests/weights/preprocessing.json
 	@results=benchmarks/results/$$(date +%F)-peers-cpu.md; \
 	$(RUN)/python benchmarks/peers/compare.py $(PEERS)/files > $$results && echo "$$results"
-	@$(RUN)/python benchmarks/peers/write_back.py $(PEERS)/files
+	@PYTHONPATH=benchmarks $(RUN)/python -m peers.write_back $(PEERS)/files
 	@results=benchmarks/results/$$(date +%F)-written-cpu.md; \
 	$(PEER) peers.read_back $(PEERS)/files > $$results && echo "$$results"
 

@@ -3,6 +3,9 @@
 import os
 import signal
 
+import pytest
+from tally import Tally
+
 from vit_dist.job import processes
 
 # Compiling takes most of the suite's time, and no claim of it is about how good the machine code is. The second flag
@@ -12,3 +15,28 @@ os.environ["XLA_FLAGS"] = f"{HURRY} {os.environ.get('XLA_FLAGS', '')}".strip()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what tests start would be deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 processes.start(fake_devices=8)
+
+
+@pytest.fixture
+def tally(request):
+    """A `Tally` of the faults that a test inflicts; `make chaos` prints all of them as a table."""
+    tally = Tally()
+    yield tally
+    request.node.user_properties += [("fault", [fault, *counts]) for fault, counts in tally.counts.items()]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the table of faults: how many were inflicted, and of how many no harm came."""
+    rows = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "teardown"
+        for name, value in report.user_properties
+        if name == "fault"
+    ]
+    if rows:
+        width = max(len(fault) for fault, *_ in rows)
+        terminalreporter.section("faults")
+        for row in (("fault", "tried", "survived", "lost"), *(((*row, row[1] - row[2])) for row in sorted(rows))):
+            terminalreporter.write_line("  ".join((row[0].ljust(width), *(str(cell).rjust(8) for cell in row[1:]))))

@@ -1,6 +1,6 @@
 """Writes the files of other libraries' models, and models of our own, by `vit-dist export`, for `peers.read_back`.
 
-    python benchmarks/peers/write_back.py FOLDER
+    PYTHONPATH=benchmarks python -m peers.write_back FOLDER
 
 FOLDER/NAME is what `peers.golden` wrote, and FOLDER/ours_NAME is made here: our own format with random numbers, and our
 own outputs. Of each, NAME/written_FORMAT is made for every format, or written_FORMAT.txt with why there is none.

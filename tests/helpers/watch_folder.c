@@ -24,63 +24,67 @@
 static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
 static __thread int inside;
 
-static void tell(const char *call, const char *path) {
-  const char *folder = getenv("WATCHED"), *address = getenv("WATCHER");
-  if (inside || !folder || !address || strncmp(path, folder, strlen(folder)) != 0) return;
-  int saved = errno;
-  inside = 1;
+/* Returns whether a path is watched; if so, holds all other calls until `tell`. Keeps errno. */
+static int hold(const char *path) {
+  const char *folder = getenv("WATCHED");
+  if (inside || !path || !folder || !getenv("WATCHER") || strncmp(path, folder, strlen(folder)) != 0) return 0;
   pthread_mutex_lock(&one_at_a_time);
-  struct sockaddr_un name = {.sun_family = AF_UNIX};
-  strncpy(name.sun_path, address, sizeof name.sun_path - 1);
-  int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (connect(connection, (struct sockaddr *)&name, sizeof name) == 0) {
-    char answer;
-    dprintf(connection, "%s %s\n", call, path);
-    if (recv(connection, &answer, 1, 0) != 1) abort();
+  inside = 1;
+  return 1;
+}
+
+/* Tells of a call that succeeded, waits for the answer, and lets other calls go on. Keeps errno. */
+static void tell(int done, const char *call, const char *path) {
+  int saved = errno;
+  if (done) {
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    strncpy(name.sun_path, getenv("WATCHER"), sizeof name.sun_path - 1);
+    int connection = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (connect(connection, (struct sockaddr *)&name, sizeof name) == 0) {
+      char answer;
+      dprintf(connection, "%s %s\n", call, path);
+      if (recv(connection, &answer, 1, 0) != 1) abort();
+    }
+    close(connection);
   }
-  close(connection);
-  pthread_mutex_unlock(&one_at_a_time);
   inside = 0;
+  pthread_mutex_unlock(&one_at_a_time);
   errno = saved;
 }
 
-static void tell_at(const char *call, int directory, const char *path) {
-  char whole[2 * PATH_MAX], link[64];
-  if (path[0] == '/') {
-    snprintf(whole, sizeof whole, "%s", path);
-  } else {
-    if (directory == AT_FDCWD) snprintf(link, sizeof link, "/proc/self/cwd");
-    else snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
-    ssize_t length = readlink(link, whole, PATH_MAX - 1);
-    if (length < 0) return;
-    snprintf(whole + length, sizeof whole - length, "/%s", path);
-  }
-  tell(call, whole);
-}
-
-static void tell_file(const char *call, int file) {
-  char whole[PATH_MAX], link[64];
-  snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-  ssize_t length = readlink(link, whole, sizeof whole - 1);
-  if (length < 0) return;
+/* Writes the whole path of a path, which may be relative to a folder, or of a file; returns it, or NULL. */
+static const char *whole_path(char *whole, int directory, const char *path) {
+  char link[64];
+  if (path && path[0] == '/') return path;
+  if (directory == AT_FDCWD) snprintf(link, sizeof link, "/proc/self/cwd");
+  else snprintf(link, sizeof link, "/proc/self/fd/%d", directory);
+  ssize_t length = readlink(link, whole, PATH_MAX - 1);
+  if (length < 0) return NULL;
   whole[length] = 0;
-  tell(call, whole);
+  if (path) snprintf(whole + length, PATH_MAX, "/%s", path);
+  return whole;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+#define WATCHED_CALL(type, name, directory, path, happened, given)   \
+  char buffer[2 * PATH_MAX + 1];                                     \
+  const char *whole = whole_path(buffer, directory, path);           \
+  int held = hold(whole);                                            \
+  type result = REAL(name) given;                                    \
+  if (held) tell(happened, #name, whole);                            \
+  return result;
 
-#define OPENING(name, directory, parameters, given)                     \
-  int name parameters {                                                 \
-    mode_t mode = 0;                                                    \
-    if (flags & (O_CREAT | O_TMPFILE)) {                                \
-      va_list rest;                                                     \
-      va_start(rest, flags);                                            \
-      mode = va_arg(rest, mode_t);                                      \
-      va_end(rest);                                                     \
-    }                                                                   \
-    int result = REAL(name) given;                                      \
-    if (result >= 0 && flags & (O_CREAT | O_TRUNC)) tell_at("open", directory, path); \
-    return result;                                                      \
+#define OPENING(name, directory, parameters, given)                                                       \
+  int name parameters {                                                                                   \
+    mode_t mode = 0;                                                                                      \
+    if (flags & (O_CREAT | O_TMPFILE)) {                                                                  \
+      va_list rest;                                                                                       \
+      va_start(rest, flags);                                                                              \
+      mode = va_arg(rest, mode_t);                                                                        \
+      va_end(rest);                                                                                       \
+    }                                                                                                     \
+    if (!(flags & (O_CREAT | O_TRUNC))) return REAL(name) given;                                          \
+    WATCHED_CALL(int, name, directory, path, result >= 0, given)                                          \
   }
 OPENING(open, AT_FDCWD, (const char *path, int flags, ...), (path, flags, mode))
 OPENING(open64, AT_FDCWD, (const char *path, int flags, ...), (path, flags, mode))
@@ -88,11 +92,7 @@ OPENING(openat, directory, (int directory, const char *path, int flags, ...), (d
 OPENING(openat64, directory, (int directory, const char *path, int flags, ...), (directory, path, flags, mode))
 
 #define OF_A_FILE(type, name, parameters, given) \
-  type name parameters {                         \
-    type result = REAL(name) given;              \
-    if (result >= 0) tell_file(#name, file);     \
-    return result;                               \
-  }
+  type name parameters { WATCHED_CALL(type, name, file, NULL, result >= 0, given) }
 OF_A_FILE(ssize_t, write, (int file, const void *bytes, size_t count), (file, bytes, count))
 OF_A_FILE(ssize_t, pwrite, (int file, const void *bytes, size_t count, off_t at), (file, bytes, count, at))
 OF_A_FILE(ssize_t, pwrite64, (int file, const void *bytes, size_t count, off64_t at), (file, bytes, count, at))
@@ -101,12 +101,8 @@ OF_A_FILE(ssize_t, pwritev, (int file, const struct iovec *parts, int count, off
 OF_A_FILE(int, ftruncate, (int file, off_t size), (file, size))
 OF_A_FILE(int, ftruncate64, (int file, off64_t size), (file, size))
 
-#define OF_A_PATH(name, directory, parameters, given)    \
-  int name parameters {                                  \
-    int result = REAL(name) given;                       \
-    if (result == 0) tell_at(#name, directory, path);    \
-    return result;                                       \
-  }
+#define OF_A_PATH(name, directory, parameters, given) \
+  int name parameters { WATCHED_CALL(int, name, directory, path, result == 0, given) }
 OF_A_PATH(mkdir, AT_FDCWD, (const char *path, mode_t mode), (path, mode))
 OF_A_PATH(mkdirat, directory, (int directory, const char *path, mode_t mode), (directory, path, mode))
 OF_A_PATH(rmdir, AT_FDCWD, (const char *path), (path))
