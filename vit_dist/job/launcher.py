@@ -20,12 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from vit_dist.config import ConfigError
+from vit_dist.job import signals
 from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
+from vit_dist.job.signals import VERBS
 from vit_dist.schema import one_of
 
-VERBS = ("train", "eval", "predict", "features", "probe", "bench")  # the verbs that run as several processes
 # After the first failure the others may end by themselves, each with its own message (process 0, if it is at fault,
 # waits until its peers have ended). Those that still run get SIGTERM, then SIGKILL, so long after the failure.
 SIGTERM_SECONDS = 1.0
@@ -139,7 +140,7 @@ def launch(job: Job) -> int:
             while time.monotonic() < restart_at and not received:
                 time.sleep(_POLL_SECONDS)
             if received:
-                break
+                return signals.code_of(set(received))  # another start goes on from the last save
     return code
 
 
@@ -217,7 +218,13 @@ class _Attempt:
 
     def _ended_well(self, child: Child) -> bool:
         """Returns whether the process did not fail; after Ctrl-C, a process that has saved ends with 130."""
-        return child.code in CLEAN or (child.code == INTERRUPTED and signal.SIGINT in self.received)
+        if child.code in CLEAN or self._was_stopped_at_birth(child):
+            return True
+        return child.code == INTERRUPTED and signal.SIGINT in self.received
+
+    def _was_stopped_at_birth(self, child: Child) -> bool:
+        """Returns whether a forwarded SIGTERM ended the process, as it does before the first line of `main`."""
+        return child.code == -signal.SIGTERM and signal.SIGTERM in self.received
 
     def _was_stopped(self, child: Child) -> bool:
         """Returns whether the process ended only because the launcher was told to stop."""
@@ -244,7 +251,8 @@ class _Attempt:
         """Prints why the job failed, if it did; returns its exit code."""
         codes = [child.code for child in self.children]
         if self.first_failed is None:
-            return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
+            stopped = any(map(self._was_stopped_at_birth, self.children))
+            return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), PREEMPTED if stopped else DONE)
         if self._was_stopped(self.first_failed):
             print_line("launch: stopped before all had saved")
         else:
@@ -281,6 +289,7 @@ def _record_signals(received: list[int]) -> Iterator[None]:
     stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     caught = [number for number in stopping if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, record) for number in caught}
+    signals.hand_to(None)  # the job ends once its processes have
     try:
         yield
     finally:
