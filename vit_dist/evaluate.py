@@ -124,7 +124,7 @@ def evaluate(
     """
     workdir = expanded(workdir, "workdir")
     settings = read_config(workdir, overrides)
-    processes.start(settings.fake_devices, settings.deadlines)
+    processes.start(settings.fake_devices, settings.deadlines, workdir=workdir)
     source = open_split(settings, split)
     on_device = augments_on_device(source, settings.data)
     run = restored(workdir, settings, augment_on_device=on_device, step=step, best=best)

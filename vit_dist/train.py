@@ -82,7 +82,7 @@ def train(
     """
     settings = load_config(config, overrides)
     workdir = expanded(workdir, "workdir")
-    processes.start(settings.fake_devices, settings.deadlines)
+    processes.start(settings.fake_devices, settings.deadlines, workdir=workdir)
     # Process 0 looks for all: a network file system may show the others an older state.
     saved_settings = run_files.read_config(workdir) if processes.gather(run_files.holds_run(workdir))[0] else None
     weights: Published | None = None

@@ -216,7 +216,7 @@ from vit_dist.config import Deadlines
 from vit_dist.job.rendezvous import rendezvous
 from vit_dist.job.rank import find_rank
 from vit_dist.job.watchdog import Watchdog
-watchdog = Watchdog(rank, rendezvous(find_rank(60), 60), Deadlines(peer_seconds=2, step_seconds=3))
+watchdog = Watchdog(rank, rendezvous(find_rank(60), 60, b""), Deadlines(peer_seconds=2, step_seconds=3))
 {then}
 watchdog.alive(2)
 time.sleep(60)
@@ -434,10 +434,11 @@ def test_processes_are_numbered_over_all_hosts_and_take_a_gpu_each_or_fake_devic
         "VIT_DIST_PROCESSES": "12",
         "VIT_DIST_PROCESS": "9",
         "VIT_DIST_LOCAL_PROCESS": "1",
+        "VIT_DIST_JOB_SECRET": "secret",
         "SOME_OTHER": "kept",
     }
-    assert {**real.environment(9, "node0:29500"), **expected} == real.environment(9, "node0:29500")
-    fake = Job(("x",), 2, devices_per_process=3).environment(1, "127.0.0.1:5")
+    assert {**real.environment(9, "node0:29500", "secret"), **expected} == real.environment(9, "node0:29500", "secret")
+    fake = Job(("x",), 2, devices_per_process=3).environment(1, "127.0.0.1:5", "")
     assert fake["VIT_DIST_FAKE_DEVICES"] == "3" and "VIT_DIST_LOCAL_PROCESS" not in fake
 
 

@@ -24,6 +24,8 @@ from vit_dist.job import signals
 from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
+from vit_dist.job.secret import VARIABLE as SECRET
+from vit_dist.job.secret import new_secret
 from vit_dist.job.signals import VERBS
 from vit_dist.schema import one_of
 
@@ -85,9 +87,9 @@ class Job:
         """The numbers of this host's processes within the job."""
         return range(self.node_rank * self.processes, (self.node_rank + 1) * self.processes)
 
-    def environment(self, index: int, coordinator: str) -> dict[str, str]:
+    def environment(self, index: int, coordinator: str, secret: str) -> dict[str, str]:
         """Returns the environment variables of process `index`."""
-        rank = dict(zip(VARIABLES, (coordinator, str(self.total), str(index))))
+        rank = dict(zip(VARIABLES, (coordinator, str(self.total), str(index)))) | ({SECRET: secret} if secret else {})
         if self.devices_per_process is None:
             return {**os.environ, **rank, LOCAL: str(index - self.indices[0])}
         inherited = {name: value for name, value in os.environ.items() if name != LOCAL}
@@ -158,10 +160,12 @@ class _Attempt:
     def run(self) -> int:
         """Returns the exit code of the job."""
         coordinator = self.job.coordinator or f"127.0.0.1:{free_port()}"
+        # The launchers of several nodes cannot know one that this one makes; see `secret`.
+        secret = os.environ.get(SECRET, "") or (new_secret() if self.job.nodes == 1 else "")
         with selectors.DefaultSelector() as ready:
             try:
                 for index in self.job.indices:
-                    environment = self.job.environment(index, coordinator)
+                    environment = self.job.environment(index, coordinator, secret)
                     self.children.append(Child(self.job.command, index, environment, ready))
                 while running := [child for child in self.children if child.code is None]:
                     for key, _ in ready.select(_POLL_SECONDS):

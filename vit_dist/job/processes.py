@@ -5,10 +5,12 @@ lost, `watchdog` ends those that are left, so that every wait for another proces
 """
 
 import hashlib
+import logging
 import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +20,9 @@ from vit_dist.config import ConfigError
 from vit_dist.job import rank as ranks
 from vit_dist.job import signals
 from vit_dist.job.exit_codes import INTERRUPTED
+from vit_dist.job.listening import bind_host, joined
 from vit_dist.job.rendezvous import rendezvous
+from vit_dist.job.secret import VARIABLE, find_secret
 from vit_dist.job.signals import end_now
 from vit_dist.job.watchdog import Watchdog
 
@@ -30,10 +34,11 @@ EXTRA_THREADS = 2  # for each fake device; see `make_fake_devices`
 # such errors have a type of their own.
 _LOST_PEER = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 
+_log = logging.getLogger(__name__)
 _watchdog: Watchdog | None = None
 
 
-def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None) -> None:
+def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None, *, workdir: Path | None = None) -> None:
     """Makes the devices and joins the other processes, if there are any.
 
     It must be called before anything else uses jax's devices; a later call does nothing.
@@ -41,6 +46,7 @@ def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None) -> N
     Args:
       fake_devices: CPU devices to make; 0: the real devices.
       deadlines: when a wait for other processes times out.
+      workdir: that of the run, where the job's secret may be; see `secret`.
 
     Raises:
       ConfigError: if an environment variable is missing, is not a number or is out of range, and if the process has
@@ -63,7 +69,11 @@ def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None) -> N
     if rank is None:
         signals.alone()
         return
-    _watchdog = Watchdog(rank.index, rendezvous(rank, deadlines.start_seconds), deadlines)
+    secret = find_secret(workdir)
+    if not secret and rank.index == 0:
+        _log.warning("%s: not set, so that whoever reaches %s may join this job", VARIABLE, rank.coordinator)
+    peers = rendezvous(rank, deadlines.start_seconds, secret)
+    _watchdog = Watchdog(rank.index, peers, deadlines)
     signals.hand_to(_watchdog.ask_to_stop)
     jax.config.update("jax_enable_preemption_service", False)  # it would answer SIGTERM, in C++
     jax.distributed.initialize(
@@ -72,6 +82,8 @@ def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None) -> N
         rank.index,
         list(rank.devices),  # not None, or JAX would try to detect a cluster again
         initialization_timeout=deadlines.start_seconds,
+        # jax would listen at all addresses of the host.
+        coordinator_bind_address=joined(bind_host(rank), rank.address[1]) if rank.index == 0 else None,
         # Our own watchdog acts first and names the lost process; JAX's ends the process with a list of C++ functions.
         heartbeat_timeout_seconds=3 * deadlines.peer_seconds + 60,
         shutdown_timeout_seconds=deadlines.step_seconds,
