@@ -135,6 +135,7 @@ def test_a_recorded_handshake_and_one_with_another_secret_are_not_believed(port,
 def test_an_imposter_at_the_port_of_process_0_is_not_believed(port):
     """It answers as process 0 does, without the secret: that all have connected, or that all is lost."""
     server = socket.create_server(("127.0.0.1", port))
+    server.settimeout(10)
 
     def answer():
         for message in ({"host": "h", "pid": 1}, {"failed": "all is lost", "blamed": 1}, {"refused": "go away"}):

@@ -121,6 +121,32 @@ def test_a_signal_at_any_moment_ends_a_job_fresh_or_resumed(processes, tmp_path)
     assert [row["step"] for row in rows(run)] == list(range(1, checkpoint_steps(run)[-1] + 1))
 
 
+IMPORTING = """
+import os, signal, sys
+from vit_dist.job import signals
+sys.argv = ["vit-dist", "configs"]
+signals.answer()
+signals.alone()
+import slow
+"""
+SLOW = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGTERM)
+try:
+    time.sleep(60)
+except BaseException:  # as a module in C++ does
+    os.abort()
+"""
+
+
+def test_a_signal_during_an_import_ends_the_process(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    variables = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    with started([sys.executable, "-c", IMPORTING], tmp_path / "output", **variables) as running:
+        assert running.wait(20) == 75
+    assert running.said() == "preempted: there was nothing to save\n"
+
+
 EVALUATING = """
 import os, signal, sys
 from vit_dist import cli
