@@ -29,6 +29,9 @@ export VIT_DIST_COORDINATOR="${first%%:*}:${PORT:-$((20000 + RANDOM % 10000))}"
 rank='export VIT_DIST_PROCESSES=$OMPI_COMM_WORLD_SIZE VIT_DIST_PROCESS=$OMPI_COMM_WORLD_RANK
 export VIT_DIST_LOCAL_PROCESS=$OMPI_COMM_WORLD_LOCAL_RANK; exec "$@"'
 
+# By this the processes know each other: nobody else who reaches their port can join or end the job.
+export VIT_DIST_JOB_SECRET="${VIT_DIST_JOB_SECRET:-$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')}"
+
 # Other hosts get a fresh environment, so the variables that configure the libraries are passed by name.
 passed=()
 for name in $(compgen -e); do

@@ -3,9 +3,10 @@
 The text before stands once in its file. The test, named below `tests/`, must fail by an assertion; where another
 exception is the right way to fail, its name is last in the row. The test needs nothing that a bare checkout lacks,
 for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`,
-those of published weights in `mutant_table_weights.py`.
+those of published weights in `mutant_table_weights.py`, those of jobs and signals in `mutant_table_job.py`.
 """
 
+from mutant_table_job import JOB_TABLE, TRAIN_ROWS
 from mutant_table_step import STEP_TABLE
 from mutant_table_weights import WEIGHTS_TABLE
 
@@ -379,11 +380,13 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         (
             "a best between two saves is lost",
-            "if saving or (evaluating and self._is_one_of_the_best()):",
-            "if saving:",
+            "if saving or stopping or (evaluating and self._is_one_of_the_best()):",
+            "if saving or stopping:",
             BEST,
         ),
+        *TRAIN_ROWS,
     ],
+    **JOB_TABLE,
     **STEP_TABLE,
     **WEIGHTS_TABLE,
 }

@@ -9,24 +9,20 @@ import ast
 import errno
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from vit_dist import arguments, commands, config, keys, recipes
 from vit_dist.config import ConfigError
 from vit_dist.escape import PrintableFormatter
+from vit_dist.job import signals
 from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
-from vit_dist.job.watchdog import end_now
 from vit_dist.paths import expanded
 from vit_dist.printing import print_json, print_lines, print_message, print_table
 
-LAST_SECONDS = 10.0  # for files and connections to be closed after a Ctrl-C
 # Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
 FILE_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.EMFILE,
@@ -41,26 +37,40 @@ _SPARES_MEMORY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code. Without `argv` it reads the command line and owns the process."""
     if argv is None:
-        _answer_ctrl_c()
+        signals.answer()
         _keep_stdout_for_results()
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal])
     for library in ("absl", "jax"):  # orbax and grain log as absl
         logging.getLogger(library).setLevel(logging.WARNING)
-    code, message, together = FAILED, "an unexpected error; see the log of that process", False
+    code, together, stopped = FAILED, False, False
+    message: str | None = "an unexpected error; see the log of that process"
+    try:
+        code, message = _run(sys.argv[1:] if argv is None else argv, own_process=argv is None)
+        together = code != FAILED and message is None
+    except KeyboardInterrupt:  # wherever it was raised above
+        code, message, stopped = signals.exit_code(), signals.describe(), True
+        print_message(message)
+    finally:
+        signals.end(code)
+        _leave(code, message or "", together)
+    if stopped and argv is None:
+        signals.end_now(code)  # without waiting for threads, such as a save
+    return code
+
+
+def _run(words: Sequence[str], *, own_process: bool) -> tuple[int, str | None]:
+    """Runs a verb; returns the exit code, and the error that it has printed, if any."""
     options = argparse.Namespace()
     try:
-        options = arguments.parse(sys.argv[1:] if argv is None else argv, _VERBS)
-        options.own_process = argv is None
-        code = options.run(options) or DONE
-        together = code != FAILED
+        options = arguments.parse(words, _VERBS)
+        options.own_process = own_process
+        return options.run(options) or DONE, None
     except ConfigError as error:
         code, message = MISTAKE, str(error)
-        print_message(f"error: {message}")
     except JobError as error:
-        message = str(error)
-        print_message(f"error: {message}")
+        code, message = FAILED, str(error)
         if error.blamed is not None:
             Blame(error.blamed, message).report()
     except OSError as error:
@@ -68,39 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = error.filename2 or error.filename or getattr(options, "workdir", "the disk")
         code, message = MISTAKE, f"{where}: {error.strerror}"
-        print_message(f"error: {message}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not str(error).startswith(_DEVICE_MEMORY):
             raise
         text = (str(error).splitlines() or ["the host's memory is full"])[0].removeprefix(_DEVICE_MEMORY)
         code, message = MISTAKE, f"out of memory: {text}; {_SPARES_MEMORY}"
-        print_message(f"error: {message}")
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted"
-        print_message(message)
-    finally:
-        _leave(code, message, together)
-    if code == INTERRUPTED and not together and argv is None:
-        end_now(code)  # without waiting for threads, such as a save
-    return code
-
-
-def _answer_ctrl_c() -> None:
-    """Makes the first Ctrl-C end the verb by `KeyboardInterrupt`, and the second end the process.
-
-    Python ignores exceptions that are raised during garbage collection, and closing a file may block. So a timer ends
-    the process `LAST_SECONDS` after the first Ctrl-C in any case.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        last = threading.Timer(LAST_SECONDS, end_now, (INTERRUPTED,))
-        last.daemon = True
-        last.start()
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a process in the background ignores it
-        signal.signal(signal.SIGINT, interrupt)
+    print_message(f"error: {message}")
+    return code, message
 
 
 def _keep_stdout_for_results() -> None:

@@ -15,7 +15,7 @@ from vit_dist.data.sets.sources import open_source
 from vit_dist.data.stream.bad_examples import BadExample, check_bad, check_none_bad
 from vit_dist.data.stream.loader import evaluation_batches
 from vit_dist.data.stream.pixels import augments_on_device
-from vit_dist.job import processes
+from vit_dist.job import preemption, processes
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.paths import expanded
 from vit_dist.program import Program, restored
@@ -52,6 +52,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
 
     Raises:
       TooManyBadExamples: on all processes, for files that do not decode, unless they may be skipped.
+      StopEvaluation: on all processes, if a run that evaluates is asked to stop.
       RuntimeError: where the examples counted and skipped are not all examples.
     """
     settings = program.settings
@@ -69,6 +70,7 @@ def evaluate_source(program: Program, parameters: Parameters, source: Source) ->
     with contextlib.closing(batches), contextlib.closing(device_batches):
         for number, batch in enumerate(device_batches):
             processes.alive()
+            preemption.check_between_batches()
             if number == 0:
                 processes.compile_together(program.evaluation_step, parameters, batch, totals)
             totals = program.evaluation_step(parameters, batch, totals)
@@ -121,7 +123,7 @@ def evaluate(
     """
     workdir = expanded(workdir, "workdir")
     settings = read_config(workdir, overrides)
-    processes.start(settings.fake_devices, settings.deadlines)
+    processes.start(settings.fake_devices, settings.deadlines, workdir=workdir)
     source = open_split(settings, split)
     on_device = augments_on_device(source, settings.data)
     run = restored(workdir, settings, augment_on_device=on_device, step=step)

@@ -20,7 +20,7 @@ from vit_dist.data.sets.examples import Source
 from vit_dist.data.stream.bad_examples import BadExample, check_bad, check_none_bad
 from vit_dist.data.stream.loader import Batches, evaluation_batches
 from vit_dist.data.stream.pixels import augments_on_device
-from vit_dist.job import processes
+from vit_dist.job import preemption, processes
 from vit_dist.mesh import feed, layout
 from vit_dist.mesh.feed import Batch, Prefetch
 from vit_dist.model.pooling import mean
@@ -154,6 +154,7 @@ class Extractor:
             under_way: tuple[int, tuple[jax.Array, jax.Array]] | None = None
             for first, batch in zip(range(start, stop, self.batch_size), device_batches, strict=True):
                 processes.alive()
+                preemption.check_between_batches()
                 self._compile_once(step, parameters, batch)
                 following = first, step(parameters, batch)  # begins while the host takes the one before
                 if under_way is not None:

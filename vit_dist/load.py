@@ -245,7 +245,7 @@ def start_devices(
         settings = run_files.read_config(path, _without(overrides, _SELECTION) if on_other_data else overrides)
     else:
         settings = config.typed(override(values, overrides))
-    processes.start(settings.fake_devices, settings.deadlines)
+    processes.start(settings.fake_devices, settings.deadlines, workdir=path)
 
 
 def _given(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:

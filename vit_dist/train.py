@@ -25,7 +25,7 @@ from vit_dist.describe import run_lines
 from vit_dist.evaluate import evaluate_source, open_split
 from vit_dist.initial import open_weights, record, started, weights_fingerprint, with_traits
 from vit_dist.job import processes
-from vit_dist.job.preemption import StopRequest
+from vit_dist.job.preemption import StopEvaluation, StopRequest
 from vit_dist.lengths import in_steps
 from vit_dist.mesh.feed import Prefetch
 from vit_dist.paths import expanded
@@ -40,7 +40,7 @@ from vit_dist.run.checkpoints import Checkpoints
 from vit_dist.run.failures import BadExampleList
 from vit_dist.run.falling_back import restore_newest_whole
 from vit_dist.run.lock import Lock, locked, refuse_second
-from vit_dist.run.metrics import MetricLog, StepProfile, read_rows
+from vit_dist.run.metrics import MetricLog, StepProfile, last_evaluation, row_name
 from vit_dist.run.progress import Progress
 from vit_dist.step.state import State
 from vit_dist.weights.adapted import Adapted, adapted
@@ -84,7 +84,7 @@ def train(
     """
     settings = load_config(config, overrides)
     workdir = expanded(workdir, "workdir")
-    processes.start(settings.fake_devices, settings.deadlines, saves_when_asked_to_stop=True)
+    processes.start(settings.fake_devices, settings.deadlines, workdir=workdir)
     refuse_second(workdir, "--workdir")
     seen = run_files.look(workdir)
     saved_settings = run_files.read_config(workdir) if seen[0] is not None else None
@@ -137,10 +137,10 @@ def train(
             origin = record(settings.init, weights) if weights else None
             environment.write(workdir, environment.describe(program.mesh, fingerprints, origin))
         run_files.check_shared(workdir)
-        with StopRequest(own_process=own_process) as stop, contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as stops, contextlib.ExitStack() as opened:
             session = Session(program, workdir, source, splits, opened, start, probes, lock)
             try:
-                return session.run(stop)
+                return session.run(StopRequest(own_process=own_process), stops)
             except (TooManyBadExamples, Diverged):  # on all processes alike, after the next step was dispatched
                 # A process that ends in the middle of a step leaves half a collective, and gloo then aborts the others.
                 jax.block_until_ready(session.state.parameters)
@@ -189,12 +189,15 @@ class Session:
         self.started = time.perf_counter()
         opened.callback(processes.stop_clock)
 
-    def run(self, stop: StopRequest) -> dict[str, Any]:
-        """Steps until the end; see `train`."""
+    def run(self, stop: StopRequest, stops: contextlib.ExitStack) -> dict[str, Any]:
+        """Steps until the end; see `train`. Signals go to `stop` from the first step on, until `stops` is closed."""
         settings, program = self.settings, self.program
         if self.progress is not None:
             for line in run_lines(program, self.state, self.source, self.splits):
                 self.progress.line(line)
+        due = self.step > 0 and _due(settings.evaluate.every_steps, self.step, last=False)
+        if due and self._last_result().get("step") != self.step:  # the session before was asked to stop instead
+            self._evaluate()
         self.host_batches = host_batches = program.training_batches(self.source, self.step, program.steps)
         batches = Prefetch(host_batches, program.mesh, settings.batch_size, settings.data.prefetch)
         window = Window(self.step, host_batches, batches)
@@ -208,6 +211,8 @@ class Session:
                         for line in plan_lines(program, self.state, batch):
                             self.progress.line(line)
                 self.state, metrics = program.train_step(self.state, batch)
+                if self.step == self.resumed_step:
+                    stops.enter_context(stop)
                 self.step += 1
                 jax.block_until_ready(previous)  # two dispatched steps are enough, and a stop request is handled soon
                 previous = metrics
@@ -224,8 +229,8 @@ class Session:
                 if self.profile is not None and self.step in self.profile.edges:
                     jax.block_until_ready(metrics)  # so that a trace holds whole steps
                     self.profile(self.step)
-                stopping = stop.requested(self.step)
-                evaluating = _due(settings.evaluate.every_steps, self.step, last)
+                stopping = stop.requested()
+                evaluating = not stopping and _due(settings.evaluate.every_steps, self.step, last)
                 saving = stopping or last or _due(settings.checkpoint.every_steps, self.step, last)
                 if evaluating or saving:
                     self._write_pending()
@@ -233,20 +238,28 @@ class Session:
                     if evaluating:
                         try:
                             self._evaluate()
+                        except StopEvaluation:
+                            evaluating, stopping = False, True
                         except TooManyBadExamples:  # the training so far is not lost
                             self._save()
                             self.checkpoints.wait()
                             raise
-                    if saving or (evaluating and self._is_one_of_the_best()):
+                    if saving or stopping or (evaluating and self._is_one_of_the_best()):
                         self._save()
                     if evaluating:
                         self._draw()  # after the checkpoint, which must not be lost
                     window.restart(self.step)
-                if stopping and not last:
+                if stopping and (self.splits or not last):
                     self.checkpoints.wait()
-                    stopped = Interrupted if stop.by_user() else Preempted
-                    raise stopped(f"saved step {self.step} of {program.steps} in {self.workdir}")
-        return self._finish()
+                    raise self._stopped(stop)
+        try:
+            return self._finish()
+        except StopEvaluation:
+            raise self._stopped(stop) from None
+
+    def _stopped(self, stop: StopRequest) -> Exception | KeyboardInterrupt:
+        stopped = Interrupted if stop.by_user() else Preempted
+        return stopped(f"saved step {self.step} of {self.program.steps} in {self.workdir}")
 
     def _restore(self, start: Adapted | None) -> tuple[State, float]:
         found = restore_newest_whole(self.checkpoints, _trees(self.program.abstract_state()))
@@ -282,20 +295,26 @@ class Session:
 
         Probes are of the features of the average, where there is one.
         """
-        for number, (split, source) in enumerate(self.splits.items()):
-            result = evaluate_source(self.program, self.state.parameters, source)
-            self._note_bad(self.step, split, result.bad, source)
-            row, name = result.row(), _row_name(split)
-            self._write(name, row)
+        found = list[tuple[str, dict[str, Any]]]()
+        bad = list[tuple[str, Sequence[BadExample], Source]]()
+        for split, source in self.splits.items():
+            name, result = row_name(split), evaluate_source(self.program, self.state.parameters, source)
+            bad.append((split, result.bad, source))
+            found.append((name, result.row()))
             if self.state.ema is not None:
-                row = evaluate_source(self.program, self.state.ema, source).row()
-                self._write(f"{name}/ema", row)
-            if number == 0:
-                self.result = {"step": self.step, **row}
+                found.append((f"{name}/ema", evaluate_source(self.program, self.state.ema, source).row()))
         if self.probes is not None:
             averaged = self.state.parameters if self.state.ema is None else self.state.ema
-            for name, row in self.probes.measure(averaged, self.splits, self._note_probed).items():
-                self._write(name, row)
+            sources = {"train": self.source, **self.splits}
+            measured = self.probes.measure(
+                averaged, self.splits, lambda split, skipped: bad.append((split, skipped, sources[split]))
+            )
+            found += measured.items()
+        for each in bad:
+            self._note_bad(self.step, *each)
+        for name, row in found:  # all or none, for a session that resumes after a stop
+            self._write(name, row)
+        self.result = {"step": self.step, **found[0 if self.state.ema is None else 1][1]}
 
     def _draw(self) -> None:
         if self.log is not None:
@@ -334,9 +353,6 @@ class Session:
             last = "nothing was saved yet" if saved is None else f"the last checkpoint is of step {saved}"
             raise Diverged(f"step {step}: {values}; {last}; lower optimizer.learning_rate?")
 
-    def _note_probed(self, split: str, bad: Sequence[BadExample]) -> None:
-        self._note_bad(self.step, split, bad, {"train": self.source, **self.splits}[split])
-
     def _note_bad(self, step: int, split: str, bad: Sequence[BadExample], source: Source) -> int:
         """Lists the examples that any process skipped and returns their count; ends the run if they are too many."""
         data = self.settings.data
@@ -348,10 +364,10 @@ class Session:
 
     def _finish(self) -> dict[str, Any]:
         self.checkpoints.wait()
-        result = self.result or processes.gather(_last_result(self.workdir, self.settings.evaluate.splits))[0]
-        if self.splits and result.get("step") != self.step:  # it was trained to its end, but could not be evaluated
+        self.result = self.result or self._last_result()
+        if self.splits and self.result.get("step") != self.step:  # it was trained to its end, but not evaluated
             self._evaluate()
-            result = self.result or {}
+        result = self.result
         summary = {
             "step": self.step,
             **{name: result.get(name) for name in ("count", "loss", "top1")},
@@ -363,20 +379,12 @@ class Session:
             run_files.write_summary(self.workdir, summary)
         return summary
 
+    def _last_result(self) -> dict[str, Any]:
+        """Returns the last evaluation's row of an earlier session, on all processes; empty where there is none."""
+        return processes.gather(last_evaluation(self.workdir, self.settings.evaluate.splits))[0]
+
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
-
-
-def _last_result(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the last evaluation's row of an earlier session; empty where nothing was evaluated."""
-    names = [_row_name(split) for split in splits[:1]]
-    rows = [row for row in read_rows(workdir) if row["split"] in (*names, *(f"{name}/ema" for name in names))]
-    return max(rows, key=lambda row: (row["step"], row["split"]), default={})
-
-
-def _row_name(split: str) -> str:
-    """Returns the name of an evaluation's rows: its split, but not `train`, which names the rows of training steps."""
-    return "train/evaluated" if split == "train" else split
 
 
 def _due(every: int, step: int, last: bool) -> bool:

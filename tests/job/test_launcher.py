@@ -216,7 +216,7 @@ from vit_dist.config import Deadlines
 from vit_dist.job.rendezvous import rendezvous
 from vit_dist.job.rank import find_rank
 from vit_dist.job.watchdog import Watchdog
-watchdog = Watchdog(rank, rendezvous(find_rank(60), 60), Deadlines(peer_seconds=2, step_seconds=3))
+watchdog = Watchdog(rank, rendezvous(find_rank(60), 60, b""), Deadlines(peer_seconds=2, step_seconds=3))
 {then}
 watchdog.alive(2)
 time.sleep(60)
@@ -356,6 +356,21 @@ def test_sigterm_while_waiting_to_start_again_ends_the_wait(tmp_path):
     assert time.monotonic() - signalled < 2
 
 
+def test_a_job_that_failed_and_is_told_to_stop_before_its_restart_may_be_started_again(tmp_path):
+    with started(launcher("sys.exit(7)", 1, restarts=9), tmp_path / "launcher") as running:
+        until(lambda: "starting again in 4 s" in running.said(), running)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 75
+
+
+def test_processes_that_sigterm_ends_before_they_answer_it_have_not_failed(tmp_path):
+    with started(launcher("print('pid', os.getpid(), file=sys.stderr); time.sleep(60)", 2), tmp_path / "l") as running:
+        printed_pids(running, 2)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 75
+    assert "error" not in running.said() and "launch: " not in running.said()
+
+
 def test_ctrl_c_reaches_all_once_and_the_job_ends_with_130_blaming_nobody(tmp_path):
     code = (
         "signal.signal(signal.SIGINT, lambda *_: (print('interrupted', file=sys.stderr), sys.exit(130)));"
@@ -434,11 +449,24 @@ def test_processes_are_numbered_over_all_hosts_and_take_a_gpu_each_or_fake_devic
         "VIT_DIST_PROCESSES": "12",
         "VIT_DIST_PROCESS": "9",
         "VIT_DIST_LOCAL_PROCESS": "1",
+        "VIT_DIST_JOB_SECRET": "secret",
         "SOME_OTHER": "kept",
     }
-    assert {**real.environment(9, "node0:29500"), **expected} == real.environment(9, "node0:29500")
-    fake = Job(("x",), 2, devices_per_process=3).environment(1, "127.0.0.1:5")
+    assert {**real.environment(9, "node0:29500", "secret"), **expected} == real.environment(9, "node0:29500", "secret")
+    fake = Job(("x",), 2, devices_per_process=3).environment(1, "127.0.0.1:5", "")
     assert fake["VIT_DIST_FAKE_DEVICES"] == "3" and "VIT_DIST_LOCAL_PROCESS" not in fake
+
+
+def test_each_start_on_one_host_has_a_secret_of_its_own_and_nodes_share_the_one_that_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("VIT_DIST_JOB_SECRET", raising=False)
+    code = "print(os.environ.get('VIT_DIST_JOB_SECRET', 'none'), file=sys.stderr); sys.exit(75 if rank == 0 else 0)"
+    _, _, err = launched(tmp_path, code, 2, restarts=1)
+    secrets = re.findall(r"^\[(\d)\] ([0-9a-f]{64})$", err, re.MULTILINE)
+    assert len(secrets) == 4 and len({secret for _, secret in secrets}) == 2
+    nodes = {"nodes": 2, "node_rank": 0, "coordinator": "a:1"}
+    assert launched(tmp_path, code, 1, **nodes)[2] == "[0] none\n"
+    monkeypatch.setenv("VIT_DIST_JOB_SECRET", "0123456789abcdef")
+    assert launched(tmp_path, code, 1, **nodes)[2] == "[0] 0123456789abcdef\n"
 
 
 @pytest.mark.parametrize("between", [["--"], []])

@@ -168,7 +168,8 @@ def test_the_gpu_pods_launch_a_process_a_gpu_and_meet_at_pod_0():
     options = dict(word[2:].split("=", 1) for word in container["command"] if "=" in word)
     assert int(options["processes"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert int(options["nodes"]) == job["completions"] == 4
-    [rank] = [one for one in container["env"] if "valueFrom" in one]
+    secret, rank = [one for one in container["env"] if "valueFrom" in one]
+    assert secret["valueFrom"] == {"secretKeyRef": {"name": "b16-job", "key": "secret"}}
     assert options["node-rank"] == f"$({rank['name']})"
     annotation = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert rank["valueFrom"]["fieldRef"]["fieldPath"] == annotation

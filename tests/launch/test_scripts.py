@@ -76,7 +76,7 @@ def test_mpi_passes_on_what_steers_the_libraries_and_nothing_else(noted):
     assert code == 0 and call[:3] == ["mpirun", "--host", "a:8,b:8"]
     assert call[-6:] == ["vit-dist", "train", "--config=C", "--workdir=W", *OVERRIDES]
     passed = {call[place + 1] for place, word in enumerate(call) if word == "-x"}
-    assert passed == {"PATH", "NCCL_DEBUG", "VIT_DIST_COORDINATOR"}
+    assert passed == {"PATH", "NCCL_DEBUG", "VIT_DIST_COORDINATOR", "VIT_DIST_JOB_SECRET"}
 
 
 @pytest.mark.parametrize(("port", "expected"), [({}, r"a:2\d{4}"), ({"PORT": "1234"}, "a:1234")])
@@ -87,6 +87,7 @@ def test_mpi_tells_each_rank_its_place_whatever_the_version_of_open_mpi(noted, t
     _, [lines] = noted("mpi.sh", "C", "W", HOSTS="a:8,b:8", **ranks, **port)
     found = dict(line.split("=", 1) for line in lines if line.startswith("VIT_DIST_"))
     assert re.fullmatch(expected, found.pop("VIT_DIST_COORDINATOR"))
+    assert re.fullmatch("[0-9a-f]{64}", found.pop("VIT_DIST_JOB_SECRET"))
     assert found == {"VIT_DIST_PROCESSES": "16", "VIT_DIST_PROCESS": "9", "VIT_DIST_LOCAL_PROCESS": "1"}
 
 

@@ -20,12 +20,15 @@ import time
 from collections.abc import Iterator, Sequence
 
 from vit_dist.config import ConfigError
+from vit_dist.job import signals
 from vit_dist.job.child import Child, print_line
 from vit_dist.job.exit_codes import CLEAN, DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rank import FAKE_DEVICES, LOCAL, VARIABLES, is_address
+from vit_dist.job.secret import VARIABLE as SECRET
+from vit_dist.job.secret import new_secret
+from vit_dist.job.signals import VERBS
 from vit_dist.schema import one_of
 
-VERBS = ("train", "eval", "predict", "features", "probe", "bench")  # the verbs that run as several processes
 # After the first failure the others may end by themselves, each with its own message (process 0, if it is at fault,
 # waits until its peers have ended). Those that still run get SIGTERM, then SIGKILL, so long after the failure.
 SIGTERM_SECONDS = 1.0
@@ -84,9 +87,9 @@ class Job:
         """The numbers of this host's processes within the job."""
         return range(self.node_rank * self.processes, (self.node_rank + 1) * self.processes)
 
-    def environment(self, index: int, coordinator: str) -> dict[str, str]:
+    def environment(self, index: int, coordinator: str, secret: str) -> dict[str, str]:
         """Returns the environment variables of process `index`."""
-        rank = dict(zip(VARIABLES, (coordinator, str(self.total), str(index))))
+        rank = dict(zip(VARIABLES, (coordinator, str(self.total), str(index)))) | ({SECRET: secret} if secret else {})
         if self.devices_per_process is None:
             return {**os.environ, **rank, LOCAL: str(index - self.indices[0])}
         inherited = {name: value for name, value in os.environ.items() if name != LOCAL}
@@ -139,7 +142,7 @@ def launch(job: Job) -> int:
             while time.monotonic() < restart_at and not received:
                 time.sleep(_POLL_SECONDS)
             if received:
-                break
+                return signals.code_of(set(received))  # another start goes on from the last save
     return code
 
 
@@ -157,10 +160,12 @@ class _Attempt:
     def run(self) -> int:
         """Returns the exit code of the job."""
         coordinator = self.job.coordinator or f"127.0.0.1:{free_port()}"
+        # The launchers of several nodes cannot know one that this one makes; see `secret`.
+        secret = os.environ.get(SECRET, "") or (new_secret() if self.job.nodes == 1 else "")
         with selectors.DefaultSelector() as ready:
             try:
                 for index in self.job.indices:
-                    environment = self.job.environment(index, coordinator)
+                    environment = self.job.environment(index, coordinator, secret)
                     self.children.append(Child(self.job.command, index, environment, ready))
                 while running := [child for child in self.children if child.code is None]:
                     for key, _ in ready.select(_POLL_SECONDS):
@@ -217,7 +222,13 @@ class _Attempt:
 
     def _ended_well(self, child: Child) -> bool:
         """Returns whether the process did not fail; after Ctrl-C, a process that has saved ends with 130."""
-        return child.code in CLEAN or (child.code == INTERRUPTED and signal.SIGINT in self.received)
+        if child.code in CLEAN or self._was_stopped_at_birth(child):
+            return True
+        return child.code == INTERRUPTED and signal.SIGINT in self.received
+
+    def _was_stopped_at_birth(self, child: Child) -> bool:
+        """Returns whether a forwarded SIGTERM ended the process, as it does before the first line of `main`."""
+        return child.code == -signal.SIGTERM and signal.SIGTERM in self.received
 
     def _was_stopped(self, child: Child) -> bool:
         """Returns whether the process ended only because the launcher was told to stop."""
@@ -244,7 +255,8 @@ class _Attempt:
         """Prints why the job failed, if it did; returns its exit code."""
         codes = [child.code for child in self.children]
         if self.first_failed is None:
-            return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), DONE)
+            stopped = any(map(self._was_stopped_at_birth, self.children))
+            return next((code for code in (INTERRUPTED, PREEMPTED) if code in codes), PREEMPTED if stopped else DONE)
         if self._was_stopped(self.first_failed):
             print_line("launch: stopped before all had saved")
         else:
@@ -281,6 +293,7 @@ def _record_signals(received: list[int]) -> Iterator[None]:
     stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     caught = [number for number in stopping if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, record) for number in caught}
+    signals.hand_to(None)  # the job ends once its processes have
     try:
         yield
     finally:

@@ -5,10 +5,12 @@ lost, `watchdog` ends those that are left, so that every wait for another proces
 """
 
 import hashlib
+import logging
 import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +19,13 @@ from vit_dist import config
 from vit_dist.config import ConfigError
 from vit_dist.escape import printable
 from vit_dist.job import rank as ranks
+from vit_dist.job import signals
+from vit_dist.job.exit_codes import INTERRUPTED
+from vit_dist.job.listening import bind_host, joined
 from vit_dist.job.rendezvous import rendezvous
-from vit_dist.job.watchdog import Watchdog, end_now
+from vit_dist.job.secret import VARIABLE, find_secret
+from vit_dist.job.signals import end_now
+from vit_dist.job.watchdog import Watchdog
 
 # XLA ends a process that waits 40 s in a CPU collective. Eight fake devices on two busy cores can wait longer.
 COLLECTIVE_TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -28,12 +35,11 @@ EXTRA_THREADS = 2  # for each fake device; see `make_fake_devices`
 # such errors have a type of their own.
 _LOST_PEER = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 
+_log = logging.getLogger(__name__)
 _watchdog: Watchdog | None = None
 
 
-def start(
-    fake_devices: int = 0, deadlines: config.Deadlines | None = None, *, saves_when_asked_to_stop: bool = False
-) -> None:
+def start(fake_devices: int = 0, deadlines: config.Deadlines | None = None, *, workdir: Path | None = None) -> None:
     """Makes the devices and joins the other processes, if there are any.
 
     It must be called before anything else uses jax's devices; a later call does nothing.
@@ -41,7 +47,7 @@ def start(
     Args:
       fake_devices: CPU devices to make; 0: the real devices.
       deadlines: when a wait for other processes times out.
-      saves_when_asked_to_stop: `preemption.StopRequest` answers SIGTERM; otherwise SIGTERM ends the process.
+      workdir: that of the run, where the job's secret may be; see `secret`.
 
     Raises:
       ConfigError: if an environment variable is missing, is not a number or is out of range, and if the process has
@@ -62,15 +68,23 @@ def start(
     deadlines = deadlines or config.Deadlines()
     rank = ranks.find_rank(deadlines.start_seconds)
     if rank is None:
+        signals.alone()
         return
-    _watchdog = Watchdog(rank.index, rendezvous(rank, deadlines.start_seconds), deadlines)
-    jax.config.update("jax_enable_preemption_service", saves_when_asked_to_stop)
+    secret = find_secret(workdir)
+    if not secret and rank.index == 0:
+        _log.warning("%s: not set, so that whoever reaches %s may join this job", VARIABLE, rank.coordinator)
+    peers = rendezvous(rank, deadlines.start_seconds, secret)
+    _watchdog = Watchdog(rank.index, peers, deadlines)
+    signals.hand_to(_watchdog.ask_to_stop)
+    jax.config.update("jax_enable_preemption_service", False)  # it would answer SIGTERM, in C++
     jax.distributed.initialize(
         rank.coordinator,
         rank.count,
         rank.index,
         list(rank.devices),  # not None, or JAX would try to detect a cluster again
         initialization_timeout=deadlines.start_seconds,
+        # jax would listen at all addresses of the host.
+        coordinator_bind_address=joined(bind_host(rank), rank.address[1]) if rank.index == 0 else None,
         # Our own watchdog acts first and names the lost process; JAX's ends the process with a list of C++ functions.
         heartbeat_timeout_seconds=3 * deadlines.peer_seconds + 60,
         shutdown_timeout_seconds=deadlines.step_seconds,
@@ -132,6 +146,22 @@ def gather(value: Any) -> list[Any]:
     devices give up waiting, gloo after 30 s, while one host still reads a large index that another has cached.
     """
     return [value] if _watchdog is None else _watchdog.gather(value)
+
+
+def agreed_to_stop(number: int | None) -> bool:
+    """Returns whether all processes of a job of several stop here; each must call it equally often.
+
+    `number` is that of a signal that this process has received; None: of none.
+    """
+    assert _watchdog is not None
+    if number is not None:
+        _watchdog.ask_to_stop(number)
+    return _watchdog.agreed_to_stop()
+
+
+def stopped_by_user() -> bool:
+    """Returns whether a process received Ctrl-C before all agreed to stop."""
+    return _watchdog is not None and _watchdog.stop_code() == INTERRUPTED
 
 
 def compile_together(compiled: Any, *arguments: Any) -> None:

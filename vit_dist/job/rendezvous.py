@@ -1,10 +1,10 @@
 """How the processes of a job connect to each other, and the connections that they keep, apart from jax's own.
 
-Every process connects to process 0 at the coordinator's address and sends its number (`rendezvous`). When all have
-connected, the port is free for jax and the connections stay open. The kernel closes the connection of a process that
-dies, at once. The connection to a machine that is cut off falls silent. A process that fails sends the others the
-reason. In each case `watchdog` reports on the remaining processes which one was lost, and ends them: jax would wait in
-a collective for minutes or forever.
+Every process connects to process 0 at the coordinator's address, proves that it is of the job (`handshake`) and sends
+its number (`rendezvous`). When all have connected, the port is free for jax and the connections stay open. The kernel
+closes the connection of a process that dies, at once. The connection to a machine that is cut off falls silent. A
+process that fails sends the others the reason. In each case `watchdog` reports on the remaining processes which one was
+lost, and ends them: jax would wait in a collective for minutes or forever.
 """
 
 import contextlib
@@ -18,11 +18,15 @@ import time
 from typing import Any
 
 from vit_dist.config import ConfigError
+from vit_dist.job import handshake
+from vit_dist.job.listening import bind_host, listen
+from vit_dist.job.newcomers import MOST_UNPROVED, Newcomer, Newcomers
 from vit_dist.job.rank import Rank
+from vit_dist.job.secret import VARIABLE
 
 _RETRY_SECONDS = 0.2
 _CONNECT_SECONDS = 5  # for one attempt: the name may resolve to another machine in the meantime
-_HANDSHAKE_SECONDS = 5  # in which a new connection must send its handshake
+_LOOK_SECONDS = 1.0  # between two looks whether a peer has gone
 _MOST_NAMED = 8
 
 
@@ -99,12 +103,13 @@ class Peer:
             return None
 
 
-def rendezvous(rank: Rank, start_seconds: int) -> dict[int, Peer]:
+def rendezvous(rank: Rank, start_seconds: int, secret: bytes) -> dict[int, Peer]:
     """Waits until all processes of the job have connected.
 
     Args:
       rank: this process.
       start_seconds: when to give up.
+      secret: that of the job, without which nobody is believed.
 
     Returns:
       The peers by index: for process 0 all others, for any other process only process 0.
@@ -113,79 +118,82 @@ def rendezvous(rank: Rank, start_seconds: int) -> dict[int, Peer]:
       JobError: for a process that has not connected in time, and for two processes with the same number.
       ConfigError: for a process of a job of another size, and for a port that cannot be used.
     """
-    deadline = time.monotonic() + start_seconds
-    return _accept_all(rank, deadline, start_seconds) if rank.index == 0 else _connect(rank, deadline, start_seconds)
+    accept = _accept_all if rank.index == 0 else _connect
+    return accept(rank, time.monotonic() + start_seconds, start_seconds, secret)
 
 
-def _accept_all(rank: Rank, deadline: float, seconds: int) -> dict[int, Peer]:
+def _accept_all(rank: Rank, deadline: float, seconds: int, secret: bytes) -> dict[int, Peer]:
     """Accepts a connection from each of the others, on process 0; a peer that closes its connection must retry."""
-    _raise_file_limit(rank.count)
+    most = MOST_UNPROVED + rank.count
+    _raise_file_limit(rank.count + most)
     peers: dict[int, Peer] = {}
-    with _listen(rank) as listener:
+    challenges: dict[int, str] = {}
+    with listen(rank, bind_host(rank)) as listener, contextlib.closing(Newcomers(listener, secret, most)) as newcomers:
         while True:
             peers = {index: peer for index, peer in peers.items() if not peer.has_closed()}
             if len(peers) == rank.count - 1:
                 break
-            connection, address = _accept(listener, deadline)
-            if connection is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 missing = [index for index in range(1, rank.count) if index not in peers]
-                raise _notify(peers, JobError(_describe_missing(missing, rank, seconds), missing[0]))
-            handshake = _read_message(connection, time.monotonic() + _HANDSHAKE_SECONDS)
-            if handshake is None or handshake.get("job") != _job(rank):  # a port scanner, or a process of another job
-                if handshake is not None and "index" in handshake:
-                    Peer(-1, "", connection).send(refused=f"this is a job of {_job(rank)}")
-                connection.close()
-                continue
-            connection.settimeout(None)
-            peer = Peer(int(handshake["index"]), f"{handshake['host']}, {address}, pid {handshake['pid']}", connection)
-            earlier = peers.get(peer.index)
-            if (earlier is not None and not earlier.has_closed()) or not 0 < peer.index < rank.count:
-                error = f"process {peer.index} has connected twice, from {earlier or 'process 0'} and from {peer}; "
-                raise _notify({**peers, -1: peer}, JobError(f"{error}give each its own number"))
-            peers[peer.index] = peer
-    answer = encode(host=socket.gethostname(), pid=os.getpid())
-    for peer in peers.values():
-        peer.send_all(answer)
+                late = JobError(_describe_missing(missing, rank, seconds), missing[0])
+                raise _notify(peers, challenges, secret, late)
+            try:
+                arrived = newcomers.wait(min(left, _LOOK_SECONDS))
+            except OSError as error:
+                why = f"process 0 cannot hold a connection to each of the others ({error.strerror})"
+                raise JobError(why) from error
+            for newcomer in arrived:
+                peer = _peer_of(newcomer, rank, secret)
+                if peer is None:
+                    continue
+                earlier = peers.get(peer.index)
+                if (earlier is not None and not earlier.has_closed()) or peer.index == 0:
+                    twice = f"process {peer.index} has connected twice, from {earlier or 'process 0'} and from {peer}"
+                    peers[-1], challenges[-1] = peer, newcomer.challenges
+                    raise _notify(peers, challenges, secret, JobError(f"{twice}; give each its own number"))
+                peers[peer.index], challenges[peer.index] = peer, newcomer.challenges
+    answer = {"host": socket.gethostname(), "pid": os.getpid()}
+    for index, peer in peers.items():
+        peer.send_all(handshake.signed(secret, challenges[index], answer))
     return peers
 
 
-def _accept(listener: socket.socket, deadline: float) -> tuple[socket.socket | None, str]:
-    """Returns the next connection and the address it comes from; no connection if none comes before the deadline."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return None, ""
-    listener.settimeout(left)
-    try:
-        connection, address = listener.accept()
-    except TimeoutError:
-        return None, ""
-    except OSError as error:
-        raise JobError(f"process 0 cannot hold a connection to each of the others ({error.strerror})") from error
-    return connection, address[0].removeprefix("::ffff:")  # an IPv4 address in IPv6 notation
+def _peer_of(newcomer: Newcomer, rank: Rank, secret: bytes) -> Peer | None:
+    """Returns the process that a connection is from; None, after an answer, for one of a job of another size."""
+    message, connection = newcomer.message, newcomer.connection
+    connection.setblocking(True)
+    index = message.get("index")
+    if message.get("job") != _job(rank) or type(index) is not int or not 0 <= index < rank.count:
+        refused = {"refused": f"this is a job of {_job(rank)}"}
+        with contextlib.suppress(OSError), connection:
+            connection.send(handshake.signed(secret, newcomer.challenges, refused), socket.MSG_DONTWAIT)
+        return None
+    where = f"{message.get('host')}, {newcomer.address}, pid {message.get('pid')}"
+    return Peer(index, handshake.printable(where), connection)
 
 
 def _raise_file_limit(count: int) -> None:
-    """Lets this process hold a connection to each of the others: the usual limit is 1,024 open files."""
+    """Lets this process hold so many connections more: the usual limit is 1,024 open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _connect(rank: Rank, deadline: float, seconds: int) -> dict[int, Peer]:
+def _connect(rank: Rank, deadline: float, seconds: int, secret: bytes) -> dict[int, Peer]:
     """Connects to process 0, on any other process, and waits for its answer that all have connected."""
     problem = "nothing answers"
-    handshake = encode(job=_job(rank), index=rank.index, host=socket.gethostname(), pid=os.getpid())
     while (left := deadline - time.monotonic()) > 0:
         try:
             connection = socket.create_connection(rank.address, timeout=min(left, _CONNECT_SECONDS))
-            connection.sendall(handshake)
         except OSError as error:  # process 0 may not have started yet, or its name may not resolve yet
             problem = error.strerror or str(error)
             time.sleep(_RETRY_SECONDS)
             continue
-        answer = _read_message(connection, deadline + 10)  # leaves time for process 0 to report which one is missing
-        if answer is None:  # process 0, or an earlier listener at its port, has ended
+        answer = _shake_hands(connection, rank, deadline, secret)
+        if answer is None:  # process 0, or an earlier listener at its port, has ended; or it has another secret
+            problem = f"what answers there has ended, is not of this job, or has another workdir or {VARIABLE}"
             connection.close()
             time.sleep(_RETRY_SECONDS)
             continue
@@ -197,7 +205,8 @@ def _connect(rank: Rank, deadline: float, seconds: int) -> dict[int, Peer]:
         if "failed" in answer:
             raise JobError(answer["failed"], answer["blamed"])
         connection.settimeout(None)
-        return {0: Peer(0, f"{answer['host']}, {rank.coordinator}, pid {answer['pid']}", connection)}
+        where = f"{answer.get('host')}, {rank.coordinator}, pid {answer.get('pid')}"
+        return {0: Peer(0, handshake.printable(where), connection)}
     raise JobError(
         f"process 0 did not answer at {rank.coordinator} for {seconds} s ({problem}); see whether it runs, and whether "
         "this host can reach that address (deadlines.start_seconds)",
@@ -205,31 +214,35 @@ def _connect(rank: Rank, deadline: float, seconds: int) -> dict[int, Peer]:
     )
 
 
-def _listen(rank: Rank) -> socket.socket:
-    port, dual = rank.address[1], socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
+def _shake_hands(connection: socket.socket, rank: Rank, deadline: float, secret: bytes) -> dict[str, Any] | None:
+    """Returns what process 0 answers once all have connected; None if it is not process 0 of this job."""
+    line = _read_line(connection, min(deadline, time.monotonic() + _CONNECT_SECONDS))
+    theirs = (handshake.parsed(line or b"") or {}).get("challenge")
+    if not isinstance(theirs, str):
+        return None
+    ours = handshake.new_challenge()
+    message = {"job": _job(rank), "index": rank.index, "host": socket.gethostname(), "pid": os.getpid()}
     try:
-        return socket.create_server(("", port), family=family, backlog=rank.count, dualstack_ipv6=dual)
-    except OSError as error:
-        raise ConfigError(
-            f"{rank.coordinator}: process 0 cannot listen at port {port} ({error.strerror}); choose another"
-        ) from error
+        connection.sendall(handshake.signed(secret, theirs, {**message, "challenge": ours}))
+    except OSError:
+        return None
+    line = _read_line(connection, deadline + 10)  # leaves time for process 0 to report which one is missing
+    return None if line is None else handshake.opened(secret, f"{theirs} {ours}", line)
 
 
-def _read_message(connection: socket.socket, deadline: float) -> dict[str, Any] | None:
-    """Returns the next message, None if there is none in time; reads byte by byte, to leave what follows unread."""
+def _read_line(connection: socket.socket, deadline: float) -> bytes | None:
+    """Returns the next line, None if there is none in time; reads byte by byte, to leave what follows unread."""
     data = b""
     try:
-        while not data.endswith(b"\n") and len(data) < 65536:
+        while not data.endswith(b"\n") and len(data) < handshake.LONGEST:
             connection.settimeout(max(0.01, deadline - time.monotonic()))
             byte = connection.recv(1)
             if not byte:
                 return None
             data += byte
-        message = json.loads(data)
-    except (OSError, ValueError):
+    except OSError:
         return None
-    return message if isinstance(message, dict) else None
+    return data
 
 
 def encode(**message: Any) -> bytes:
@@ -241,10 +254,11 @@ def _job(rank: Rank) -> str:
     return f"{rank.count} processes"
 
 
-def _notify(peers: dict[int, Peer], error: JobError) -> JobError:
+def _notify(peers: dict[int, Peer], challenges: dict[int, str], secret: bytes, error: JobError) -> JobError:
     """Returns the error, after sending it to the peers."""
-    for peer in peers.values():
-        peer.send(failed=str(error), blamed=error.blamed)
+    for index, peer in peers.items():
+        message = {"failed": str(error), "blamed": error.blamed}
+        peer.send_all(handshake.signed(secret, challenges[index], message))
     return error
 
 

@@ -3,13 +3,12 @@
 A process whose peer is lost waits in a collective that never ends, in code that Python cannot interrupt. So this thread
 reports the problem and ends the process itself. Process 0 receives from all others and decides. If a connection
 closes, its process has died. If a connection is silent, its machine is cut off. If no process makes progress while the
-clock of a step runs, a process is stuck. The others receive from process 0 only, which sends them its verdict.
+clock of a step runs, a process is stuck. The others receive from process 0 only, which sends them its verdict. The
+thread also carries the messages by which all agree on when to stop (`agreement`).
 """
 
 import contextlib
 import faulthandler
-import multiprocessing
-import os
 import selectors
 import sys
 import threading
@@ -20,13 +19,16 @@ from typing import Any
 
 from vit_dist import config
 from vit_dist.escape import printable_lines
+from vit_dist.job.agreement import Agreement
 from vit_dist.job.blame import Blame
-from vit_dist.job.exit_codes import FAILED
+from vit_dist.job.exit_codes import FAILED, INTERRUPTED, PREEMPTED
 from vit_dist.job.rendezvous import Peer, encode
+from vit_dist.job.signals import code_of, end_now
 
 GRACE_SECONDS = 3.0  # in which a process may end by itself, with its own message, when a peer reports a failure
 _HEARTBEATS = 10  # within `deadlines.peer_seconds`
 _MOST_NAMED = 8
+_ENDINGS = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}  # exit codes of processes that did not fail
 
 
 class Watchdog:
@@ -49,6 +51,7 @@ class Watchdog:
         self._step_began: float | None = None  # None: the clock is stopped
         self._gathered: dict[int, dict[int, Any]] = {}  # call number of `gather` -> index of a peer -> what it sent
         self._gather_calls = 0
+        self._agreement = Agreement(index, self.peers, self._end_all)
         self._arrived = threading.Condition()  # notified when a message of `gather` has arrived
         self._verdict = threading.Event()
         self._stopping = threading.Event()
@@ -88,6 +91,18 @@ class Watchdog:
         for peer in self.peers.values():
             peer.send_all(answer)
         return values
+
+    def ask_to_stop(self, number: int) -> None:
+        """Asks all processes to stop: this one has received a signal of that number."""
+        self._agreement.ask(code_of({number}))
+
+    def agreed_to_stop(self) -> bool:
+        """Returns whether all stop here; each calls it equally often, see `agreement`."""
+        return self._agreement.reached()
+
+    def stop_code(self) -> int | None:
+        """Returns the exit code with which all agreed to stop."""
+        return self._agreement.code
 
     def report_failure(self, text: str, code: int) -> None:
         """Tells the peers that this process ends with an error of its own."""
@@ -148,12 +163,14 @@ class Watchdog:
         if messages is None:
             self._ready.unregister(peer.connection)
             left, peer.left = peer.left, True
+            self._agreement.peer_left()
             if not left and not self._stopping.is_set():
                 self._report_lost(peer, "its connection has closed without a message; it was killed, or has crashed")
             return
         for message in messages:
             if "leaving" in message:
                 peer.left = True
+                self._agreement.peer_left()
             elif "verdict" in message:
                 self._conclude(**message["verdict"])
             elif "failed" in message:
@@ -163,6 +180,8 @@ class Watchdog:
                 with self._arrived:
                     self._gathered.setdefault(message["gather"], {})[peer.index] = message["value"]
                     self._arrived.notify_all()
+            elif message.keys() & {"calls", "asked", "stop_at"}:
+                self._agreement.receive(peer, message)
             elif "step" in message:
                 ago = message["ago"]
                 peer.step, peer.step_began = message["step"], None if ago is None else time.monotonic() - ago
@@ -201,6 +220,9 @@ class Watchdog:
     def _report_lost(self, peer: Peer, why: str) -> None:
         self._decide(f"{peer} was lost: {why}", FAILED, peer.index, grace=0.0)
 
+    def _end_all(self, code: int) -> None:
+        self._decide("a process was asked to stop; there was nothing to save", code, None, grace=0.0)
+
     def _decide(self, text: str, code: int, blamed: int | None, grace: float, stuck: bool = False) -> None:
         """Sends the verdict to the peers that are left, from process 0 all others, and ends this process."""
         verdict: dict[str, Any] = {"text": text, "code": code, "blamed": blamed, "grace": grace, "stuck": stuck}
@@ -225,7 +247,7 @@ class Watchdog:
         if stuck:
             with contextlib.suppress(OSError):
                 faulthandler.dump_traceback(2, all_threads=True)
-        _print(f"error: {text}")
+        _print(f"{_ENDINGS.get(code, 'error')}: {text}")
         if blamed is not None:
             Blame(blamed, text).report()
         self._stopping.set()
@@ -244,16 +266,6 @@ class Watchdog:
                 for key, _ in waiting.select(left):
                     if key.data.receive() is None:
                         waiting.unregister(key.fileobj)
-
-
-def end_now(code: int) -> None:
-    """Ends the process and those that it has started, without jax's shutdown, which waits for its peers."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # it has no reader any more, or its disk is full
-            stream.flush()
-    os._exit(code)
 
 
 def _print(text: str) -> None:

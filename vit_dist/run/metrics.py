@@ -166,3 +166,15 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Returns each complete line and its row; a run may have been killed while it wrote the last."""
     return read_json_lines(path, _ROW, cut=True)
+
+
+def last_evaluation(workdir: Path, splits: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the last evaluation's row of an earlier session; empty where nothing was evaluated."""
+    names = [row_name(split) for split in splits[:1]]
+    rows = [row for row in read_rows(workdir) if row["split"] in (*names, *(f"{name}/ema" for name in names))]
+    return max(rows, key=lambda row: (row["step"], row["split"]), default={})
+
+
+def row_name(split: str) -> str:
+    """Returns the name of an evaluation's rows: its split, but not `train`, which names the rows of training steps."""
+    return "train/evaluated" if split == "train" else split
