@@ -37,7 +37,7 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
         raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
     rows = [_step(directory / str(step), verify) for step in step_record.steps_in(directory)]
     for folder, state in _others(directory):
-        size = _bytes(folder)
+        size = step_record.bytes_of(folder)
         if prune and state != "being saved":
             shutil.rmtree(folder)
             state = "removed"
@@ -47,7 +47,9 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
 
 
 def _step(folder: Path, verify: bool) -> dict[str, Any]:
-    row = dict[str, Any](name=folder.name, step=int(folder.name), bytes=_bytes(folder), metrics={}, digests=None)
+    row = dict[str, Any](
+        name=folder.name, step=int(folder.name), bytes=step_record.bytes_of(folder), metrics={}, digests=None
+    )
     problem: Damaged | None = None
     try:
         row["digests"] = step_record.read(folder) is not None
@@ -70,7 +72,3 @@ def _others(directory: Path) -> Iterator[tuple[Path, str]]:
         elif _INTERRUPTED in folder.name:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
             yield folder, "interrupted" if time.time() - newest > _IDLE_SECONDS else "being saved"
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -56,6 +56,11 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal())
 
 
+def bytes_of(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def write(folder: Path, committed: Path, tensors: Mapping[str, str]) -> None:
     """Writes the record of a step whose other files are complete.
 
