@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,8 +226,8 @@ class Checkpoints:
         """
         return self.reading(lambda chosen: self.load(abstract, chosen), "newest" if step is None else step)
 
-    def reading(self, read: Any, step: Step) -> tuple[int, Any]:
-        """Returns a step, and the result of `read` of it; see `restore`. `read` raises `Damaged` on all processes."""
+    def reading(self, read: Callable[[int], Any], step: Step) -> tuple[int, Any]:
+        """Returns a step, and the result of `read` of it, which raises `Damaged` on all processes; see `restore`."""
         for _ in range(_TRIES):
             chosen = self._chosen(step)
             try:
@@ -359,7 +359,7 @@ class Checkpoints:
         return -math.inf if math.isnan(value) else value
 
 
-def _agreed(folder: Path, read: Any) -> Any:
+def _agreed(folder: Path, read: Callable[[], Any]) -> Any:
     """Returns the result of `read`; if it raises `Damaged` on any process, so do all."""
     result, own = None, None
     try:

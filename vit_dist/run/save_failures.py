@@ -59,7 +59,7 @@ def lack_of_space(directory: Path, size: int) -> str | None:
         free = shutil.disk_usage(directory).free
     except OSError:
         return None
-    return f"the disk has {free / 1e9:.3g} GB free, it takes {size / 1e9:.3g} GB" if free < size else None
+    return f"the disk has {free / 1e6:,.1f} MB free, it takes {size / 1e6:,.1f} MB" if free < size else None
 
 
 class _WithoutTracebacks(logging.Filter):
