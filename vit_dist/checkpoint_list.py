@@ -1,5 +1,6 @@
 """`checkpoints`: the saved steps of a run, whether they are whole, and what may be removed."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,7 +36,12 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
     directory = expanded(workdir, "workdir") / "checkpoints"
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
-    rows = [_step(directory / str(step), verify) for step in step_record.steps_in(directory)]
+    rows = []
+    for step in step_record.steps_in(directory):
+        folder = directory / str(step)
+        with contextlib.suppress(FileNotFoundError):  # a run that trains here deletes it
+            row = _step(folder, verify)
+            rows += [row] if folder.is_dir() else []
     for folder, state in _others(directory):
         size = step_record.bytes_of(folder)
         if prune and state != "being saved":

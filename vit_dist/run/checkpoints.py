@@ -249,10 +249,12 @@ class Checkpoints:
         folder = self.directory / str(step)
         abstract = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract.items()}
         record = self.record(step)
-        saved = _agreed(folder, lambda: whole.structure(folder, record))
+        names = _agreed(folder, lambda: whole.trees_of(folder))
+        for name in abstract:
+            if name not in names:
+                raise ConfigError(f"checkpoint {folder}: holds no {name!r}, only {', '.join(names)}")
+        saved = _agreed(folder, lambda: whole.structure(folder, record, abstract))
         for name, tree in abstract.items():
-            if name not in saved:
-                raise ConfigError(f"checkpoint {folder}: holds no {name!r}, only {', '.join(sorted(saved))}")
             wanted = {path: described(leaf) for path, leaf in tensors_of(name, tree).items()}
             if differences := _differences(saved[name], wanted):
                 more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
