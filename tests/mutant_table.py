@@ -3,15 +3,15 @@
 The text before stands once in its file. The test, named below `tests/`, must fail by an assertion; where another
 exception is the right way to fail, its name is last in the row. The test needs nothing that a bare checkout lacks,
 for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`,
-those of published weights in `mutant_table_weights.py`, those of jobs and signals in `mutant_table_job.py`.
+those of checkpoints in `mutant_table_checkpoints.py`, those of published weights in `mutant_table_weights.py`, those of
+jobs and signals in `mutant_table_job.py`.
 """
 
+from mutant_table_checkpoints import BEST, CHECKPOINTS_TABLE
 from mutant_table_job import JOB_TABLE, TRAIN_ROWS
 from mutant_table_step import STEP_TABLE
 from mutant_table_weights import WEIGHTS_TABLE
 
-KEPT = "run/test_checkpoints.py::test_the_newest_and_the_best_are_kept"
-BEST = "test_loop.py::test_the_best_is_saved_when_it_is_measured_however_seldom_checkpoints_are"
 AXES = "mesh/test_layout.py::test_names_become_the_axes_that_the_mesh_has"
 PREDICT = "step/test_evaluation.py::test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average"
 TOKENS = "test_features.py::test_class_token_mean_and_tokens_are_the_references_of_any_block"
@@ -232,30 +232,6 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "test_rates.py::test_a_stretch_is_judged_with_those_before_it_once_they_are_ten_seconds",
         ),
     ],
-    "run/checkpoints.py": [
-        ("the newest alone is kept", "policies.LatestN(keep_last)", "policies.LatestN(1)", KEPT),
-        ("no best is kept", "n=keep_best, keep", "n=0, keep", KEPT),
-        (
-            "the worst is the best",
-            "return max(measured)[1] if measured else None",
-            "return min(measured)[1] if measured else None",
-            KEPT,
-        ),
-        (
-            "a NaN is the best",
-            "return -math.inf if math.isnan(value) else value",
-            "return math.inf if math.isnan(value) else value",
-            KEPT,
-        ),
-        (
-            "a tensor that nobody asked for is overlooked",
-            "return missing + other + extra",
-            "return missing + other",
-            "run/test_checkpoints.py::test_a_tensor_that_does_not_fit_is_named",
-            "NoEntryError",  # of orbax, which refuses such a tensor without naming it
-        ),
-        ("one more than the best is saved", "len(as_good) < self._keep_best", "len(as_good) <= self._keep_best", BEST),
-    ],
     "probes/knn.py": [
         (
             "features are not moved by their mean",
@@ -363,14 +339,6 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             "ConfigError",  # the saved config has blocks in a loop, and the new one has not
         ),
     ],
-    "weights/earlier_run.py": [
-        (
-            "predict by the plain parameters",
-            'return "ema" if settings.ema_decay else "parameters"',
-            'return "parameters"',
-            PREDICT,
-        ),
-    ],
     "train.py": [
         (
             "features of the parameters though there is an average",
@@ -386,6 +354,7 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         ),
         *TRAIN_ROWS,
     ],
+    **CHECKPOINTS_TABLE,
     **JOB_TABLE,
     **STEP_TABLE,
     **WEIGHTS_TABLE,

@@ -22,6 +22,12 @@ HEAD = "weights/test_adapted.py::test_the_head_is_taken_by_the_names_of_classes"
 WEIGHTS_TABLE: dict[str, list[tuple[str, ...]]] = {
     "weights/earlier_run.py": [
         (
+            "predict by the plain parameters",
+            'return "ema" if settings.ema_decay else "parameters"',
+            'return "parameters"',
+            "step/test_evaluation.py::test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average",
+        ),
+        (
             "merged adapters without their factor",
             "np.float32(factor) * added",
             "added",

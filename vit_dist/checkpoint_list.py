@@ -1,5 +1,6 @@
 """`checkpoints`: the saved steps of a run, whether they are whole, and what may be removed."""
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,9 +36,14 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
     directory = expanded(workdir, "workdir") / "checkpoints"
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
-    rows = [_step(directory / str(step), verify) for step in step_record.steps_in(directory)]
+    rows = []
+    for step in step_record.steps_in(directory):
+        folder = directory / str(step)
+        with contextlib.suppress(FileNotFoundError):  # a run that trains here deletes it
+            row = _step(folder, verify)
+            rows += [row] if folder.is_dir() else []
     for folder, state in _others(directory):
-        size = _bytes(folder)
+        size = step_record.bytes_of(folder)
         if prune and state != "being saved":
             shutil.rmtree(folder)
             state = "removed"
@@ -47,7 +53,9 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
 
 
 def _step(folder: Path, verify: bool) -> dict[str, Any]:
-    row = dict[str, Any](name=folder.name, step=int(folder.name), bytes=_bytes(folder), metrics={}, digests=None)
+    row = dict[str, Any](
+        name=folder.name, step=int(folder.name), bytes=step_record.bytes_of(folder), metrics={}, digests=None
+    )
     problem: Damaged | None = None
     try:
         row["digests"] = step_record.read(folder) is not None
@@ -70,7 +78,3 @@ def _others(directory: Path) -> Iterator[tuple[Path, str]]:
         elif _INTERRUPTED in folder.name:
             newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
             yield folder, "interrupted" if time.time() - newest > _IDLE_SECONDS else "being saved"
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -287,6 +287,7 @@ class Checkpoint:
     every_steps: NonNegativeInt = 0  # steps between saves, with one more at the end; 0: as every_epochs says
     every_epochs: NonNegativeFloat = 0.0  # epochs between saves, with one more at the end; 0: at the end alone
     keep_last: PositiveInt = 1  # how many of the newest are kept
+    retries: PositiveInt = 3  # how many saves in a row may fail, as on a full disk, before the run ends
     verify: bool = True  # whether a checkpoint that is read is compared with its digests, and refused if it is damaged
     keep_best: NonNegativeInt = 0  # how many of the best are kept, by top-1 of the first split of `evaluate.splits`; a
     # best one is saved when it is measured

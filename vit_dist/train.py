@@ -166,9 +166,9 @@ class Session:
         self.program, self.settings, self.workdir = program, program.settings, workdir
         self.source, self.splits, self.probes = source, splits, probes
         keep, profile = self.settings.checkpoint, self.settings.profile
-        keep_best = keep.keep_best if splits else 0
+        best = keep.keep_best if splits else 0
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_last=keep.keep_last, keep_best=keep_best, verify=keep.verify
+            workdir / "checkpoints", keep_last=keep.keep_last, keep_best=best, verify=keep.verify, retries=keep.retries
         )
         opened.enter_context(contextlib.closing(self.checkpoints))
         self.state, self.seconds_before = self._restore(start)

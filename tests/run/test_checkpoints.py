@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,23 +211,88 @@ def fail_to_commit(monkeypatch, directory):
     monkeypatch.setattr(os, "rename", full)
 
 
-@pytest.mark.parametrize("then", ["save", "wait", "close", "latest"])
-def test_an_error_of_a_save_surfaces_at_the_next_call(tmp_path, monkeypatch, then):
+@pytest.mark.parametrize("end", ["wait", "close"])
+def test_an_error_of_a_save_is_raised_at_the_end(tmp_path, monkeypatch, caplog, end):
+    checkpoints = open_(tmp_path)
+    checkpoints.save(1, SMALL)
+    checkpoints.wait()
+    fail_to_commit(monkeypatch, tmp_path)
+    checkpoints.save(2, SMALL)
+    with pytest.raises((OSError, ConfigError), match="the disk is full") as caught:
+        getattr(checkpoints, end)()
+    assert end == "close" or str(caught.value) == (
+        f"{tmp_path}: step 2 could not be saved (the disk is full); the newest checkpoint is of step 1; make room, or "
+        "mend the disk, and start the run again"
+    )
+    assert not [record for record in caplog.records if record.exc_info or record.name.startswith("vit_dist")]
+    assert open_(tmp_path).steps() == [1]  # the step before it still exists
+
+
+def test_a_run_goes_on_after_a_save_that_failed_and_keeps_what_there_is(tmp_path, monkeypatch, caplog):
     checkpoints = open_(tmp_path, keep_last=1)
     checkpoints.save(1, SMALL)
     checkpoints.wait()
     with monkeypatch.context() as patch:
         fail_to_commit(patch, tmp_path)
         checkpoints.save(2, SMALL)
-        calls = {
-            "save": lambda: checkpoints.save(3, SMALL),
-            "wait": checkpoints.wait,
-            "close": checkpoints.close,
-            "latest": checkpoints.latest,
-        }
-        with pytest.raises(OSError, match="the disk is full"):
-            calls[then]()
-    assert open_(tmp_path).steps() == [1]  # the step before it still exists
+        assert (checkpoints.latest(), checkpoints.best()) == (1, None)
+        checkpoints.save(3, SMALL)
+        assert checkpoints.steps() == [1]
+    ours = [record.message for record in caplog.records if record.name.startswith("vit_dist")]
+    assert [message.partition(": ")[2] for message in ours] == [
+        f"step {step} could not be saved (the disk is full); the newest checkpoint is of step 1; the run goes on, but "
+        f"ends after {left} more"
+        for step, left in ((2, 2), (3, 1))
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    checkpoints.save(4, SMALL)
+    assert checkpoints.steps() == [4]
+    checkpoints.wait()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("retries", [1, 3])
+def test_a_run_ends_after_so_many_saves_in_a_row_that_failed(tmp_path, monkeypatch, retries):
+    checkpoints = open_(tmp_path, retries=retries)
+    checkpoints.save(1, SMALL)
+    checkpoints.wait()
+    fail_to_commit(monkeypatch, tmp_path)
+    for step in range(2, 2 + retries):
+        checkpoints.save(step, SMALL)  # tells of the one before
+    with pytest.raises(ConfigError, match=rf"of step 1; {retries} failures in a row \(checkpoint.retries\); make room"):
+        checkpoints.save(9, SMALL)
+
+
+def test_failures_count_in_a_row(tmp_path, monkeypatch):
+    checkpoints = open_(tmp_path, retries=2)
+    for step in range(1, 7):
+        with monkeypatch.context() as patch:
+            if step % 2:
+                fail_to_commit(patch, tmp_path)
+            checkpoints.save(step, SMALL)
+            assert checkpoints.latest() == (step - step % 2 or None)
+    checkpoints.close()
+
+
+def test_nothing_is_written_to_a_disk_without_room_for_it(tmp_path, monkeypatch, caplog):
+    checkpoints = open_(tmp_path, retries=2)
+    checkpoints.save(1, SMALL)
+    checkpoints.wait()
+    files = sorted(tmp_path.rglob("*"))
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    checkpoints.save(2, SMALL)
+    assert re.search(
+        r"step 2 could not be saved \(the disk has 0.0 MB free, it takes 0.0 MB\); the newest", caplog.text
+    )
+    assert sorted(tmp_path.rglob("*")) == files
+    with pytest.raises(ConfigError, match="2 failures in a row"):
+        checkpoints.save(3, SMALL)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    checkpoints.save(4, SMALL)
+    assert checkpoints.steps() == [4]
+    checkpoints.close()
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_earlier_steps_complete(tmp_path):

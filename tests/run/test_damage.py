@@ -1,6 +1,8 @@
 """Damaged checkpoints: each is told, and the step before it is used."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -241,3 +243,22 @@ def test_an_error_of_the_disk_is_not_taken_for_damage(copied, monkeypatch):
     with pytest.raises(ConfigError, match="the disk cannot be read .PERMISSION_DENIED"):
         restore_newest_whole(Checkpoints(copied), abstract())
     assert sorted(path.name for path in copied.iterdir()) == ["1", "2"]
+
+
+def test_a_sector_that_cannot_be_read_is_damage_and_a_permission_is_not(copied, monkeypatch):
+    def failing(number):
+        def facts(file):
+            if file.parent.parent.name == "2":
+                raise OSError(number, os.strerror(number), str(file))
+            return step_record_facts(file)
+
+        return facts
+
+    step_record_facts = step_record._facts
+    monkeypatch.setattr(step_record, "_facts", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        restore_newest_whole(Checkpoints(copied), abstract())
+    monkeypatch.setattr(step_record, "_facts", failing(errno.EIO))
+    with pytest.raises(Damaged, match=r"2: damaged: \S+ cannot be read \(Input/output error\)"):
+        reader(copied).load(abstract(), 2)
+    assert restore_newest_whole(Checkpoints(copied), abstract()).step == 1

@@ -10,8 +10,9 @@ disk did to it afterwards is told by its record (`step_record`).
 import functools
 import logging
 import math
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,10 @@ from orbax.checkpoint import v1 as ocp
 from vit_dist.config import ConfigError
 from vit_dist.job import processes
 from vit_dist.run import step_record, whole
+from vit_dist.run.save_failures import ERRORS, WITHOUT_TRACEBACKS, SaveFailures, lack_of_space
 from vit_dist.run.state_digests import Pending, StateDigests, described, tensors_of
 from vit_dist.run.step_record import Damaged, Record
+from vit_dist.weights.saved_tree import short_reason
 
 Step = int | Literal["newest", "best"]  # which checkpoint of a run; the best is that of the highest top-1
 Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
@@ -55,17 +58,19 @@ class Checkpoints:
         best_metric: str = "top1",
         read_only: bool = False,
         verify: bool = True,
+        retries: int = 3,
     ):
         """Opens `directory`, which `save` makes if it is missing.
 
         With `read_only` a missing one is a `ConfigError`, and nothing is written. Without `verify` a step is read as it
-        is, damaged or not.
+        is, damaged or not. After `retries` saves in a row that failed, the last of them is an error.
         """
         if read_only and not directory.is_dir():
             raise ConfigError(f"{directory}: no checkpoints here; give the workdir of a run that has saved one")
         self.directory, self._verify = directory, verify
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
         self._opened = False
+        self._failures = SaveFailures(directory, retries)
         self._digests = StateDigests()
         self._saving: tuple[int, Pending] | None = None
 
@@ -79,6 +84,7 @@ class Checkpoints:
         context.async_options.post_finalization_callback = lambda: self._write_record()
         best = policies.BestN(get_metric_fn=self._score, n=self._keep_best, keep_checkpoints_without_metrics=False)
         self._opened = True
+        logging.getLogger("absl").addFilter(WITHOUT_TRACEBACKS)
         return ocp.training.Checkpointer(
             self.directory.resolve(),
             context=context,
@@ -96,26 +102,65 @@ class Checkpoints:
     ) -> None:
         """Begins to save, and returns once `state` is copied: the caller may then donate its buffers.
 
-        Waits for the previous save, and raises its error if it failed. Does nothing for a step that is already saved: a
-        resumed run reaches it with the same state.
+        Waits for the previous save. If that failed, or the disk has no room for this one, the log says so, and the run
+        goes on with the steps that there are. Does nothing for a step that is already saved: a resumed run reaches it
+        with the same state.
 
         Args:
           step: the number of the step.
           state: the trees to save, by name.
           metrics: the step's evaluation, which decides whether it is among the best; None: it was not evaluated.
           metadata: anything that JSON can hold.
+
+        Raises:
+          ConfigError: too many saves in a row failed.
         """
-        checkpointer = self._checkpointer
-        if step in self.steps():
+        checkpointer, steps = self._checkpointer, self.steps()
+        if step in steps:
+            return
+        lack = processes.gather(lack_of_space(self.directory, self._size(steps, state)))[0]
+        if lack is not None:
+            self._failures.note(step, lack, max(steps, default=None))
             return
         self._saving = step, self._digests.start(state)
-        checkpointer.save_checkpointables_async(
-            step,
-            dict(state),  # Orbax adds its own entries to the dict that it is given
-            force=True,
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            custom_metadata={**(metadata or {}), step_record.MARK: True},
-        )
+        try:
+            checkpointer.save_checkpointables_async(
+                step,
+                dict(state),  # Orbax adds its own entries to the dict that it is given
+                force=True,
+                metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
+                custom_metadata={**(metadata or {}), step_record.MARK: True},
+            )
+        except ERRORS as error:
+            self._settle(error)
+
+    def _size(self, steps: list[int], state: Trees) -> int:
+        """Returns the bytes that a save takes: those of the newest step, else, without compression, of the state."""
+        if steps:
+            return step_record.bytes_of(self.directory / str(steps[-1]))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(dict(state)))
+
+    def _settle(self, error: Exception | None = None, *, log: bool = True) -> None:
+        """Waits for the save under way, if there is one, and notes how it ended, on all processes alike.
+
+        `error` is what beginning it raised; `log` is as for `SaveFailures.note`.
+        """
+        if self._saving is None:
+            return
+        step, _ = self._saving
+        try:
+            self._checkpointer.wait()
+        except ERRORS as raised:
+            error = raised
+        self._saving = None
+        reasons = [reason for reason in processes.gather(None if error is None else short_reason(error)) if reason]
+        if reasons:
+            if processes.index() == 0:
+                for folder in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+            self._checkpointer.reload()  # it counts the step as saved
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        self._failures.note(step, reasons[0] if reasons else None, max(steps, default=None), log=log)
 
     def _write_record(self) -> None:
         """Adds the record to a step that is complete but for it; Orbax calls this on process 0, in its own thread."""
@@ -126,13 +171,13 @@ class Checkpoints:
         step_record.write(folder, self.directory.resolve() / str(step), tensors)
 
     def wait(self) -> None:
-        """Waits for the last save, and raises its error if it failed."""
-        if self._opened:
-            self._checkpointer.wait()
+        """Waits for the last save. Raises `ConfigError` if it failed."""
+        self._settle(log=False)
+        self._failures.check()
 
     def steps(self) -> list[int]:
         """Returns the steps that are complete on the disk, in order; waits for a save under way."""
-        self.wait()
+        self._settle()
         if not self._opened:
             return step_record.steps_in(self.directory)
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
@@ -181,8 +226,8 @@ class Checkpoints:
         """
         return self.reading(lambda chosen: self.load(abstract, chosen), "newest" if step is None else step)
 
-    def reading(self, read: Any, step: Step) -> tuple[int, Any]:
-        """Returns a step, and the result of `read` of it; see `restore`. `read` raises `Damaged` on all processes."""
+    def reading(self, read: Callable[[int], Any], step: Step) -> tuple[int, Any]:
+        """Returns a step, and the result of `read` of it, which raises `Damaged` on all processes; see `restore`."""
         for _ in range(_TRIES):
             chosen = self._chosen(step)
             try:
@@ -204,10 +249,12 @@ class Checkpoints:
         folder = self.directory / str(step)
         abstract = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract.items()}
         record = self.record(step)
-        saved = _agreed(folder, lambda: whole.structure(folder, record))
+        names = _agreed(folder, lambda: whole.trees_of(folder))
+        for name in abstract:
+            if name not in names:
+                raise ConfigError(f"checkpoint {folder}: holds no {name!r}, only {', '.join(names)}")
+        saved = _agreed(folder, lambda: whole.structure(folder, record, abstract))
         for name, tree in abstract.items():
-            if name not in saved:
-                raise ConfigError(f"checkpoint {folder}: holds no {name!r}, only {', '.join(sorted(saved))}")
             wanted = {path: described(leaf) for path, leaf in tensors_of(name, tree).items()}
             if differences := _differences(saved[name], wanted):
                 more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
@@ -260,7 +307,7 @@ class Checkpoints:
         return None if found is None else Record(**found)
 
     def close(self) -> None:
-        """Waits like `wait`, and releases the directory."""
+        """Waits for a save under way, whose error it raises, and releases the directory."""
         if self._opened:
             self._checkpointer.close()
 
@@ -298,7 +345,7 @@ class Checkpoints:
 
     def _metrics(self) -> dict[int, Mapping[str, float] | None]:
         """Returns the metrics of each step; those of a step that is damaged, which is logged, are left out."""
-        self.wait()
+        self._settle()
         if self._opened:
             return {checkpoint.step: checkpoint.metrics for checkpoint in self._checkpointer.checkpoints}
         found = dict[int, Mapping[str, float] | None]()
@@ -314,7 +361,7 @@ class Checkpoints:
         return -math.inf if math.isnan(value) else value
 
 
-def _agreed(folder: Path, read: Any) -> Any:
+def _agreed(folder: Path, read: Callable[[], Any]) -> Any:
     """Returns the result of `read`; if it raises `Damaged` on any process, so do all."""
     result, own = None, None
     try:

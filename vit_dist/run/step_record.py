@@ -7,6 +7,7 @@ ones hold is known by the digests of the tensors (`mesh.digests`).
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -56,6 +57,11 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("[0-9]*") if path.name.isdecimal())
 
 
+def bytes_of(folder: Path) -> int:
+    """Returns the bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def write(folder: Path, committed: Path, tensors: Mapping[str, str]) -> None:
     """Writes the record of a step whose other files are complete.
 
@@ -84,15 +90,16 @@ def read(folder: Path) -> Record | None:
     if not folder.is_dir():
         raise Damaged(folder, "it is missing", missing=True)
     try:
-        sealed = json.loads((folder / FILE).read_bytes())
+        with _readable(folder, FILE):
+            sealed = json.loads((folder / FILE).read_bytes())
         record = sealed["record"]
         if _sha256(record.encode()) != sealed["sha256"]:
             raise Damaged(folder, f"{FILE} was changed")
         return Record(**json.loads(record))
-    except FileNotFoundError:
-        if metadata_of(folder).get(MARK):
-            raise Damaged(folder, f"{FILE} is missing", missing=True) from None
-        return None
+    except Damaged as error:
+        if error.missing and not metadata_of(folder).get(MARK):
+            return None
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Damaged(folder, f"{FILE} does not hold what was written to it") from None
 
@@ -101,10 +108,8 @@ def check_files(folder: Path, record: Record) -> None:
     """Raises `Damaged` for a file of a step that is missing, has another size or, if it is small, other bytes."""
     for name, expected in record.files.items():
         file = folder / name
-        try:
+        with _readable(folder, name):
             found = {"sha256": _sha256(_metadata(file))} if name == _METADATA else _facts(file)
-        except FileNotFoundError:
-            raise Damaged(folder, f"{name} is missing", missing=True) from None
         if found.get("bytes") != expected.get("bytes"):
             raise Damaged(folder, f"{name} holds {found['bytes']} bytes of {expected['bytes']}")
         if found != expected:
@@ -114,9 +119,10 @@ def check_files(folder: Path, record: Record) -> None:
 def metadata_of(folder: Path) -> dict[str, Any]:
     """Returns what the run saved with a step in Orbax's metadata. Raises `Damaged` if that cannot be read."""
     try:
-        return dict(json.loads((folder / _METADATA).read_bytes())["custom_metadata"] or {})
-    except FileNotFoundError:
-        raise Damaged(folder, f"{_METADATA} is missing", missing=True) from None
+        with _readable(folder, _METADATA):
+            return dict(json.loads((folder / _METADATA).read_bytes())["custom_metadata"] or {})
+    except Damaged:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(folder, f"{_METADATA} cannot be read") from None
 
@@ -127,11 +133,29 @@ def metrics_of(folder: Path) -> dict[str, float]:
     Raises `Damaged` if they cannot be read.
     """
     try:
-        return {name: float(value) for name, value in json.loads((folder / "metrics/metrics").read_bytes()).items()}
-    except FileNotFoundError:
-        return {}
+        with _readable(folder, "metrics/metrics"):
+            values = json.loads((folder / "metrics/metrics").read_bytes())
+        return {name: float(value) for name, value in values.items()}
+    except Damaged as error:
+        if error.missing:
+            return {}
+        raise
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise Damaged(folder, "metrics/metrics cannot be read") from None
+
+
+@contextlib.contextmanager
+def _readable(folder: Path, name: str) -> Iterator[None]:
+    """Turns errors of reading a file into `Damaged`, but not those that say nothing of it, such as a permission."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise Damaged(folder, f"{name} is missing", missing=True) from None
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ESTALE):
+            raise
+        gone = error.errno == errno.ESTALE  # another host has deleted it
+        raise Damaged(folder, f"{name} cannot be read ({error.strerror})", missing=gone) from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

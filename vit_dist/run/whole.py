@@ -24,23 +24,23 @@ _THREADS = 8  # that read tensors, or chunks of them
 Index = tuple[slice, ...]
 
 
-def structure(folder: Path, record: Record | None) -> dict[str, dict[str, str]]:
-    """Returns the tensors of a step: name of a tree -> path of a tensor -> type and shape.
+def structure(folder: Path, record: Record | None, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns the tensors of trees of a step: name of a tree -> path of a tensor -> type and shape.
 
     Raises `Damaged` for one that cannot be opened, and if they are not those of the step's record.
     """
     found = {
         name: {path: _described(tree.open(key)) for path, (tree, key) in _opened(folder, name).items()}
-        for name in trees_of(folder)
+        for name in names
     }
-    if record is not None:
-        every = {path: described for paths in found.values() for path, described in paths.items()}
-        saved = {path: text.rpartition(" ")[0] for path, text in record.tensors.items()}
-        for path in sorted(saved.keys() | every.keys()):
-            if saved.get(path) != every.get(path):
-                raise Damaged(
-                    folder, f"tensor {path} is {every.get(path, 'missing')}, saved was {saved.get(path, 'none')}"
-                )
+    for name, tensors in found.items() if record is not None else ():
+        assert record is not None
+        described = {path: text.rpartition(" ")[0] for path, text in record.tensors.items()}
+        saved = {path: text for path, text in described.items() if path.partition("/")[0] == name}
+        for path in sorted(saved.keys() | tensors.keys()):
+            if saved.get(path) != tensors.get(path):
+                is_now, was = tensors.get(path, "missing"), saved.get(path, "none")
+                raise Damaged(folder, f"tensor {path} is {is_now}, saved was {was}")
     return found
 
 
@@ -149,7 +149,7 @@ def problem(folder: Path) -> Damaged | None:
 
 def _first_bad_tensor(folder: Path, record: Record | None) -> Damaged | None:
     try:
-        for name in structure(folder, record):
+        for name in structure(folder, record, trees_of(folder)):
             verify(folder, record, name)
     except Damaged as error:
         return error

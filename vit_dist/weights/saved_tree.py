@@ -18,6 +18,7 @@ from vit_dist.weights.stored_tensor import printed
 _NOT_DAMAGE = re.compile(
     "ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE"
 )
+_FACTS = re.compile(r" \[(?:tensorstore_spec|os_error_code)")  # after the message
 _CACHE = 1 << 27  # bytes, of the index of a tree
 _OF_DAMAGE = (ValueError, KeyError, IndexError, TypeError, OverflowError)  # what tensorstore raises for it
 
@@ -26,10 +27,15 @@ class Unreadable(ConfigError):
     """A tensor that is not what was written; `reason` says why, `missing` that a file of it is not there."""
 
     def __init__(self, where: object, error: Exception):
-        text = str(error).partition(" [tensorstore_spec")[0]
-        self.reason = printed(text.rpartition('": ')[2])
-        self.missing = "NOT_FOUND" in text
+        self.reason = short_reason(error)
+        self.missing = "NOT_FOUND" in str(error)
         super().__init__(f"{where}: cannot be read ({self.reason})")
+
+
+def short_reason(error: Exception) -> str:
+    """Returns what went wrong, in one line: the last clause of tensorstore's message, which names the layers before."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printed(_FACTS.split(text)[0].rpartition('": ')[2])
 
 
 class SavedTree:
