@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from vit_dist import cli, recipes
+from vit_dist.config import ConfigError
+from vit_dist.paths import expanded
 from vit_dist.run import workdir as run_files
 from vit_dist.train import train
 
@@ -194,6 +196,19 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_near_miss(refused, tmp_p
             "train --config=~nobody-here/x.py --workdir=WORKDIR",
             "config: ~nobody-here/x.py: cannot expand ~ to a home folder",
         ),
+        ("train --config=x.py --workdir=gs://b/run", "--workdir: gs://b/run: is an address, expected a path on a disk"),
+        ("eval --workdir=S3://b/run", "--workdir: S3://b/run: is an address"),
+        ("predict --workdir=WORKDIR gs://b/a.png", "IMAGE: gs://b/a.png: is an address"),
+        ("features --weights=gs://b/w o.npz", "features: gs://b/w: is an address"),
+        ("predict --weights=w --out=az://b/o.csv one.png", "--out: az://b/o.csv: is an address"),
+        ("predict --weights=w --attention=gs://b one.png", "--attention: gs://b: is an address"),
+        ("features --weights=w gs://b/o.npz", "OUT: gs://b/o.npz: is an address"),
+        ("export --weights=w --format=timm file:///tmp/o", "OUT: file:///tmp/o: is an address"),
+        ("export --workdir=gs://b/run --format=timm o", "--workdir: gs://b/run: is an address"),
+        ("probe --features gs://b/a.npz b.npz", "--features: gs://b/a.npz: is an address"),
+        ("prepare --source=digits gs://b/o", "gs://b/o: records are written to a mounted disk"),
+        ("train --config=gs://b/x.py --workdir=WORKDIR", "config: gs://b/x.py: is an address"),
+        ("configs gs://b", "folder: gs://b: is an address"),
         ("predict --workdir=WORKDIR", "the following arguments are required: IMAGE"),
         ("predict one.png", "one of the arguments --workdir --weights is required"),
         ("predict --workdir=WORKDIR --weights=w one.png", "argument --weights: not allowed with argument --workdir"),
@@ -212,6 +227,16 @@ def test_a_mistyped_command_is_refused_with_what_is_wrong_in_it(refused, words, 
 def test_an_override_without_key_or_value_is_refused_and_swallows_no_other_word(refused, word):
     said = refused("train", f"--config={SMALLEST}", word, "--workdir=WORKDIR")
     assert said.startswith("seed: no value is given" if "seed" in word else "=: names no key")
+
+
+def test_an_address_is_refused_where_a_function_expects_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for workdir in ("gs://bucket/run", Path("gs://bucket/run"), "memory://run"):
+        with pytest.raises(ConfigError, match="workdir: .*: is an address, expected a path on a disk"):
+            train(recipes.load(SMALLEST), workdir)
+    assert list(tmp_path.iterdir()) == []
+    for kept in ("a:b/c", "http/x", "/data/gs://x", "c:/x", "runs:"):
+        assert expanded(kept, "workdir") == Path(kept)
 
 
 def test_a_mistyped_key_is_refused_without_starting_jax():

@@ -1,5 +1,6 @@
 """What people give to a loaded model: pictures of every kind, one instead of several, meshes that cannot be."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_arrays_are_pixels_of_one_or_three_channels(model: Loaded) -> None:
         (b"GIF89a", "found bytes"),
         (RGB.convert("F"), "32 bits"),
         ("nothing.png", "nothing.png: No such file"),
-        ("/", "/: Is a directory"),
+        ("/", "/: it is a pipe, device or folder"),
     ],
 )
 def test_what_is_no_picture_is_named(picture: Any, words: str, model: Loaded) -> None:
@@ -88,6 +89,13 @@ def test_a_damaged_image_is_named(model: Loaded, tmp_path: Path) -> None:
     for picture in (tmp_path / "cut.png", Image.open(tmp_path / "cut.png")):
         with pytest.raises(ConfigError, match="truncated"):
             model.preprocess(picture)
+
+
+def test_a_picture_that_is_no_file_is_neither_awaited_nor_read_forever(model: Loaded, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(ConfigError, match=f"{path}: .*it is a pipe, device or folder .*; give files that"):
+            model.preprocess(path)
 
 
 def test_several_pictures_are_predicted_and_one_is_not_taken_for_several(model: Loaded, tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ def test_a_folder_or_pipe_in_place_of_a_file_is_refused(tmp_path, name):
         ("environment.json", [{"data": {"train": 3}}], r"\[0\].data.train: expected text, found 3"),
         ("environment.json", [{"data": {}, "weights": 3}], r"\[0\].weights: expected an object, found 3"),
         ("environment.json", [{"data": {}, "weights": {}}], r"\[0\].weights: has no key 'name'"),
-        ("environment.json", b'[{"data": {}, "x": ' + b"[" * 200 + b"]" * 200 + b"}]", "again .it is nested too deep"),
+        (
+            "environment.json",
+            b'[{"data": {}, "x": ' + b"[" * 200 + b"]" * 200 + b"}]",
+            "not JSON .* again .it is nested",
+        ),
         ("metrics.jsonl", b'{"split": "train"}\n', "has no key 'step'"),
         ("metrics.jsonl", b'{"step": 1}\n', "has no key 'split'"),
         ("metrics.jsonl", b'{"step": 1, "split": "a", "loss": "x"}\n', 'loss: expected a number, found "x"'),

@@ -209,6 +209,29 @@ def test_empty_files_and_text_are_bad() -> None:
     _refused(b"\xff\xd8\xff")
 
 
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+0 0 8 8 rectfill
+showpage
+%%EOF
+"""
+
+
+def test_no_file_reaches_a_program_that_runs_what_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow opens EPS by Ghostscript; nor may it open others of its formats that are no pictures of today."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    assert Image.open(io.BytesIO(EPS)).format == "EPS"
+    wmf = b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 8, 8, 96) + b"\0" * 6 + b"\1\0\t\0\0\3" + b"\0" * 50
+    assert Image.open(io.BytesIO(wmf)).format == "WMF"
+    fits = (
+        b"SIMPLE  =                    T".ljust(80) + b"BITPIX  =                    8".ljust(80) + b"END".ljust(2720)
+    )
+    for data in (EPS, wmf, fits, b"%PDF-1.7\n%%EOF"):
+        _refused(data, "no known image format")
+    assert set(images._FORMATS).isdisjoint({"EPS", "PDF", "PS", "WMF", "EMF", "FITS", "HDF5", "GRIB", "BUFR"})
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of what it finds in them
 def test_damaged_files_raise_bad_image_and_nothing_else(encode: Callable[..., bytes]) -> None:
     rng = np.random.default_rng(0)
