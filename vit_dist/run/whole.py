@@ -171,8 +171,14 @@ def _compare(folder: Path, record: Record, path: str, found: str) -> None:
 
 
 def trees_of(folder: Path) -> list[str]:
-    """Returns the names of the trees of a step; Orbax keeps the metrics, which are no tensors, beside them."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "metrics")
+    """Returns the names of the trees of a step; Orbax keeps the metrics, which are no tensors, beside them.
+
+    Raises `Damaged` if there is no such step.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "metrics")
+    except FileNotFoundError:
+        raise Damaged(folder, "it is missing", missing=True) from None
 
 
 def _opened(folder: Path, name: str) -> dict[str, tuple[SavedTree, str]]:
