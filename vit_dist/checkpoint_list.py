@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,9 @@ def checkpoints(workdir: str | Path, *, verify: bool = False, prune: bool = Fals
         with contextlib.suppress(FileNotFoundError):  # a run that trains here deletes it
             row = _step(folder, verify)
             rows += [row] if folder.is_dir() else []
-    for folder, state in _others(directory):
-        size = step_record.bytes_of(folder)
-        if prune and state != "being saved":
-            shutil.rmtree(folder)
-            state = "removed"
-        nothing: dict[str, Any] = {"step": None, "metrics": {}, "digests": None, "damage": None}
-        rows.append({"name": folder.name, "bytes": size, **nothing, "state": state})
+    for folder in sorted(directory.iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            rows += _other(folder, prune)
     return rows
 
 
@@ -70,11 +65,18 @@ def _step(folder: Path, verify: bool) -> dict[str, Any]:
     return row | {"damage": problem and problem.reason, "state": state}
 
 
-def _others(directory: Path) -> Iterator[tuple[Path, str]]:
-    """Yields the folders that are no steps, and what they are."""
-    for folder in sorted(directory.iterdir()):
-        if folder.name.startswith(ASIDE):
-            yield folder, "set aside"
-        elif _INTERRUPTED in folder.name:
-            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-            yield folder, "interrupted" if time.time() - newest > _IDLE_SECONDS else "being saved"
+def _other(folder: Path, prune: bool) -> list[dict[str, Any]]:
+    """Returns the row of a folder that is no step; none for one that is nothing of ours."""
+    if folder.name.startswith(ASIDE):
+        state = "set aside"
+    elif _INTERRUPTED in folder.name:
+        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        state = "interrupted" if time.time() - newest > _IDLE_SECONDS else "being saved"
+    else:
+        return []
+    size = step_record.bytes_of(folder)
+    if prune and state != "being saved":
+        shutil.rmtree(folder)
+        state = "removed"
+    nothing: dict[str, Any] = {"step": None, "metrics": {}, "digests": None, "damage": None}
+    return [{"name": folder.name, "bytes": size, **nothing, "state": state}]

@@ -172,6 +172,7 @@ class Session:
         )
         opened.enter_context(contextlib.closing(self.checkpoints))
         self.state, self.seconds_before = self._restore(start)
+        self.checkpoints.open()
         self.step = self.resumed_step = int(self.state.step)
         self.bad_examples = BadExampleList(workdir, resume_step=self.step)
         self.log: MetricLog | None = None

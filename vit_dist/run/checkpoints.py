@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from vit_dist.config import ConfigError
@@ -91,6 +90,13 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep_last), best]),
             cleanup_tmp_directories=True,
         )
+
+    def open(self) -> None:
+        """Makes the directory, and removes what interrupted saves have left in it; else the first save does so.
+
+        In a job of several processes, all of them must see the same steps when they call it.
+        """
+        assert self._checkpointer is not None
 
     def save(
         self,
@@ -247,7 +253,7 @@ class Checkpoints:
     def load(self, abstract: Trees, step: int) -> dict[str, Any]:
         """Returns the trees of one step; see `restore`. Raises `Damaged` on all processes for one that is not whole."""
         folder = self.directory / str(step)
-        abstract = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract.items()}
+        abstract = {name: jax.tree.map(whole.with_sharding, tree) for name, tree in abstract.items()}
         record = self.record(step)
         names = _agreed(folder, lambda: whole.trees_of(folder))
         for name in abstract:
@@ -256,7 +262,7 @@ class Checkpoints:
         saved = _agreed(folder, lambda: whole.structure(folder, record, abstract))
         for name, tree in abstract.items():
             wanted = {path: described(leaf) for path, leaf in tensors_of(name, tree).items()}
-            if differences := _differences(saved[name], wanted):
+            if differences := whole.differences(saved[name], wanted):
                 more = f" (and {len(differences) - 1} more differ)" if len(differences) > 1 else ""
                 raise ConfigError(
                     f"checkpoint {folder}: {differences[0]}{more}; use the config it was saved with, or another workdir"
@@ -372,26 +378,3 @@ def _agreed(folder: Path, read: Callable[[], Any]) -> Any:
         if found is not None:
             raise Damaged(folder, found[0], missing=found[1])
     return result
-
-
-def _with_sharding(tensor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Adds a sharding on this run's devices where there is none, and the mesh that is set to one that names none."""
-    mesh = jax.sharding.get_mesh()
-    sharding = tensor.sharding
-    if sharding is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-        sharding = NamedSharding(mesh, sharding.spec)
-    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding)
-
-
-def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Returns a phrase for each tensor that keeps `saved` from being read as `wanted`."""
-    missing = [f"has no tensor {path}" for path in wanted if path not in saved]
-    extra = [f"has a tensor {path} that this run does not have" for path in saved if path not in wanted]
-    other = [
-        f"tensor {path} is {saved[path]}, expected {tensor}"
-        for path, tensor in wanted.items()
-        if saved.get(path, tensor) != tensor
-    ]
-    return missing + other + extra

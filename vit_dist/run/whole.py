@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vit_dist.mesh import digests
 from vit_dist.run import step_record
@@ -48,6 +49,29 @@ def bytes_of(folder: Path, name: str) -> int:
     """Returns the bytes that a tree takes in memory. Raises `Damaged` for a tensor that cannot be opened."""
     stores = [tree.open(key) for tree, key in _opened(folder, name).values()]
     return sum(math.prod(store.shape) * store.dtype.numpy_dtype.itemsize for store in stores)
+
+
+def with_sharding(tensor: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Adds a sharding on this run's devices where there is none, and the mesh that is set to one that names none."""
+    mesh = jax.sharding.get_mesh()
+    sharding = tensor.sharding
+    if sharding is None:
+        sharding = SingleDeviceSharding(jax.local_devices()[0]) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+        sharding = NamedSharding(mesh, sharding.spec)
+    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=sharding)
+
+
+def differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
+    """Returns a phrase for each tensor that keeps `saved` from being read as `wanted`."""
+    missing = [f"has no tensor {path}" for path in wanted if path not in saved]
+    extra = [f"has a tensor {path} that this run does not have" for path in saved if path not in wanted]
+    other = [
+        f"tensor {path} is {saved[path]}, expected {tensor}"
+        for path, tensor in wanted.items()
+        if saved.get(path, tensor) != tensor
+    ]
+    return missing + other + extra
 
 
 def load(folder: Path, name: str, abstract: Any) -> Any:
@@ -171,8 +195,14 @@ def _compare(folder: Path, record: Record, path: str, found: str) -> None:
 
 
 def trees_of(folder: Path) -> list[str]:
-    """Returns the names of the trees of a step; Orbax keeps the metrics, which are no tensors, beside them."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "metrics")
+    """Returns the names of the trees of a step; Orbax keeps the metrics, which are no tensors, beside them.
+
+    Raises `Damaged` if there is no such step.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != "metrics")
+    except FileNotFoundError:
+        raise Damaged(folder, "it is missing", missing=True) from None
 
 
 def _opened(folder: Path, name: str) -> dict[str, tuple[SavedTree, str]]:
