@@ -52,8 +52,12 @@ class _Answers:
 
     def read(self, pipe: int) -> None:
         """Runs on a thread of its own, which nothing holds up."""
+        interrupts = 0
         while numbers := os.read(pipe, 64):
             for number in numbers:
+                interrupts += number == signal.SIGINT
+                if interrupts > 1 and self.listener is None:  # before the main thread came to answer the first
+                    end_now(INTERRUPTED)
                 if number in _STOPPING:
                     self.received.add(number)
                     (self.listener or self.count_down)(number)
