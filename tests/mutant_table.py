@@ -3,9 +3,10 @@
 The text before stands once in its file. The test, named below `tests/`, must fail by an assertion; where another
 exception is the right way to fail, its name is last in the row. The test needs nothing that a bare checkout lacks,
 for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`,
-those of published weights in `mutant_table_weights.py`.
+those of published weights in `mutant_table_weights.py`, those of files of strangers in `mutant_table_files.py`.
 """
 
+from mutant_table_files import FILES_TABLE
 from mutant_table_step import STEP_TABLE
 from mutant_table_weights import WEIGHTS_TABLE
 
@@ -367,6 +368,7 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             BEST,
         ),
     ],
+    **FILES_TABLE,
     **STEP_TABLE,
     **WEIGHTS_TABLE,
 }
