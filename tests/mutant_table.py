@@ -4,10 +4,11 @@ The text before stands once in its file. The test, named below `tests/`, must fa
 exception is the right way to fail, its name is last in the row. The test needs nothing that a bare checkout lacks,
 for a test that is skipped kills nobody. Those of the model and its steps are in `mutant_table_step.py`,
 those of checkpoints in `mutant_table_checkpoints.py`, those of published weights in `mutant_table_weights.py`, those of
-jobs and signals in `mutant_table_job.py`.
+jobs and signals in `mutant_table_job.py`, those of files of strangers in `mutant_table_files.py`.
 """
 
 from mutant_table_checkpoints import BEST, CHECKPOINTS_TABLE
+from mutant_table_files import FILES_TABLE
 from mutant_table_job import JOB_TABLE, TRAIN_ROWS
 from mutant_table_step import STEP_TABLE
 from mutant_table_weights import WEIGHTS_TABLE
@@ -355,6 +356,7 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
         *TRAIN_ROWS,
     ],
     **CHECKPOINTS_TABLE,
+    **FILES_TABLE,
     **JOB_TABLE,
     **STEP_TABLE,
     **WEIGHTS_TABLE,

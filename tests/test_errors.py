@@ -231,9 +231,11 @@ def test_an_override_without_key_or_value_is_refused_and_swallows_no_other_word(
 
 def test_an_address_is_refused_where_a_function_expects_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for workdir in ("gs://bucket/run", Path("gs://bucket/run"), "memory://run"):
+    for path in ("gs://bucket/run", Path("gs://bucket/run"), "memory://run"):
         with pytest.raises(ConfigError, match="workdir: .*: is an address, expected a path on a disk"):
-            train(recipes.load(SMALLEST), workdir)
+            expanded(path, "workdir")
+    with pytest.raises(ConfigError, match="workdir: gs://bucket/run: is an address"):
+        train(recipes.load(SMALLEST), "gs://bucket/run")
     assert list(tmp_path.iterdir()) == []
     for kept in ("a:b/c", "http/x", "/data/gs://x", "c:/x", "runs:"):
         assert expanded(kept, "workdir") == Path(kept)

@@ -99,10 +99,25 @@ def test_words_of_the_command_line_are_escaped(capsys):
     assert harmless(capsys.readouterr().err)
 
 
-def test_a_log_of_the_command_itself_is_escaped(tmp_path):
-    code = (
-        "import logging, sys; from vit_dist import cli; cli._VERBS['configs'] = lambda o: logging.warning('%s', {!r})"
-    )
-    command = [sys.executable, "-c", f"{code.format(HOSTILE)}; sys.exit(cli.main(['configs']))"]
+COMMAND = """
+import logging, sys, warnings
+from vit_dist import cli
+
+def run(options):
+    logging.warning("%s", {0!r})
+    warnings.warn({0!r})
+    raise RuntimeError({0!r})
+
+cli._VERBS["configs"] = run
+sys.argv = ["vit-dist", "configs"]
+sys.exit(cli.main())
+"""
+
+
+def test_what_the_command_logs_warns_of_and_did_not_expect_is_escaped(tmp_path):
+    command = [sys.executable, "-c", COMMAND.format(HOSTILE)]
     done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == f"{ESCAPED}\n"
+    assert done.returncode == 1 and done.stdout == "" and harmless(done.stderr)
+    first, second, *_ = done.stderr.splitlines()
+    assert first == ESCAPED and r"UserWarning: a\x1b[2J" in second and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-2].startswith(r"    RuntimeError: a\x1b[2J")

@@ -21,7 +21,7 @@ from vit_dist.job.blame import Blame
 from vit_dist.job.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, PREEMPTED
 from vit_dist.job.rendezvous import JobError
 from vit_dist.paths import expanded
-from vit_dist.printing import print_json, print_lines, print_message, print_table
+from vit_dist.printing import print_exception, print_json, print_lines, print_message, print_table
 
 # Errors that the user can mend: permissions, a full disk, a wrong path, too many open files.
 FILE_ERRORS = {
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         signals.answer()
         _keep_stdout_for_results()
+        sys.excepthook = print_exception
+        logging.captureWarnings(True)
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal])

@@ -5,7 +5,9 @@ Of the processes of a job, the first one prints results, and each its messages.
 
 import json
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 from typing import Any
 
 from vit_dist.escape import printable, printable_lines
@@ -31,6 +33,11 @@ def print_lines(lines: Iterable[str]) -> None:
     if _first_process():
         for line in lines:
             print(printable(line))
+
+
+def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an error that nobody expected, as `sys.excepthook` does."""
+    print_message("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def print_message(text: str) -> None:

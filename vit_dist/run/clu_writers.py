@@ -32,7 +32,7 @@ class SummaryWriter:
         """
         Path(logdir).mkdir(parents=True, exist_ok=True)
         # Not tensorboardX's SummaryWriter, whose thread ends with a traceback when the disk is full.
-        self._writer = EventsWriter(str(Path(logdir, "events")), filename_suffix)
+        self._writer = EventsWriter(str(Path(logdir, "events").absolute()), filename_suffix)
         self._flushed = time.monotonic()
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))

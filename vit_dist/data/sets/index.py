@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import replacing
+from vit_dist.data.files import remove_partial, replacing
 from vit_dist.data.npy import read_member
 from vit_dist.paths import expanded
 
@@ -181,6 +181,7 @@ def cached(what: str, stamp: str | None, cache_dir: str | None, build: Callable[
             index = build()
             if len(index) >= _CACHED_FROM:
                 try:
+                    remove_partial(folder, file.name)
                     write(file, index, stamp)
                     _log.info("kept the index of %s in %s", what, file)
                 except OSError as error:
