@@ -85,6 +85,7 @@ CHECKPOINTS_TABLE: dict[str, list[tuple[str, ...]]] = {
             "            self._count = 0\n",
             "",
             "run/test_checkpoints.py::test_failures_count_in_a_row",
+            "ConfigError",
         ),
     ],
     "run/step_record.py": [

@@ -25,6 +25,7 @@ train() { "$command" train --config=digits --workdir="$folder/run" --config.tota
 grep -q "</html>" plan.html
 train | tee "$folder/first" | check "train takes 20 steps and evaluates 360 digits" "result['step'] == 20 and result['count'] == 360"
 train | check "train on a finished run prints its summary again" "result == json.loads(open('$folder/first').readlines()[-1])"
+"$command" checkpoints --workdir="$folder/run" --verify --json | check "every checkpoint is whole" "result and all(row['state'] == 'whole' for row in result)"
 "$command" eval --workdir="$folder/run" | check "eval counts 360 of 360" "result['count'] == 360 and 0 < result['loss'] < 10"
 "$python" - "$folder/digit.png" <<'PY'
 import sys

@@ -96,7 +96,7 @@ class Checkpoints:
 
         In a job of several processes, all of them must see the same steps when they call it.
         """
-        assert self._checkpointer is not None
+        self._checkpointer  # noqa: B018  (Orbax does it when it is made)
 
     def save(
         self,
@@ -124,7 +124,8 @@ class Checkpoints:
         checkpointer, steps = self._checkpointer, self.steps()
         if step in steps:
             return
-        lack = processes.gather(lack_of_space(self.directory, self._size(steps, state)))[0]
+        own = lack_of_space(self.directory, self._size(steps, state)) if processes.index() == 0 else None
+        lack = processes.gather(own)[0]
         if lack is not None:
             self._failures.note(step, lack, max(steps, default=None))
             return
