@@ -12,9 +12,15 @@ from vit_dist.job.launcher import free_port
 from vit_dist.job.secret import FILE
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("secret", ["", "0123456789abcdef"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads in /proc where the host listens")
-def test_hostile_connections_before_and_during_a_job_are_lines_of_its_log_and_nothing_else(secret, tmp_path):
+def test_hostile_connections_before_and_during_a_job_are_lines_of_its_log_and_nothing_else(secret, tmp_path, tally):
+    with tally.attempts("hostile and idle connections, before a job and while it trains", 800):
+        _attacked(secret, tmp_path)
+
+
+def _attacked(secret, tmp_path):
     port, run = free_port(), tmp_path / "run"
     overrides = ("fake_devices=1", "mesh.data=2", "total_steps=1000", "evaluate.every_steps=0", *NOTHING_RANDOM)
     variables = {"VIT_DIST_COORDINATOR": f"127.0.0.1:{port}", "VIT_DIST_PROCESSES": "2", "VIT_DIST_JOB_SECRET": secret}

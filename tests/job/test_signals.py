@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C at any moment of a command: it ends with 75 or 130, and what was trained is saved.
 
-`CHAOS_ROUNDS=30` makes it so many runs, instead of two, with a signal at a random moment.
+`make chaos` has those at random moments.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from pids import ranks
 from system import NOTHING_RANDOM, assert_same_run, checkpoint_steps, command, rows, started
+from tally import ROUNDS
 
 from vit_dist.job.launcher import free_port
 
 CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 LONG = ("total_steps=100000", "evaluate.every_steps=0", "checkpoint.every_steps=0", *NOTHING_RANDOM)
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "2"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for the handlers of a process")
 
 
@@ -189,11 +189,12 @@ def test_a_signal_during_an_evaluation_saves_before_its_end_and_the_next_session
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed", 4, *overrides)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("round_", range(ROUNDS))
-def test_a_signal_at_a_random_moment(round_, tmp_path):
+@pytest.mark.chaos
+@pytest.mark.parametrize("round_", range(3 * ROUNDS))
+def test_a_signal_at_a_random_moment(round_, tmp_path, tally):
     """A fresh run and its resume, on 1 or 4 processes."""
     draw = random.Random(round_)
     for name in ("fresh", "resumed"):
         processes, number = draw.choice((1, 4)), draw.choice(list(CODES))
-        end_by(number, tmp_path / "run", processes, tmp_path / name, draw.uniform(0, 8 * processes**0.5))
+        with tally.attempts(f"{signal.Signals(number).name} at a random moment, {processes} processes", 1):
+            end_by(number, tmp_path / "run", processes, tmp_path / name, draw.uniform(0, 8 * processes**0.5))

@@ -94,11 +94,12 @@ def test_every_fault_of_a_sample_of_files_is_told_and_the_step_before_is_used(co
         check(copied, fault)
 
 
-@pytest.mark.slow
-def test_every_fault_of_every_file_is_told_and_the_step_before_is_used(copied):
+@pytest.mark.chaos
+def test_every_fault_of_every_file_is_told_and_the_step_before_is_used(copied, tally):
     every = faults(copied / "2")
     for fault in inflicted(copied, 2, every):
-        check(copied, fault)
+        with tally.attempts(f"a file of a checkpoint {fault.kind}", 1):
+            check(copied, fault)
     assert len(every) >= 100
 
 
