@@ -127,6 +127,19 @@ def test_a_lock_that_names_nobody_is_judged_by_its_touches(tmp_path, quick, cont
         assert owners(tmp_path) == [".owner.2"]
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_a_lock_that_is_no_file_is_not_waited_for(tmp_path, quick, make):
+    make(tmp_path / ".owner.1")
+    os.utime(tmp_path / ".owner.1", (1, 1))
+    refuse_second(tmp_path, "OUT")
+    if make is os.mkfifo:
+        with locked(tmp_path, 0.5, "OUT"):
+            assert owners(tmp_path) == [".owner.2"]
+    else:
+        with pytest.raises(ConfigError, match="cannot write there .Is a directory"), locked(tmp_path, 0.5, "OUT"):
+            pass
+
+
 def test_the_owner_touches_its_file_and_notices_when_it_is_taken_away(tmp_path, quick):
     lock = Lock(tmp_path, 60)
     os.utime(tmp_path / ".owner.1", (1, 1))
