@@ -348,6 +348,12 @@ TABLE: dict[str, list[tuple[str, ...]]] = {
             f"{OF_RUN}::test_the_rows_are_of_the_average_and_the_verb_finds_the_same",
         ),
         (
+            "a run that another process has finished meanwhile is overwritten",
+            "run_files.check_unchanged(workdir, seen)",
+            "seen.clear()",
+            "test_one_owner.py::test_a_workdir_that_another_has_finished_meanwhile_is_not_overwritten",
+        ),
+        (
             "a best between two saves is lost",
             "if saving or stopping or (evaluating and self._is_one_of_the_best()):",
             "if saving or stopping:",

@@ -2,6 +2,7 @@
 
 LOCK, FILES, ESCAPE, NPY = "run/test_lock.py", "run/test_files.py", "test_escape.py", "data/test_npy.py"
 SHAPES = f"{FILES}::test_a_file_of_another_shape_is_refused_by_the_key_that_is_wrong"
+NAMES = "test_hostile_names.py"
 RACE = f"{LOCK}::test_of_many_that_race_for_a_dead_owners_lock_one_gets_it"
 
 FILES_TABLE: dict[str, list[tuple[str, ...]]] = {
@@ -110,6 +111,14 @@ FILES_TABLE: dict[str, list[tuple[str, ...]]] = {
             'slashes = "/" if isinstance(path, str) else ""',
             'slashes = "///"',
             "test_errors.py::test_an_address_is_refused_where_a_function_expects_a_path",
+        ),
+    ],
+    "data/sets/sources.py": [
+        (
+            "names of classes stay bytes",
+            "class_names=tuple(map(printable, source.class_names))",
+            "class_names=source.class_names",
+            f"{NAMES}::test_a_run_on_them_keeps_names_that_can_be_written_and_printed",
         ),
     ],
     "data/pictures/images.py": [

@@ -145,5 +145,6 @@ def test_what_a_verb_does_not_read_it_does_not_mind(used):
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", DAMAGE)
 def test_no_damage_is_told_by_a_traceback(used, verb, name):
-    for damage in DAMAGE[name]:
+    """A quarter of the kinds of damage for each verb, another quarter for the next; all of them take ten minutes."""
+    for damage in DAMAGE[name][VERBS.index(verb) % 4 :: 4]:
         used(verb, name, damage)

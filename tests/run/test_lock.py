@@ -90,6 +90,25 @@ def test_a_process_that_has_the_number_of_the_dead_owner_is_not_taken_for_it(tmp
         pass
 
 
+@pytest.mark.slow
+def test_an_owner_in_another_container_is_refused_while_it_lives_and_replaced_when_it_is_dead(tmp_path):
+    """Both are the process 1 of a namespace of their own, which cannot see the other's."""
+    alone = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    command = [*alone, sys.executable, "-c", HOLD.replace(", 60)", ", 12)"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n" and json.loads((tmp_path / ".owner.1").read_text())["pid"] == 1
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1 and "process 1 on" in second.stderr.splitlines()[-1]
+        first.kill()
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as third:
+        assert third.stdout.readline() == "held\n" and 5 < time.monotonic() - began < 30
+        assert owners(tmp_path) == [".owner.2"]
+        third.kill()
+
+
 def test_an_owner_out_of_sight_is_dead_when_its_file_was_not_touched_for_the_deadline(tmp_path):
     elsewhere(tmp_path, ago=61)
     with locked(tmp_path, 60, "OUT"):
@@ -125,6 +144,19 @@ def test_a_lock_that_names_nobody_is_judged_by_its_touches(tmp_path, quick, cont
     touched.join()
     with locked(tmp_path, 0.5, "OUT"):
         assert owners(tmp_path) == [".owner.2"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_a_lock_that_is_no_file_is_not_waited_for(tmp_path, quick, make):
+    make(tmp_path / ".owner.1")
+    os.utime(tmp_path / ".owner.1", (1, 1))
+    refuse_second(tmp_path, "OUT")
+    if make is os.mkfifo:
+        with locked(tmp_path, 0.5, "OUT"):
+            assert owners(tmp_path) == [".owner.2"]
+    else:
+        with pytest.raises(ConfigError, match="cannot write there .Is a directory"), locked(tmp_path, 0.5, "OUT"):
+            pass
 
 
 def test_the_owner_touches_its_file_and_notices_when_it_is_taken_away(tmp_path, quick):

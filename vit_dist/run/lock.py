@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.config import ConfigError
-from vit_dist.data.files import remove_partial
+from vit_dist.data.files import open_stream, remove_partial
 from vit_dist.job import processes
 from vit_dist.run.files import TEXT, WHOLE, mismatch
 
@@ -93,7 +93,7 @@ class Lock:
     def release(self) -> None:
         """Stops touching the file and removes it."""
         self._ending.set()
-        self._thread.join()
+        self._thread.join(SHORTEST_DEADLINE)  # it may wait for a file server
         if self._holds():
             self._file.unlink(missing_ok=True)
 
@@ -240,13 +240,19 @@ def _holders(folder: Path) -> list[_Holder]:
 def _holder(file: Path) -> _Holder | None:
     """Returns the owner that a file names; None if there is no such file."""
     try:
-        with open(file, "rb") as stream:  # opened, so that a client of NFS asks the server for its time
+        with open_stream(file) as stream:  # opened, so that a client of NFS asks the server for its time
             touched = os.fstat(stream.fileno()).st_mtime_ns
-            values = json.loads(stream.read(4096))
+            content = stream.read(4096)
+        values = json.loads(content)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
         values = None
+    except OSError:  # it is another user's, or no file
+        try:
+            values, touched = None, file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
     return _Holder(file, None if mismatch(values, _OWNER) else values, touched)
 
 
