@@ -308,7 +308,7 @@ class Deadlines:
     start_seconds: PositiveInt = 300  # for all processes to join
     peer_seconds: PositiveInt = 60  # without a message from a process
     step_seconds: PositiveInt = 1800  # in which no process begins a training step or an evaluation batch; counted from
-    # when the data are open
+    # when the data are open, without compilation
 
 
 @dataclasses.dataclass(frozen=True)

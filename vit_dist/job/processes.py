@@ -167,11 +167,14 @@ def stopped_by_user() -> bool:
 def compile_together(compiled: Any, *arguments: Any) -> None:
     """Compiles a function, which `jax.jit` made, before its first call, and waits until all processes have compiled it.
 
-    Processes compile at different speeds, and the first collective of a program times out: gloo's after 30 s.
+    Processes compile at different speeds, and the first collective of a program times out: gloo's after 30 s. No
+    deadline of a step counts meanwhile: a large model compiles for longer than it steps.
     """
     if jax.process_count() > 1:
+        stop_clock()
         compiled.lower(*arguments).compile()
         gather(None)
+        alive()
 
 
 def leave(code: int, text: str, *, together: bool) -> None:
