@@ -12,8 +12,10 @@ from vit_dist.job import processes
 # chooses the older way to make the code of fused operations, which is twice as quick.
 HURRY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{HURRY} {os.environ.get('XLA_FLAGS', '')}".strip()
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; what tests start would be deaf to Ctrl-C
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background; what tests start would be deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 processes.start(fake_devices=8)
 
 

@@ -135,7 +135,7 @@ def test_an_override_that_does_not_fit_is_refused_by_name(assignment, message):
 @pytest.mark.parametrize(
     ("key", "most"),
     [
-        ("model.depth", 4096),
+        ("model.depth", 1000),
         ("model.width", 2**20),
         ("model.registers", 2**16),
         ("model.image_size", 2**16),

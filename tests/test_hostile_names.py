@@ -1,6 +1,7 @@
 """Names of folders are bytes: those that are no text, or that a terminal would obey, are used, and are harmless."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from vit_dist import cli
+from vit_dist.escape import PrintableFormatter
 
 REPOSITORY = Path(__file__).parents[1]
 SMALLEST = str(Path(__file__).parent / "helpers" / "smallest.py")
@@ -42,7 +44,7 @@ def trained(data, tmp_path_factory):
     """A run on them, as the command makes it, and what the command has said."""
     workdir = tmp_path_factory.mktemp("hostile") / "run"
     words = ["data.source=folder", f"data.path={data}", "model.channels=3", "model.num_classes=null", "batch_size=4"]
-    words += ["fake_devices=1", "data.on_bad=skip", "data.max_bad_fraction=0.5", "total_steps=6"]
+    words += ["fake_devices=8", "data.on_bad=skip", "data.max_bad_fraction=0.5", "total_steps=6"]
     command = [sys.executable, "-m", "vit_dist", "train", f"--config={SMALLEST}", f"--workdir={workdir}"]
     done = subprocess.run([*command, *(f"--config.{word}" for word in words)], capture_output=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr.decode()
@@ -51,6 +53,17 @@ def trained(data, tmp_path_factory):
 
 def harmless(text):
     return all(map(str.isprintable, set(text) - {"\n"})) and not re.search("^error: forged", text, re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def terminal(capsys, monkeypatch):
+    """Has our log printed as the command prints it: pytest keeps it raw, and xdist cannot send what is no text."""
+    ours, handler = logging.getLogger("vit_dist"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    monkeypatch.setattr(ours, "propagate", False)
+    ours.addHandler(handler)
+    yield
+    ours.removeHandler(handler)
 
 
 def test_a_run_on_them_keeps_names_that_can_be_written_and_printed(trained):

@@ -61,6 +61,7 @@ def test_what_was_killed_is_continued_at_once_and_its_remains_are_removed(tmp_pa
     with started(command(workdir, *LONG), tmp_path / "second") as second:
         until(lambda: "resuming from step" in second.said(), second)
         assert ".owner.2" in hidden(workdir) and not partial.exists()
+        until(lambda: "img/s" in second.said(), second)  # it has stepped, and so has something to save
         second.process.send_signal(signal.SIGTERM)
         assert second.wait() == 75
     assert "waiting" not in second.said() and hidden(workdir) == []

@@ -182,8 +182,8 @@ def test_a_file_is_not_classified_by_itself_nor_by_one_of_other_pixels(files, tm
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"plan": "[]"}, "its plan has no data"),
-        ({"plan": '{"data": "", "split": "", "examples": 1, "shape": 3}'}, "its plan has no shape"),
+        ({"plan": "[]"}, "plan: expected an object, found a list that is empty"),
+        ({"plan": '{"data": "", "split": "", "examples": 1, "shape": 3}'}, "plan: shape: expected a list, found 3"),
         ({"plan": "{"}, "Expecting property name"),
         ({"id": np.arange(3)}, "labels is [1437] of int32"),
         ({"id": np.int64(3)}, "ids is [] of int64"),

@@ -61,7 +61,7 @@ class Model:
 
     variant: str | None = None  # size and patch, such as B/16; width, depth, mlp and heads override it
     width: Width | None = None  # of a token
-    depth: Annotated[int, above_0(4096)] | None = None  # blocks
+    depth: Annotated[int, above_0(1000)] | None = None  # blocks
     mlp: Width | None = None  # hidden width of a block's MLP
     heads: Width | None = None  # attention heads of a block
     image_size: Size = 224  # pixels

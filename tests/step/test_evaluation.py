@@ -122,6 +122,7 @@ def test_an_evaluation_sums_loss_and_correct_answers_of_the_rows_that_count(loss
 def test_predict_gives_the_probabilities_of_the_loss_by_the_moving_average(loss: str, tmp_path: Path) -> None:
     configured, names = settings(loss, None), tuple("abcdefg")
     program = Program(configured, classes=CLASSES, steps=1, augment_on_device=False)
+    (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", configured, names)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep_last=1, keep_best=0)
     average = random_parameters(program, 1)

@@ -20,6 +20,7 @@ from types import FrameType
 from vit_dist.job.exit_codes import INTERRUPTED, PREEMPTED
 
 VERBS = ("train", "eval", "predict", "features", "probe", "bench")  # the verbs that run as several processes
+_AGAIN_SECONDS = 0.05  # after which a signal comes again that cannot be answered here
 LAST_SECONDS = 10.0  # in which the process may end by itself
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _COUNTS = ("VIT_DIST_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # how many processes were started together
@@ -41,6 +42,11 @@ class _Answers:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Runs on the main thread."""
+        if _collects_garbage(frame):  # where an exception would be lost, and printed
+            again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         self.received.add(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process
@@ -161,6 +167,15 @@ def _imports(frame: FrameType | None) -> bool:
     """Returns whether a module is being imported: an exception in the middle of one in C++ aborts the process."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _collects_garbage(frame: FrameType | None) -> bool:
+    """Returns whether jax's callback of Python's garbage collection is running."""
+    while frame is not None:
+        if frame.f_code.co_name == "_xla_gc_callback":
             return True
         frame = frame.f_back
     return False

@@ -36,6 +36,7 @@ Trees = Mapping[str, Any]  # name -> tree of arrays, or of jax.ShapeDtypeStructs
 SMALLEST_SLICE = 2**18
 LARGEST_IN_MEMORY = 2 << 30  # bytes of a tree
 _TRIES = 5  # of a reader, whose step another process may delete meanwhile
+_REMOVALS = 20  # tries, of what a save that failed has left; the next run removes the rest
 _DELETION_SECONDS = 2  # in which a step that is being deleted is gone
 
 _log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class Checkpoints:
         if reasons:
             if processes.index() == 0:
                 for folder in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
             self._checkpointer.reload()  # it counts the step as saved
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
         self._failures.note(step, reasons[0] if reasons else None, max(steps, default=None), log=log)
@@ -366,6 +367,15 @@ class Checkpoints:
     def _score(self, metrics: Mapping[str, float] | None) -> float:
         value = (metrics or {}).get(self._best_metric, -math.inf)
         return -math.inf if math.isnan(value) else value
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder to which other threads of a save that has failed may still write for a moment."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _agreed(folder: Path, read: Callable[[], Any]) -> Any:

@@ -26,7 +26,6 @@ from vit_dist.weights.stored_tensor import printed
 FITTED = ("image_size", "patch_size", "channels", "num_classes")
 # What no tensor shows, and a user may therefore have to say.
 UNSEEN = ("model.heads", "model.activation", "model.norm_epsilon", "model.rope_base")
-_MOST_BLOCKS = 1000
 # The first that recognises the files counts: names of tensors tell more than a config that may lie beside other files.
 FAMILIES: tuple[ModuleType, ...] = (own, open_clip, flax_npz, timm, transformers, dinov3)
 
@@ -100,8 +99,6 @@ def understood(origin: Origin) -> Published:
     values = {"total_steps": 1, "model": {**described.model, "scan": False}}
     try:
         model = config.resolve(values).model
-        if shape_of(model).depth > _MOST_BLOCKS:
-            raise ConfigError(f"model.depth: {model.depth} blocks, more than {_MOST_BLOCKS}, which no such model has")
         shapes = shapes_of(model)
     except ConfigError as error:
         told_by = described.naming.told_by
