@@ -1,7 +1,6 @@
 """Names of folders are bytes: those that are no text, or that a terminal would obey, are used, and are harmless."""
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -14,7 +13,6 @@ import pyarrow.parquet
 import pytest
 
 from vit_dist import cli
-from vit_dist.escape import PrintableFormatter
 
 REPOSITORY = Path(__file__).parents[1]
 SMALLEST = str(Path(__file__).parent / "helpers" / "smallest.py")
@@ -53,17 +51,6 @@ def trained(data, tmp_path_factory):
 
 def harmless(text):
     return all(map(str.isprintable, set(text) - {"\n"})) and not re.search("^error: forged", text, re.MULTILINE)
-
-
-@pytest.fixture(autouse=True)
-def terminal(capsys, monkeypatch):
-    """Has our log printed as the command prints it: pytest keeps it raw, and xdist cannot send what is no text."""
-    ours, handler = logging.getLogger("vit_dist"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(message)s"))
-    monkeypatch.setattr(ours, "propagate", False)
-    ours.addHandler(handler)
-    yield
-    ours.removeHandler(handler)
 
 
 def test_a_run_on_them_keeps_names_that_can_be_written_and_printed(trained):

@@ -15,6 +15,7 @@ from vit_dist.data.pictures.images import CHANNELS
 from vit_dist.data.progress_bar import bar
 from vit_dist.data.stream.image_files import find_images, read_ahead
 from vit_dist.data.stream.pixels import evaluation_image
+from vit_dist.escape import printable
 from vit_dist.job import processes
 from vit_dist.load import Opened, class_name, opened, start_devices
 from vit_dist.mesh.feed import batch_sharding, put, rounded_up
@@ -128,7 +129,7 @@ def _each(chosen: Opened, files: Sequence[Path], top: int, overlays: Overlays | 
                 row = 0
                 for file, pixels in batch:
                     if isinstance(pixels, str):
-                        _log.warning("%s: %s", file, pixels)
+                        _log.warning("%s: %s", printable(str(file)), pixels)
                         yield {"file": str(file), "error": pixels}
                         continue
                     if overlays is not None:
