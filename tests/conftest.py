@@ -29,16 +29,17 @@ def tally(request):
 
 def pytest_terminal_summary(terminalreporter):
     """Prints the table of faults: how many were inflicted, and of how many no harm came."""
-    rows = [
-        value
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        if getattr(report, "when", "") == "teardown"
-        for name, value in report.user_properties
-        if name == "fault"
-    ]
+    sums = {}
+    for report in (one for reports in terminalreporter.stats.values() for one in reports):
+        if getattr(report, "when", "") == "teardown":
+            for name, value in report.user_properties:
+                if name == "fault":
+                    fault, *counts = value
+                    sums[fault] = [sum(pair) for pair in zip(sums.get(fault, (0, 0)), counts, strict=True)]
+    rows = [(fault, *counts) for fault, counts in sums.items()]
     if rows:
-        width = max(len(fault) for fault, *_ in rows)
+        width = max(map(len, sums))
         terminalreporter.section("faults")
-        for row in (("fault", "tried", "survived", "lost"), *(((*row, row[1] - row[2])) for row in sorted(rows))):
-            terminalreporter.write_line("  ".join((row[0].ljust(width), *(str(cell).rjust(8) for cell in row[1:]))))
+        lines = [(fault, tried, survived, tried - survived) for fault, tried, survived in sorted(rows)]
+        for fault, *counts in (("fault", "tried", "survived", "lost"), *lines):
+            terminalreporter.write_line("  ".join((fault.ljust(width), *(str(count).rjust(8) for count in counts))))
