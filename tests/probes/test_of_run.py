@@ -133,7 +133,7 @@ def test_a_file_that_a_probe_skips_is_listed_once_by_its_id(tmp_path):
     (tmp_path / "images/train/b/11.png").write_text("no image")
     overrides = (
         *("mesh.data=1", *PROBED, "data.source=folder", f"data.path={tmp_path}/images", "data.on_bad=skip"),
-        *("data.max_bad_fraction=0.1", "evaluate.probes=[few_shot]", "probe.shots=[12]", "batch_size=8"),
+        *("data.max_bad_fraction=0.1", "evaluate.probes=[few_shot]", "probe.shots=[11]", "batch_size=8"),
     )
     train_here(tmp_path / "run", *overrides)
     listed = (tmp_path / "run/failures/bad_images.jsonl").read_text().splitlines()
