@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_dist import cli, recipes
+from vit_dist import cli, evaluate, inspect, recipes
 from vit_dist.config import ConfigError
 from vit_dist.paths import expanded
 from vit_dist.run import workdir as run_files
@@ -109,8 +109,8 @@ def image_folder(root: Path, *, splits: tuple[str, ...] = ("train", "test")) -> 
         ("evaluate.splits=[tets]", "no split 'tets': this source has train and test"),
         ("model.num_classes=7", r"model.num_classes: example 5 \(id 5\) has label 7, .* in 0..6; 424 of 1437"),
         ("binarize_targets=true", "binarize_targets: needs loss=sigmoid, found softmax; set loss=sigmoid or"),
-        ("model.width=1048576", r"model: its parameters and optimizer take 49,.* GiB of a device's memory, which is"),
-        ("model.image_size=65536", "model: its parameters and optimizer take .* split over more devices$"),
+        ("model.width=1048576", r"model: its state takes 49,.* GiB of a device's memory, which is"),
+        ("model.image_size=65536", "model: its state takes .* split over more devices$"),
         ("batch_size=1440", "batch_size: 1440, but the training split has 1437 images; take at most as many"),
         ("data.augment_on=device data.erase=0.5", "data.augment_on: device, but data.erase is done by the host alone"),
     ],
@@ -298,6 +298,13 @@ def test_too_little_memory_is_said_in_one_line(refused_train, monkeypatch, error
 
     monkeypatch.setattr("vit_dist.program.Program.check_memory", fails)
     assert refused_train().startswith(message)
+
+
+def test_a_run_is_evaluated_where_its_optimizer_would_not_fit(trained, refused_train, monkeypatch):
+    parameters = inspect(SMALLEST)["bytes_per_device"]["parameters"]
+    monkeypatch.setattr("vit_dist.program.memory_share", lambda device: 2 * parameters)
+    assert evaluate(trained)["step"] == 2
+    assert refused_train().startswith("model: its state takes 0.0 GiB")
 
 
 def test_registers_that_no_memory_holds_end_in_one_line(tmp_path):

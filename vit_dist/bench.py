@@ -52,7 +52,7 @@ def bench(config: Recipe, overrides: Overrides = (), *, steps: int = 30) -> dict
     host_batches = program.training_batches(source, 0, 1 + settle + steps + probes)
     batches = Prefetch(host_batches, program.mesh, settings.batch_size, settings.data.prefetch)
     with contextlib.closing(host_batches), contextlib.closing(batches), program.in_use():
-        program.check_memory()
+        program.check_memory(program.abstract_state(), {"batch_size": settings.batch_size})
         state = program.new_state()
         begun, batch = time.perf_counter(), next(batches)
         processes.compile_together(program.train_step, state, batch)

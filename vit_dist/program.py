@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +103,21 @@ class Program:
         sizes = dict(self.mesh.shape)
         layout.check_divides("batch_size", self.settings.batch_size, "batch", sizes, self.settings.accumulate_steps)
 
-    def check_memory(self) -> None:
-        """Raises `ConfigError` where a device cannot hold the state, or a batch of images; the mesh must be in use."""
+    def check_memory(self, held: Any, batches: Mapping[str, int]) -> None:
+        """Raises `ConfigError` where a device cannot hold what it must.
+
+        Args:
+          held: a tree of `jax.ShapeDtypeStruct`s with their shardings.
+          batches: key of the config -> how many images a batch has; one batch is held at a time.
+        """
         limit = memory_share(self.mesh.local_devices[0])
-        batches = {"batch_size": self.settings.batch_size, "evaluate.batch_size": self.evaluation_batch_size()}
         image = math.prod((*self.image_size(), self.settings.model.channels))
         shares = math.prod(size for axis, size in self.mesh.shape.items() if axis in layout.TABLE["batch"])
-        needed = {"model": layout.bytes_per_device(self.abstract_state())}
+        needed = {"model": layout.bytes_per_device(held)}
         needed |= {key: rows * image // shares for key, rows in batches.items()}
         for key, size in needed.items():
             if size > limit:
-                what = "its parameters and optimizer take" if key == "model" else f"the images of {batches[key]:,} take"
+                what = "its state takes" if key == "model" else f"the images of {batches[key]:,} take"
                 raise ConfigError(
                     f"{key}: {what} {size / 2**30:,.1f} GiB of a device's memory, which is {limit / 2**30:,.1f} GiB; "
                     f"take {'a smaller one' if key == 'model' else 'fewer'}, or split over more devices"
@@ -203,9 +207,9 @@ def restored(
     program = Program(settings, classes=settings.model.num_classes, steps=UNUSED, augment_on_device=augment_on_device)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True, verify=settings.checkpoint.verify)
     with program.in_use():
-        program.check_memory()
         state = program.abstract_state()
         wanted = {"parameters": state.parameters} | ({"ema": state.ema} if state.ema is not None else {})
+        program.check_memory(wanted, {"evaluate.batch_size": program.evaluation_batch_size()})
         restored_step, trees = checkpoints.restore(wanted, step)
         yield program, restored_step, trees
 

@@ -129,7 +129,8 @@ def train(
     head, model = settings.init.head, program.settings.model
     start = adapted(weights, model, head, source.class_names) if weights else None
     with contextlib.ExitStack() as stack, program.in_use():
-        program.check_memory()  # also refuses an optimizer rule that matches nothing, before anything is written
+        batches = {"batch_size": program.settings.batch_size, "evaluate.batch_size": program.evaluation_batch_size()}
+        program.check_memory(program.abstract_state(), batches)  # which also refuses a rule that matches nothing
         lock = stack.enter_context(locked(workdir, settings.deadlines.peer_seconds, "--workdir"))
         run_files.check_unchanged(workdir, seen)
         if jax.process_index() == 0:

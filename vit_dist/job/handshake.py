@@ -56,11 +56,6 @@ def parsed(text: bytes | str) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
-def printable(text: object) -> str:
-    """Returns a text of a peer for the terminal: short, and without line feeds and escape codes."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text)[:200])
-
-
 def _code(secret: bytes, challenges: str, text: str) -> str:
     # The length keeps a challenge and a message from being read as another pair.
     data = f"{len(challenges)} {challenges} {text}".encode("utf-8", "surrogatepass")

@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from vit_dist.config import ConfigError
+from vit_dist.escape import printable
 from vit_dist.job import handshake
 from vit_dist.job.listening import bind_host, listen
 from vit_dist.job.newcomers import MOST_UNPROVED, Newcomer, Newcomers
@@ -28,6 +29,7 @@ _RETRY_SECONDS = 0.2
 _CONNECT_SECONDS = 5  # for one attempt: the name may resolve to another machine in the meantime
 _LOOK_SECONDS = 1.0  # between two looks whether a peer has gone
 _MOST_NAMED = 8
+_LONGEST_NAME = 200  # characters of what a peer calls its host
 
 
 class JobError(Exception):
@@ -170,7 +172,7 @@ def _peer_of(newcomer: Newcomer, rank: Rank, secret: bytes) -> Peer | None:
             connection.send(handshake.signed(secret, newcomer.challenges, refused), socket.MSG_DONTWAIT)
         return None
     where = f"{message.get('host')}, {newcomer.address}, pid {message.get('pid')}"
-    return Peer(index, handshake.printable(where), connection)
+    return Peer(index, printable(str(where)[:_LONGEST_NAME]), connection)
 
 
 def _raise_file_limit(count: int) -> None:
@@ -206,7 +208,7 @@ def _connect(rank: Rank, deadline: float, seconds: int, secret: bytes) -> dict[i
             raise JobError(answer["failed"], answer["blamed"])
         connection.settimeout(None)
         where = f"{answer.get('host')}, {rank.coordinator}, pid {answer.get('pid')}"
-        return {0: Peer(0, handshake.printable(where), connection)}
+        return {0: Peer(0, printable(str(where)[:_LONGEST_NAME]), connection)}
     raise JobError(
         f"process 0 did not answer at {rank.coordinator} for {seconds} s ({problem}); see whether it runs, and whether "
         "this host can reach that address (deadlines.start_seconds)",
